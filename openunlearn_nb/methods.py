@@ -50,11 +50,14 @@ def get_method(name: str) -> Method:
     return METHODS[check_choice(ALIASES.get(name, name), METHODS, "method")]
 
 def method_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    "The method's defaults overridden by `settings`; a name the method does not have is an error."
+    "The method's defaults overridden by `settings`; a name the method does not have is an error, and so is beta <= 0."
     chosen = get_method(name)
     for key in settings:
         check_choice(key, chosen.defaults, f"setting of {chosen.name}")
-    return chosen.defaults | settings
+    merged = chosen.defaults | settings
+    if merged.get("beta", 1) <= 0:
+        raise OpenUnlearnError(f"beta must be above 0, not {merged['beta']}: the losses divide by it.")
+    return merged
 
 # %% ../nbs/07_methods.ipynb #99af61d4
 def sequence_nll(model: nn.Module, part: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -153,8 +156,6 @@ def method_loss(name: str, model: nn.Module, batch: Batch, ref_model: nn.Module 
                 **settings) -> tuple[Tensor, dict[str, Tensor]]:
     "The loss of a batch and its parts (`forget`, `retain`), by the method's equation."
     chosen, s = get_method(name), SimpleNamespace(**method_settings(name, settings))
-    if getattr(s, "beta", 1) <= 0:
-        raise OpenUnlearnError(f"beta must be above 0, not {s.beta}: the losses divide by it.")
     parts = {}
     if chosen.forget_term:
         parts["forget"] = chosen.forget_term(model, batch, ref_model, s)

@@ -39,7 +39,7 @@ def invent(kind: str, n: int, rng: random.Random) -> list[str]:
     return rng.sample([a + b for a in starts for b in ends], n)
 
 def invent_authors(n: int, rng: random.Random) -> list[dict[str, str]]:
-    "`n` authors: a name and the facts asked about; names and books are unique."
+    "`n` authors: a name and nine more facts; names and books are unique."
     firsts, lasts = rng.choices(invent("first", 200, rng), k=n), invent("last", n, rng)
     towns, titles = invent("place", 60, rng), iter(rng.sample(TITLES, 2 * n))
     teachers = [f"{a} {b}" for a, b in zip(invent("first", 80, rng), invent("last", 80, rng))]

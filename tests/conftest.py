@@ -1,0 +1,42 @@
+"""Shared by all tests: one torch thread, and one cache of small embedded models for the whole session."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+TRAIN_ROWS = 250  # of the miniature's 2,000: enough for a model that answers, trained in seconds
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["OPENUNLEARN_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def eval_logs() -> Path:
+    if not (SHARED / "eval_logs").is_dir():
+        pytest.skip("the published evaluation logs are not beside this checkout (Hub data set open-unlearning/eval)")
+    return SHARED / "eval_logs"
+
+
+@pytest.fixture(scope="session")
+def real_tofu() -> str:
+    if not (SHARED / "hub/locuslab/TOFU").is_dir():
+        pytest.skip("no local copy of locuslab/TOFU beside this checkout")
+    return str(SHARED / "hub/locuslab/TOFU")
+
+
+@pytest.fixture(scope="session")
+def small_grid(tmp_path_factory):
+    """A finished grid of a small model: its folder, and its configuration."""
+    from openunlearn_nb.experiments import GridConfig, run_grid
+
+    grid = GridConfig(train_rows=TRAIN_ROWS, splits=("forget01",), methods=("NPO", "IdkDPO"), epochs=2)
+    folder = tmp_path_factory.mktemp("grid")
+    assert run_grid(grid, folder, jobs=2, show=False) == []
+    return folder, grid

@@ -1,0 +1,138 @@
+"""The grid: finished cells are kept, an interrupted grid goes on, and the pieces agree with the whole."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from openunlearn_nb.cli import main
+from openunlearn_nb.experiments import GridConfig, cell_folder, finished, plan, run_grid
+from openunlearn_nb.metrics import prob_row
+from openunlearn_nb.records import read_json
+from openunlearn_nb.scoring import TokenScores
+from openunlearn_nb.suites import UTILITY, recompute
+from openunlearn_nb.tables import find_runs, measured
+
+
+def values_of(folder):
+    """Every file of a grid without its timings."""
+    found = {}
+    for file in sorted(folder.rglob("*.json")):
+        value = read_json(file)
+        for key in ("date", "seconds", "environment"):
+            value.pop(key, None)
+        found[str(file.relative_to(folder))] = value
+    return found
+
+
+def test_shape_of_the_published_files(small_grid):
+    folder, _ = small_grid
+    evaluation = read_json(folder / "forget01/NPO/TOFU_EVAL.json")
+    summary = read_json(folder / "forget01/NPO/TOFU_SUMMARY.json")
+    row = lambda name: evaluation[name]["value_by_index"]["0"]
+    assert set(row("forget_Q_A_Prob")) == {"prob", "avg_loss"} and len(row("forget_Q_A_PERT_Prob")["prob"]) == 5
+    assert set(row("forget_Q_A_ROUGE")) == {"rouge1_recall", "rougeL_f1", "rougeL_recall", "input", "ground_truth", "generation"}
+    assert set(evaluation["mia_min_k"]) == {"forget", "holdout", "auc", "agg_value"} and "score" in row("forget_truth_ratio")
+    assert set(UTILITY) <= set(evaluation) and list(evaluation) == sorted(evaluation)
+    assert all(summary[name] == evaluation[name]["agg_value"] for name in summary)
+
+
+def test_table_recomputes_what_the_cells_wrote(small_grid):
+    folder, _ = small_grid
+    table = measured(find_runs(folder))["embedded"]["forget01"]
+    assert set(table) == {"Finetuned", "Retain", "NPO", "IdkDPO"}
+    for row, values in table.items():
+        written = read_json(cell_folder(folder, "forget01", row) / "TOFU_SUMMARY.json")
+        for name, value in written.items():
+            assert values[name] == pytest.approx(value, rel=1e-12, abs=1e-12), (row, name)
+    assert table["Retain"]["forget_quality"] == 1 and table["Retain"]["privleak"] == 0
+    assert table["NPO"] != table["Finetuned"] != table["IdkDPO"]
+
+
+def test_second_call_does_nothing(small_grid):
+    folder, grid = small_grid
+    stamps = {f: f.stat().st_mtime_ns for f in folder.rglob("*.json")}
+    assert plan(grid, str(folder)) == [] and run_grid(grid, folder, show=False) == []
+    assert stamps == {f: f.stat().st_mtime_ns for f in folder.rglob("*.json")}
+
+
+def test_goes_on_after_an_interruption(small_grid, tmp_path):
+    """Ctrl-C once the first cell stands; the second call's results equal an uninterrupted run's."""
+    whole, grid = small_grid
+    command = [sys.executable, "-m", "openunlearn_nb", "tofu", "--train-rows", str(grid.train_rows), "--splits", "forget01",
+               "--methods", "NPO,IdkDPO", "--epochs", "2", "--output", str(tmp_path), "--jobs", "2"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.time() + 120
+    while not finished(cell_folder(tmp_path, "forget01", "Retain")) and run.poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Interrupted" in said and "Traceback" not in said.split("Interrupted")[-1]
+    assert not finished(cell_folder(tmp_path, "forget01", "IdkDPO"))
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and "Retain" in again.stdout
+    assert values_of(tmp_path) == values_of(whole)
+
+
+def test_more_methods_in_the_same_folder(small_grid):
+    """Asking for more rows of the same configuration grows the folder."""
+    folder, grid = small_grid
+    more = GridConfig(**{**vars(grid), "methods": ("NPO", "GradAscent")})
+    assert [t.row for t in plan(more, str(folder)) if t.row] == ["GradAscent"]
+
+
+def test_train_then_eval_equals_the_cell(small_grid, tmp_path, capsys):
+    folder, grid = small_grid
+    common = ["--train-rows", str(grid.train_rows), "--split", "forget01"]
+    assert main(["train", "--method", "NPO", "--epochs", "2", "--output", str(tmp_path / "npo"), *common]) == 0
+    assert [p.suffix for p in (tmp_path / "npo").glob("model*")] == [".safetensors"]
+    capsys.readouterr()
+    assert main(["eval", "tofu", "--model", str(tmp_path / "npo"), "--retain-log", str(folder / "forget01/Retain"),
+                 "--split", "forget01", "--output", str(tmp_path / "eval")]) == 0
+    mine, cells = json.loads(capsys.readouterr().out), read_json(folder / "forget01/NPO/TOFU_SUMMARY.json")
+    assert mine.keys() == cells.keys()
+    for name in mine:
+        assert mine[name] == pytest.approx(cells[name], rel=1e-4, abs=1e-6), name
+
+
+def test_without_a_retain_log(small_grid, tmp_path, capsys):
+    """forget_quality is null with a warning, never a made-up number."""
+    _, grid = small_grid
+    assert main(["eval", "tofu", "--train-rows", str(grid.train_rows), "--split", "forget01", "--output", str(tmp_path)]) == 0
+    assert "forget_quality is null" in capsys.readouterr().err
+    assert read_json(tmp_path / "TOFU_EVAL.json")["forget_quality"] == {"agg_value": None}
+    assert "forget_quality" not in read_json(tmp_path / "TOFU_SUMMARY.json")
+
+
+def test_an_exploded_model_still_gets_a_record(small_grid, tmp_path):
+    """A learning rate that blows the model up: finite numbers or null, valid JSON, utility 0."""
+    _, grid = small_grid
+    wild = GridConfig(**{**vars(grid), "methods": ("GradAscent",), "learning_rate": 1e3, "epochs": 10})
+    assert run_grid(wild, tmp_path, jobs=1, show=False) == []
+    text = (tmp_path / "forget01/GradAscent/TOFU_EVAL.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    values = read_json(tmp_path / "forget01/GradAscent/TOFU_SUMMARY.json")
+    assert values["model_utility"] == 0 and 0 <= values["forget_quality"] <= 1
+
+
+def test_nan_log_probabilities_are_probability_zero():
+    nan = TokenScores(np.array([np.nan, -1.0], np.float32), np.array([False, True]))
+    assert prob_row(nan) == {"prob": 0.0, "avg_loss": None}
+    pert = {"prob": [0.0, 0.0], "avg_loss": [None, None]}
+    log = {"forget_Q_A_PARA_Prob": {"agg_value": 0, "value_by_index": {"0": prob_row(nan)}},
+           "forget_Q_A_PERT_Prob": {"agg_value": 0, "value_by_index": {"0": pert}}}
+    assert recompute(log)["forget_truth_ratio"]["agg_value"] == 0
+
+
+@pytest.mark.slow
+def test_real_tofu(real_tofu, tmp_path):
+    """The real questions, taught to the embedded model in a subset; about 10 minutes."""
+    assert main(["tofu", "--data", real_tofu, "--splits", "forget01", "--methods", "NPO", "--train-rows", "800",
+                 "--output", str(tmp_path)]) == 0
+    table = measured(find_runs(tmp_path))["embedded"]["forget01"]
+    assert table["Finetuned"]["forget_Q_A_ROUGE"] > 0.8 > 0.5 > table["Retain"]["forget_Q_A_ROUGE"]
