@@ -289,10 +289,13 @@ def _run_pool(grid, tasks, output, report, done, jobs) -> list[Task]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     pool = ProcessPoolExecutor(jobs, context, _start_worker, (queue,))
     try:
-        return run_tasks(grid, tasks, output, pool, drain, done, jobs)
-    except BrokenProcessPool as e:
-        raise OpenUnlearnError("A worker process was killed (out of memory?); finished cells are kept. Try fewer --jobs.") from e
-    finally:
+        failed = run_tasks(grid, tasks, output, pool, drain, done, jobs)
+        pool.shutdown()
+        return failed
+    except BaseException as e:  # interrupted, or a worker died: stop the others at once
         for child in multiprocessing.active_children():
             child.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
+        if isinstance(e, BrokenProcessPool):
+            raise OpenUnlearnError("A worker process was killed (out of memory?); finished cells are kept. Try fewer --jobs.") from e
+        raise

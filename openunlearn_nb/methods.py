@@ -116,9 +116,9 @@ def retain_embed_diff(model, batch: Batch, ref_model, s: SimpleNamespace) -> Ten
 
 RETAIN_TERMS = {"NLL": retain_nll, "EMBED_DIFF": retain_embed_diff}
 
-# %% ../nbs/07_methods.ipynb #a274f248
-@method("GradAscent", "TOFU, arXiv 2401.06121", alpha=0.0)
+# %% ../nbs/07_methods.ipynb #4ddeca25
 @method("GradDiff", "TOFU, arXiv 2401.06121")
+@method("GradAscent", "TOFU, arXiv 2401.06121", alpha=0.0)
 def gradient_ascent(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:
     "Climb the mean NLL of the answers to forget."
     return -mean_nll(*sequence_nll(model, batch["forget"]))

@@ -82,6 +82,7 @@ def metric_bars(rows: dict[str, dict], metrics: list[str], title: str = "") -> p
         ax.bar_label(bars, [digits(v) for v in values], padding=2, fontsize=7)
         if "Retain" in rows:
             ax.axvline(as_number(rows["Retain"].get(metric)), color=STYLES["Retain"][0], linewidth=1, linestyle="--")
+        ax.margins(x=0.25)  # room for the labels
         tidy(ax, xlabel=metric)
     fig.suptitle(title)
     fig.tight_layout()

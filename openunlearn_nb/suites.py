@@ -186,7 +186,7 @@ def summary(evaluation: dict[str, Entry], metrics: Sequence[str] = tuple(DEFAULT
     values = {name: evaluation[name]["agg_value"] for name in sorted(metrics) if name in evaluation}
     return {name: value for name, value in values.items() if value is not None}
 
-# %% ../nbs/11_suites.ipynb #2ba46730
+# %% ../nbs/11_suites.ipynb #276e09ac
 def recompute(evaluation: dict[str, Entry], retain_eval: dict | None = None) -> dict[str, Entry]:
     "Every metric of the suite that a log's per-example values allow; forget_quality only with a retain log."
     out: dict[str, Entry] = {}

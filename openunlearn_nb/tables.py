@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Values', 'COLUMNS', 'ROW_ORDER', 'PUBLISHED', 'METRICS_SHOWN', 'published', 'Run', 'identify', 'find_runs',
-           'row_order', 'measured', 'digits', 'grid', 'to_text', 'to_markdown', 'to_latex', 'to_csv']
+           'row_order', 'measured', 'digits', 'grid', 'to_text', 'to_markdown', 'to_latex', 'to_csv', 'difference']
 
-# %% ../nbs/13_tables.ipynb #919ba9cf
+# %% ../nbs/13_tables.ipynb #32277b42
 import csv
 import io
+import math
 import re
 from collections.abc import Iterable
 from importlib import resources
@@ -148,3 +149,15 @@ def to_csv(tables: dict[str, Values], columns: list[str] = METRICS_SHOWN) -> str
         for split, rows in splits.items():
             writer.writerows([model, row, split, *(rows[row].get(c) for c in columns)] for row in rows)
     return out.getvalue()
+
+# %% ../nbs/13_tables.ipynb #83d1f3b0
+def difference(values: Values, printed: dict) -> dict[str, dict[str, dict[str, str]]]:
+    "Measured minus published per cell; for forget_quality, log10 of their ratio (`+0.30 dex` is twice as large)."
+    out: dict[str, dict[str, dict[str, str]]] = {}
+    for split, row, metric in ((s, r, c) for s in printed for r in printed[s] for c in COLUMNS):
+        ours, theirs = values.get(split, {}).get(row, {}).get(metric), float(printed[split][row][metric])
+        if ours is None:
+            continue
+        far = f"{math.log10(ours / theirs):+.2f} dex" if ours > 0 and theirs > 0 else "-"
+        out.setdefault(split, {}).setdefault(row, {})[metric] = far if metric == "forget_quality" else f"{ours - theirs:+.2f}"
+    return out

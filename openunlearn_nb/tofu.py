@@ -9,6 +9,7 @@ __all__ = ['TOFU_ID', 'SPLITS', 'PERTURBED', 'COMMON', 'CONFIGS', 'TofuSplit', '
 # %% ../nbs/03_tofu.ipynb #6c4b1f3b
 import hashlib
 import json
+import tempfile
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -47,9 +48,10 @@ def check_columns(rows: list[dict], config: str, source: str) -> list[dict]:
                                    f"{', '.join(row)}.")
     return rows
 
-# %% ../nbs/03_tofu.ipynb #72d2552a
+# %% ../nbs/03_tofu.ipynb #2c060ed6
+@lru_cache(maxsize=64)
 def load_rows(path: str, config: str) -> list[dict]:
-    "Rows of one config of a Hub dataset or of a local folder of the same shape."
+    "Rows of one config of a Hub dataset or of a local folder of the same shape; read once a process."
     from datasets import load_dataset
     from datasets.utils.logging import disable_progress_bar
     disable_progress_bar()
@@ -58,7 +60,9 @@ def load_rows(path: str, config: str) -> list[dict]:
     if looks_local and not Path(folder).is_dir():
         raise OpenUnlearnError(f"No data folder {path!r}; give 'miniature', a folder shaped like {TOFU_ID}, or a Hub id.")
     try:
-        return load_dataset(folder, config, split="train").to_list()
+        with tempfile.TemporaryDirectory() as scratch:
+            return load_dataset(folder, config, split="train", cache_dir=scratch if looks_local else None,
+                                keep_in_memory=looks_local).to_list()
     except Exception as e:  # datasets raises a dozen kinds; the user needs the one line that says what was wrong
         reason = " ".join(str(e.__cause__ or e).split())[:300]
         raise OpenUnlearnError(f"Cannot load config {config!r} of {path!r}: {reason}") from e
