@@ -31,7 +31,7 @@ def run(job: tuple[str, float, dict]) -> dict:
     import torch
 
     from openunlearn_nb.embedded import embedded_model
-    from openunlearn_nb.experiments import quiet
+    from openunlearn_nb.grid import quiet
     from openunlearn_nb.models import load_model, load_tokenizer
     from openunlearn_nb.prompts import PROMPTS
     from openunlearn_nb.suites import Passes, evaluate

@@ -34,7 +34,7 @@ def real_tofu() -> str:
 @pytest.fixture(scope="session")
 def small_grid(tmp_path_factory):
     """A finished grid of a small model: its folder, and its configuration."""
-    from openunlearn_nb.experiments import GridConfig, run_grid
+    from openunlearn_nb.grid import GridConfig, run_grid
 
     grid = GridConfig(train_rows=TRAIN_ROWS, splits=("forget01",), methods=("NPO", "IdkDPO"), epochs=2)
     folder = tmp_path_factory.mktemp("grid")

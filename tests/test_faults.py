@@ -18,6 +18,11 @@ CASES = {  # command: what the sentence must name
     "tofu --splits forget1": ["'forget1'", "forget10", "forget01"],
     "tofu --model Llama-3.2-1B": ["'Llama-3.2-1B'", "Llama-3.2-1B-Instruct"],
     "tofu --model ./nowhere": ["./nowhere"],
+    "tofu --epochs 0": ["epochs", "1 or more", "0"],
+    "tofu --batch-size 0": ["batch_size", "1 or more"],
+    "tofu --learning-rate nan": ["learning_rate", "above 0"],
+    "tofu --jobs 0": ["--jobs", "0"],
+    "train --method NPO --split forget01 --output .": ["not empty"],
     "tofu --data ./nowhere": ["./nowhere", "miniature"],
     "tofu --data miniature:x": ["'x'"],
     "train --method NPO --set betta=1 --output out": ["'betta'", "beta"],
@@ -34,6 +39,7 @@ CASES = {  # command: what the sentence must name
 
 @pytest.mark.parametrize("command", CASES)
 def test_one_sentence_and_exit_code_2(command, capsys, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     assert main(command.split()) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]

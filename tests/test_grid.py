@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from openunlearn_nb.cli import main
-from openunlearn_nb.experiments import GridConfig, cell_folder, finished, plan, run_grid
+from openunlearn_nb.grid import GridConfig, plan, run_grid
 from openunlearn_nb.metrics import prob_row
 from openunlearn_nb.records import read_json
+from openunlearn_nb.runs import cell_folder, finished
 from openunlearn_nb.scoring import TokenScores
 from openunlearn_nb.suites import UTILITY, recompute
 from openunlearn_nb.tables import find_runs, measured
