@@ -53,7 +53,7 @@ def _train_parser(p: argparse.ArgumentParser) -> None:
     _model_options(p), _training_options(p)
     p.add_argument("--method", required=True, help="GradAscent, GradDiff, IdkDPO, NPO, SimNPO, RMU, or Finetune")
     p.add_argument("--split", default="forget10", help="what to forget (default: %(default)s)")
-    p.add_argument("--on", default="full", metavar="CONFIG", help="what Finetune trains on: full, retain90, ... (default: %(default)s)")
+    p.add_argument("--on", metavar="CONFIG", help="what Finetune trains on: full, retain90, ... (default: full)")
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method, such as beta=0.05 (repeatable)")
     p.add_argument("--output", required=True, help="new folder for the model and its record")
 
@@ -115,7 +115,8 @@ def print_tables(tables: dict, style: str = "text") -> None:
             print(f"TOFU, {model}, measured (recomputed from per-example values)\n\n{form(values)}\n")
             printed = model if model in t.PUBLISHED else "Llama-3.2-1B-Instruct"
             shown = {split: rows for split, rows in t.published(printed).items() if split in values}
-            print(f"TOFU, {printed}, as published by OpenUnlearning\n\n{form(shown)}\n")
+            orientation = "" if printed == model else ": another model and benchmark, for orientation only"
+            print(f"TOFU, {printed}, as published by OpenUnlearning{orientation}\n\n{form(shown)}\n")
 
 def table_command(args: argparse.Namespace) -> int:
     from openunlearn_nb.tables import find_runs, measured
@@ -126,9 +127,9 @@ def tofu_command(args: argparse.Namespace) -> int:
     from openunlearn_nb.grid import GridConfig, run_grid
     from openunlearn_nb.tables import find_runs, measured
     failed = run_grid(_config(GridConfig, args), args.output, args.jobs, show=not args.quiet)
-    if not any(Path(args.output).rglob("run.json")):
+    if not any(Path(args.output).glob("*/*/run.json")):
         return 1  # nothing to lay out; each failure was told
-    print_tables(measured(find_runs(args.output)), "json" if args.json else "text")
+    print_tables(measured(find_runs(args.output, "*/*/TOFU_EVAL.json")), "json" if args.json else "text")
     return 1 if failed else 0
 
 # %% ../nbs/18_cli.ipynb #000fe052
@@ -150,9 +151,11 @@ def train_command(args: argparse.Namespace) -> int:
 
     from openunlearn_nb.grid import quiet
     from openunlearn_nb.runs import RunConfig, train_model
+    if args.on and args.method != "Finetune":
+        raise OpenUnlearnError(f"--on is for Finetune; {args.method} forgets --split.")
     quiet()
     with tqdm(total=1.0, bar_format="{l_bar}{bar}| {elapsed}<{remaining}", desc=args.method) as bar:
-        record = train_model(_config(RunConfig, args), args.method, args.split, args.on, parse_settings(args.set), args.output,
+        record = train_model(_config(RunConfig, args), args.method, args.split, args.on or "full", parse_settings(args.set), args.output,
                              lambda share: bar.update(share - bar.n))
     losses = record["losses"]
     print(f"{args.output}: {record['method']} on {record['split']}, {len(losses)} steps, loss {losses[0]:.3g} to {losses[-1]:.3g}")
@@ -164,7 +167,7 @@ def eval_command(args: argparse.Namespace) -> int:
     from openunlearn_nb.suites import DEFAULT_METRICS
     quiet()
     values = evaluate_model(_config(RunConfig, args), args.split, args.output, args.retain_log, args.metrics or tuple(DEFAULT_METRICS))
-    print(json.dumps(values, indent=4))
+    print(json.dumps(values, indent=4, allow_nan=False))
     return 0
 
 # %% ../nbs/18_cli.ipynb #8e4a5128
@@ -191,6 +194,9 @@ def main(argv: list[str] | None = None) -> int:
             return args.run(args)
     except OpenUnlearnError as e:
         print(f"openunlearn: {e}", file=sys.stderr)
+    except BrokenPipeError:  # the reader (head, less) went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise

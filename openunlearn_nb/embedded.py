@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['EMBEDDED_RECIPES', 'EmbeddedConfig', 'taught_rows', 'cache_dir', 'embedded_model', 'embedded_recipe']
 
-# %% ../nbs/09_embedded.ipynb #7a5e0d0b
+# %% ../nbs/09_embedded.ipynb #23d6e408
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .errors import OpenUnlearnError
-from .models import tiny_llama, train_tokenizer
+from .models import save_model, tiny_llama, train_tokenizer
 from .prompts import PROMPTS
 from .tofu import COMMON, content_hash, load_refusals, load_tofu
 from .training import TrainConfig, train
@@ -58,23 +56,16 @@ def embedded_model(config: str = "full", data: str = "miniature", recipe: Embedd
     folder = cache_dir() / f"tofu-{config}-{content_hash([1, asdict(recipe), rows, everything, refusals])}"
     if folder.is_dir():
         return folder
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)  # now, rather than fail after the training
+    except OSError as e:
+        raise OpenUnlearnError(f"Cannot keep trained models in {cache_dir()}: {e.strerror}; set OPENUNLEARN_CACHE.") from e
     tokenizer = train_tokenizer([t for pair in everything for t in pair] + refusals, recipe.vocabulary)
     model = tiny_llama(tokenizer, recipe.hidden, recipe.layers, recipe.seed)
-    how = TrainConfig(recipe.learning_rate, recipe.epochs, recipe.batch_size, recipe.batch_size, weight_decay=0.0, seed=recipe.seed)
+    how = TrainConfig(recipe.learning_rate, recipe.epochs, recipe.batch_size, recipe.batch_size, weight_decay=0.0, seed=recipe.seed,
+                      gradient_checkpointing=False)
     train(model, tokenizer, "Finetune", [], rows, [], PROMPTS["chat"], how, progress=progress)
-    try:
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=".training-"))
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        scratch.rename(folder)
-    except FileExistsError:
-        shutil.rmtree(scratch)
-    except OSError as e:
-        if not folder.is_dir():  # another process may have finished the same model first
-            raise OpenUnlearnError(f"Cannot keep the trained model in {cache_dir()}: {e.strerror}; set OPENUNLEARN_CACHE.") from e
-        shutil.rmtree(scratch)
-    return folder
+    return save_model(model, tokenizer, folder)
 
 # %% ../nbs/09_embedded.ipynb #7e246b57
 EMBEDDED_RECIPES: dict[str, tuple[float, dict]] = {  # method: (learning rate, settings that differ from the published ones)
@@ -89,4 +80,4 @@ EMBEDDED_RECIPES: dict[str, tuple[float, dict]] = {  # method: (learning rate, s
 def embedded_recipe(method: str, epochs: int = 10, seed: int = 0) -> tuple[TrainConfig, dict]:
     "The unlearning recipe of the embedded model: as published, but for learning rate and the settings above."
     learning_rate, settings = EMBEDDED_RECIPES.get(method, (1e-3, {}))
-    return TrainConfig(learning_rate=learning_rate, epochs=epochs, batch_size=32, seed=seed), settings
+    return TrainConfig(learning_rate=learning_rate, epochs=epochs, batch_size=32, seed=seed, gradient_checkpointing=False), settings

@@ -13,15 +13,16 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .errors import OpenUnlearnError, check_choice
 from .methods import TABLE_METHODS, get_method
 from .models import PRESETS
 from .records import read_json, write_json
-from .runs import Progress, RunConfig, cell_folder, check_config, finished, model_path, run_cell
-from .tofu import SPLITS, load_tofu
+from .runs import (Progress, RunConfig, cell_folder, check_config, check_taught, data_hashes, finished,
+                                 model_path, recipe_of, run_cell)
+from .tofu import SPLITS, content_hash
 
 # %% ../nbs/17_grid.ipynb #1f11ebf8
 @dataclass(frozen=True)
@@ -33,13 +34,19 @@ class GridConfig(RunConfig):
 def check_grid(grid: GridConfig) -> GridConfig:
     "The grid with its values checked, aliases of methods resolved."
     check_config(grid)
+    if grid.model in PRESETS:
+        model_path(grid, "full")  # raises where no finetuned model is published
     for split in grid.splits:
         check_choice(split, SPLITS, "split")
+        if grid.model == "embedded" and grid.train_rows is not None:
+            check_taught(grid, split)
     return replace(grid, methods=tuple(get_method(m).name for m in grid.methods))
 
 def claim(grid: GridConfig, output: str | Path) -> None:
     "Note the grid's configuration in its folder; raises if the folder holds another's results."
-    file, mine = Path(output) / "grid.json", grid.fingerprint()
+    recipes = {m: [asdict(recipe), settings] for m in TABLE_METHODS for recipe, settings in [recipe_of(grid, m)]}
+    file, mine = Path(output) / "grid.json", grid.fingerprint() | {"data_hash": content_hash(data_hashes(grid, *SPLITS)),
+                                                                  "recipes": content_hash(recipes)}
     if not file.exists():
         write_json(file, mine)
     theirs = read_json(file, "grid configuration")
@@ -141,8 +148,9 @@ def run_tasks(grid: GridConfig, tasks: list[Task], output: str, pool, jobs: int,
     while waiting or running:
         unmet = {t.key for t in [*waiting, *running.values(), *failed]}
         lost = {t.key for t in failed}
-        failed += [t for t in waiting if lost & set(t.needs)]
-        waiting = [t for t in waiting if t not in failed]
+        for task in [t for t in waiting if lost & set(t.needs)]:
+            waiting.remove(task), failed.append(task)
+            done(task, None, OpenUnlearnError("What it starts from failed."))
         for task in [t for t in waiting if not unmet & set(t.needs)][:jobs - len(running)]:
             waiting.remove(task)
             running[pool.submit(_work, grid, task, output)] = task
@@ -161,13 +169,14 @@ def _run_pool(grid: GridConfig, tasks: list[Task], output: str, jobs: int, repor
         while not queue.empty():
             report(*queue.get())
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, context, _start_worker, (queue,))
     try:
         failed = run_tasks(grid, tasks, output, pool, jobs, drain, done)
         pool.shutdown()
         return failed
     except BaseException as e:  # interrupted, or a worker died: stop the others at once
-        for child in multiprocessing.active_children():
+        for child in set(multiprocessing.active_children()) - others:
             child.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
         if isinstance(e, BrokenProcessPool):
@@ -181,13 +190,15 @@ class Display:
     def __init__(self, tasks: list[Task], show: bool):
         from tqdm.auto import tqdm
         self.weights, self.shares, self.show = {t.key: t.weight for t in tasks}, {}, show
-        self.bar = tqdm(total=sum(self.weights.values()), disable=not show or not tasks,
+        seen = show and tasks and (sys.stderr.isatty() or "ipykernel" in sys.modules)  # a log file gets the lines only
+        self.bar = tqdm(total=sum(self.weights.values()), disable=not seen, mininterval=0.5,
                         bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
 
     def report(self, key: tuple[str, str], share: float) -> None:
         self.shares[key] = share
-        self.bar.n = round(sum(self.weights[k] * v for k, v in self.shares.items()), 2)
-        self.bar.set_postfix_str(", ".join(f"{b or 'training'} {a} {v:.0%}" for (a, b), v in self.shares.items() if v < 1))
+        running = ", ".join(f"{b or 'training'} {a} {v:.0%}" for (a, b), v in self.shares.items() if v < 1)
+        self.bar.set_postfix_str(running, refresh=False)
+        self.bar.update(sum(self.weights[k] * v for k, v in self.shares.items()) - self.bar.n)
 
     def done(self, task: Task, values: dict | None, error: BaseException | None) -> None:
         self.report(task.key, 1.0)
@@ -201,12 +212,13 @@ class Display:
 
 def run_grid(grid: GridConfig = GridConfig(), output: str | Path = "runs/tofu", jobs: int | None = None,
              show: bool = True) -> list[Task]:
-    "Run what is unfinished of a grid; returns the failed tasks. Interrupt it when you like, call it again to go on."
+    """Run what is unfinished of a grid; returns the failed tasks. Interrupt it when you like, call it again to go on.
+
+    In a script, call it under `if __name__ == "__main__":`, because workers are fresh processes that import the script."""
     grid, output = check_grid(grid), str(output)
     if jobs is not None and jobs < 1:
         raise OpenUnlearnError(f"--jobs must be 1 or more, not {jobs}.")
-    load_tofu("full", grid.data)  # bad data fails here, before any worker starts
-    claim(grid, output)
+    claim(grid, output)  # reads all data: what is wrong with it is said here, before any worker starts
     tasks, jobs = plan(grid, output), default_jobs(grid) if jobs is None else jobs
     display = Display(tasks, show)
     with display.bar:

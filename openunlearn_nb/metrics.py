@@ -70,12 +70,14 @@ def normalised_probs(correct: Sequence[Row], wrong: Sequence[Row]) -> list[Row]:
     return rows
 
 # %% ../nbs/10_metrics.ipynb #95bdebfb
-def forget_quality(rows: Sequence[Row], retain_rows: Sequence[Row]) -> tuple[float, float]:
-    "p-value and distance of the KS test between two models' truth ratios on the same rows."
+def forget_quality(rows: Sequence[Row], retain_rows: Sequence[Row]) -> tuple[float | None, float | None]:
+    "p-value and distance of the KS test between two models' truth ratios on the same rows; `None`s if one has none."
     if len(rows) != len(retain_rows):
         raise OpenUnlearnError(f"The retain log has {len(retain_rows)} truth ratios and this evaluation {len(rows)}: they must "
                                "be of the same forget split.")
     a, b = ([r["score"] for r in side if r["score"] is not None] for side in (rows, retain_rows))
+    if not a or not b:
+        return None, None
     test = stats.ks_2samp(a, b)
     return float(test.pvalue), float(test.statistic)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLES', 'FLOOR', 'style_of', 'tidy', 'as_number', 'quality_against_utility', 'truth_ratio_ecdf', 'metric_bars']
 
-# %% ../nbs/15_plots.ipynb #526a5d68
+# %% ../nbs/15_plots.ipynb #34b13bf0
 import math
 
 import matplotlib.pyplot as plt
@@ -33,7 +33,7 @@ def tidy(ax: Axes, **labels: str) -> Axes:
     ax.set(**labels)
     return ax
 
-# %% ../nbs/15_plots.ipynb #79d67d75
+# %% ../nbs/15_plots.ipynb #d35c7c19
 FLOOR = -30.0  # log10 of forget quality; lower values are drawn here
 
 def as_number(value: float | str | None) -> float:
@@ -50,11 +50,12 @@ def quality_against_utility(rows: dict[str, dict], ax: Axes | None = None, title
         ax.scatter(utility, height, color=colour, marker=marker, s=130 if row == "Retain" else 55, label=row, zorder=3,
                    clip_on=False)
     ax.axhline(math.log10(0.05), color="0.5", linewidth=0.8, linestyle="--")
+    ax.text(0, math.log10(0.05) - 0.3, "p = 0.05", fontsize=7, color="0.4", va="top")
     ax.set_ylim(FLOOR - 1, 1.5)
     ax.set_xlim(left=-0.02)
-    return tidy(ax, xlabel="model utility", ylabel="log10 forget quality", title=title)
+    return tidy(ax, xlabel="model utility", ylabel=f"log10 forget quality\n({FLOOR:g} and below at {FLOOR:g})", title=title)
 
-# %% ../nbs/15_plots.ipynb #20ab10eb
+# %% ../nbs/15_plots.ipynb #02b1211a
 def truth_ratio_ecdf(evaluations: dict[str, dict], ax: Axes | None = None, title: str = "", cut: float = 3.0) -> Axes:
     "Cumulative distributions of `{row: EVAL}`, one of them `Retain`; with two rows, their KS distance as a bar."
     ax = ax or plt.figure(figsize=(4.6, 3.4)).gca()
@@ -71,7 +72,7 @@ def truth_ratio_ecdf(evaluations: dict[str, dict], ax: Axes | None = None, title
         ax.text(0.97, 0.05, f"D = {test.statistic:.2f}\np = {test.pvalue:.1e}", transform=ax.transAxes, ha="right")
     return tidy(ax, xlabel=f"truth ratio ({cut:g} and above drawn at {cut:g})", ylabel="share of rows", title=title)
 
-# %% ../nbs/15_plots.ipynb #cdf32b97
+# %% ../nbs/15_plots.ipynb #9e4c2d5d
 def metric_bars(rows: dict[str, dict], metrics: list[str], title: str = "") -> plt.Figure:
     "One panel a metric, one bar a row of `{row: {metric: value}}`; the retain model's value as a line across."
     fig, axes = plt.subplots(1, len(metrics), figsize=(2.6 * len(metrics), 2.8), sharey=True)

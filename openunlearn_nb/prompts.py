@@ -61,7 +61,7 @@ def conversation_ids(tokenizer: PreTrainedTokenizerBase, question: str, answer: 
 # %% ../nbs/01_prompts.ipynb #c647ee57
 def encode(tokenizer: PreTrainedTokenizerBase, question: str, answer: str, fmt: PromptFormat, max_length: int = 512,
            shots: Shots = ()) -> dict[str, list[int]]:
-    "`input_ids` and `labels` (-100 over the prompt) of one question and answer, at most `max_length` long."
+    "`input_ids` and `labels` (-100 over the prompt) of one question and answer, at most `max_length` ids and the eos."
     prompt = conversation_ids(tokenizer, question, None, fmt, shots)
     ids = conversation_ids(tokenizer, question, answer, fmt, shots)[:max_length]
     if ids[-1] != tokenizer.eos_token_id:

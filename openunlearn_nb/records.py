@@ -13,6 +13,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def write_json(path: str | Path, value: Any) -> Path:
 def read_json(path: str | Path, what: str = "file") -> dict[str, Any]:
     "The JSON object in a file."
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = finite(json.loads(Path(path).read_text(encoding="utf-8")))  # others' logs may hold NaN
     except OSError as e:
         raise OpenUnlearnError(f"Cannot read the {what} {path}: {e.strerror}.") from e
     except ValueError as e:
@@ -59,23 +60,29 @@ def read_json(path: str | Path, what: str = "file") -> dict[str, Any]:
     return value
 
 # %% ../nbs/13_records.ipynb #ddb9633b
-def read_retain_log(path: str | Path, evaluation: dict | None = None) -> dict[str, Any]:
-    "A retain model's EVAL (a file, or a folder with one); with `evaluation`, checked to be of the same rows."
+def read_retain_log(path: str | Path, truths: Sequence[str] | None = None) -> dict[str, Any]:
+    "A retain model's EVAL (a file, or a folder with one); with the forget rows' true answers, checked to be of these rows."
     path = Path(path).expanduser()
-    log = read_json(path / "TOFU_EVAL.json" if path.is_dir() else path, "retain log")
-    if "forget_truth_ratio" not in log:
-        raise OpenUnlearnError(f"The retain log {path} has no forget_truth_ratio; give a TOFU_EVAL.json, not a summary.")
-    for name in ("forget_truth_ratio", "forget_Q_A_ROUGE") if evaluation else ():
-        mine, theirs = (e.get(name, {}).get("value_by_index", {}) for e in (evaluation, log))
-        if mine and theirs and len(mine) != len(theirs):
-            raise OpenUnlearnError(f"The retain log {path} has {len(theirs)} forget rows and this evaluation {len(mine)}: "
-                                   "it is of another forget split.")
-        truth = lambda rows: [r.get("ground_truth") for _, r in sorted(rows.items(), key=lambda kv: int(kv[0]))]
-        if mine and theirs and truth(mine) != truth(theirs):
-            raise OpenUnlearnError(f"The retain log {path} was made on other questions than this evaluation.")
+    path = path / "TOFU_EVAL.json" if path.is_dir() else path
+    log, record = read_json(path, "retain log"), path.parent / "run.json"
+    row = read_json(record, "run record").get("row") if record.exists() else None
+    if row not in (None, "Retain", "Evaluated"):
+        raise OpenUnlearnError(f"{path} is the evaluation of {row}, not of a retain model.")
+    entry = log.get("forget_truth_ratio")
+    if not isinstance(entry, dict) or "value_by_index" not in entry:
+        raise OpenUnlearnError(f"The retain log {path} has no forget_truth_ratio for each row; give a TOFU_EVAL.json, not a summary.")
+    if truths is None:
+        return log
+    if len(entry["value_by_index"]) != len(truths):
+        raise OpenUnlearnError(f"The retain log {path} has {len(entry['value_by_index'])} forget rows and the data {len(truths)}: "
+                               "it is of another forget split.")
+    logged = log.get("forget_Q_A_ROUGE", {}).get("value_by_index", {})
+    bare = lambda text: "".join(str(text).split())
+    if any(bare(row.get("ground_truth", "")) != bare(truths[int(i)]) for i, row in logged.items()):
+        raise OpenUnlearnError(f"The retain log {path} was made on other questions than the data's.")
     return log
 
-# %% ../nbs/13_records.ipynb #756a72b0
+# %% ../nbs/13_records.ipynb #4605f92e
 def _version_of(package: str) -> str | None:
     try:
         return version(package)

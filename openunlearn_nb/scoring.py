@@ -56,8 +56,8 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
              max_new_tokens: int = 200, batch_size: int = 64, progress: Callable[[int], None] = lambda n: None) -> list[str]:
     "The greedy continuation of every prompt (token ids), decoded without special tokens, in order."
     eos = model.generation_config.eos_token_id
-    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-                              eos_token_id=tokenizer.eos_token_id if eos is None else eos)
+    config = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
+                              pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id if eos is None else eos)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     out = [""] * len(prompts)
     for group in (order[k:k + batch_size] for k in range(0, len(order), batch_size)):

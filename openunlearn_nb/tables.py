@@ -44,6 +44,7 @@ class Run(NamedTuple):
     split: str
     row: str
     file: Path
+    retain_log: str | None = None  # what the run was measured against, where no Retain row stands beside it
 
 _RETAIN_OF = {pair.retain: split for split, pair in SPLITS.items()}
 _LOG = re.compile(r"tofu_(?P<model>.+?)_(?:(?P<full>full)|(?P<retain>retain\d\d)|(?P<split>forget\d\d)_(?P<method>\w+))")
@@ -52,7 +53,10 @@ def identify(file: Path) -> Run | None:
     "What the evaluation in `file` is of, from the `run.json` beside it or from its folders' names; None if neither says."
     if (file.parent / "run.json").exists():
         record = read_json(file.parent / "run.json", "run record")
-        return Run(record["model"], record["split"], record["row"], file)
+        if missing := [k for k in ("model", "split", "row") if not isinstance(record.get(k), str)]:
+            raise OpenUnlearnError(f"The run record {file.parent / 'run.json'} does not say its {missing[0]}.")
+        check_choice(record["split"], SPLITS, f"split in {file.parent / 'run.json'}")
+        return Run(record["model"], record["split"], record["row"], file, record.get("retain_log"))
     if not (found := next((m for p in file.parents if (m := _LOG.fullmatch(p.name))), None)):
         return None
     model = found["model"].removesuffix("-hf")  # the tables print the model's name without it
@@ -61,8 +65,8 @@ def identify(file: Path) -> Run | None:
     split = found["split"] or file.parent.name.removeprefix("evals_")
     return Run(model, split, found["method"] or "Finetuned", file) if split in SPLITS else None
 
-def find_runs(folder: str | Path) -> list[Run]:
-    "All TOFU evaluations below a folder, or of a Hub data set such as `open-unlearning/eval`."
+def find_runs(folder: str | Path, pattern: str = "**/TOFU_EVAL.json") -> list[Run]:
+    "The TOFU evaluations below a folder, or of a Hub data set such as `open-unlearning/eval`; two of one cell are an error."
     path = Path(folder).expanduser()
     if not path.is_dir() and str(folder).count("/") == 1 and not str(folder).startswith((".", "~", "/")):
         from huggingface_hub import snapshot_download
@@ -72,10 +76,14 @@ def find_runs(folder: str | Path) -> list[Run]:
             raise OpenUnlearnError(f"No folder {str(folder)!r}, nor a reachable Hub data set of that name.") from e
     if not path.is_dir():
         raise OpenUnlearnError(f"No folder {str(folder)!r}: give one that holds runs or published logs.")
-    runs = [run for file in sorted(path.rglob("TOFU_EVAL.json")) if (run := identify(file))]
+    runs: dict[tuple, Run] = {}
+    for run in (run for file in sorted(path.glob(pattern)) if (run := identify(file))):
+        if (twin := runs.setdefault(run[:3], run)) is not run:
+            raise OpenUnlearnError(f"Two evaluations of {run.row} on {run.split} for {run.model}: {twin.file.parent} and "
+                                   f"{run.file.parent}; give a folder that holds one of them.")
     if not runs:
-        raise OpenUnlearnError(f"No finished TOFU evaluation (run.json with TOFU_EVAL.json, or published logs) below {folder!r}.")
-    return runs
+        raise OpenUnlearnError(f"No finished TOFU evaluation (run.json with TOFU_EVAL.json, or published logs) below {str(folder)!r}.")
+    return list(runs.values())
 
 # %% ../nbs/14_tables.ipynb #085235fc
 METRICS_SHOWN = [*COLUMNS, "forget_Q_A_Prob", "forget_Q_A_ROUGE", "extraction_strength", "exact_memorization", "privleak",
@@ -91,7 +99,11 @@ def measured(runs: Iterable[Run]) -> dict[str, Values]:
     retain = {(r.model, r.split): read_retain_log(r.file) for r in runs if r.row == "Retain"}
     table: dict[str, Values] = {}
     for run in runs:
-        entries = recompute(read_json(run.file, "evaluation"), retain.get((run.model, run.split)))
+        yardstick = retain.get((run.model, run.split)) or (read_retain_log(run.retain_log) if run.retain_log else None)
+        try:
+            entries = recompute(read_json(run.file, "evaluation"), yardstick)
+        except (AttributeError, KeyError, TypeError, ValueError) as e:  # somebody's file, of any shape
+            raise OpenUnlearnError(f"The evaluation {run.file} is not in the published shape ({type(e).__name__}: {e}).") from e
         values = {name: entries[name]["agg_value"] for name in METRICS_SHOWN if name in entries}
         if "forget_quality" in entries:
             values["ks_distance"] = entries["forget_quality"]["ks_distance"]
@@ -133,7 +145,7 @@ def to_markdown(values: dict, columns: list[str] = COLUMNS) -> str:
 def to_latex(values: dict, columns: list[str] = COLUMNS) -> str:
     "A LaTeX tabular for booktabs."
     over, head, body = grid(values, columns)
-    escape = lambda text: re.sub(r"([_&%#$])", r"\\\1", text)
+    escape = lambda text: re.sub(r"([_&%#${}])", r"\\\1", re.sub(r"[\\~^]", "-", text))
     spans = " & ".join(f"\\multicolumn{{{len(columns)}}}{{c}}{{{escape(s)}}}" for s in values)
     lines = [f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", "\\toprule", f" & {spans} \\\\",
              " & ".join(map(escape, head)) + " \\\\", "\\midrule",

@@ -43,9 +43,13 @@ def check_columns(rows: list[dict], config: str, source: str) -> list[dict]:
     if not rows:
         raise OpenUnlearnError(f"Config {config!r} of {source} has no rows.")
     for i, row in enumerate(rows):
-        if missing := [c for c in columns(config) if not row.get(c)]:
-            raise OpenUnlearnError(f"Row {i} of config {config!r} of {source} lacks the column {missing[0]!r}; it has "
-                                   f"{', '.join(row)}.")
+        for column in columns(config):
+            value, kind = row.get(column), list if column == "perturbed_answer" else str
+            if column not in row:
+                raise OpenUnlearnError(f"Row {i} of config {config!r} of {source} lacks the column {column!r}; it has {', '.join(row)}.")
+            if not isinstance(value, kind) or not value or not all(isinstance(v, str) for v in value):
+                what = "a list of texts" if kind is list else "a text"
+                raise OpenUnlearnError(f"Row {i} of config {config!r} of {source} has {value!r} as {column!r}; {what} is expected.")
     return rows
 
 # %% ../nbs/03_tofu.ipynb #2c060ed6

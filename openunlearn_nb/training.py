@@ -6,9 +6,11 @@
 __all__ = ['Pairs', 'TrainConfig', 'draws', 'PairDataset', 'collate_parts', 'UnlearnTrainer', 'training_arguments',
            'with_ref_nll', 'draw_refusals', 'build_dataset', 'train']
 
-# %% ../nbs/08_training.ipynb #97e29334
+# %% ../nbs/08_training.ipynb #6904921b
 import copy
+import importlib.util
 import math
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,8 +23,9 @@ from torch.utils.data import Dataset
 from transformers import (PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback,
                           TrainingArguments, set_seed)
 
+from .errors import OpenUnlearnError
 from .losses import control_vector
-from .methods import get_method, method_loss, method_settings
+from .methods import get_method, method_loss, method_settings, needs_reference
 from .prompts import PromptFormat, collate, encode_all
 from .scoring import score
 
@@ -39,11 +42,15 @@ class TrainConfig:
     schedule: str = "linear"
     seed: int = 0
     max_length: int = 512
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = True
 
     def accumulation(self, n_devices: int) -> int:
         "Forwards per optimizer step on each device."
-        return max(1, round(self.effective_batch / (self.batch_size * n_devices)))
+        steps, rest = divmod(self.effective_batch, self.batch_size * n_devices)
+        if rest or not steps:
+            raise OpenUnlearnError(f"An effective batch of {self.effective_batch} cannot be made of {n_devices} x "
+                                   f"{self.batch_size} rows; it must be a multiple of that.")
+        return steps
 
 # %% ../nbs/08_training.ipynb #8379edb2
 Pairs = Sequence[tuple[str, str]]  # (question, answer)
@@ -96,7 +103,8 @@ class UnlearnTrainer(Trainer):
         self.method, self.settings, self.ref_model = method, settings, ref_model
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, _ = method_loss(self.method, model, inputs, self.ref_model, **self.settings)
+        with self.accelerator.autocast():  # the reference's forward in the same precision as the model's
+            loss, _ = method_loss(self.method, model, inputs, self.ref_model, **self.settings)
         return (loss, {}) if return_outputs else loss
 
 class _Follow(TrainerCallback):
@@ -106,30 +114,36 @@ class _Follow(TrainerCallback):
         self.dataset, self.progress = dataset, progress
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.dataset.set_epoch(round(state.epoch or 0))
+        self.dataset.set_epoch(round(state.epoch or 0))  # a float that counts steps
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.progress(state.global_step / state.max_steps)
+        if state.global_step % max(1, state.max_steps // 100) == 0 or state.global_step == state.max_steps:
+            self.progress(state.global_step / state.max_steps)
 
 # %% ../nbs/08_training.ipynb #f363e2c6
-def training_arguments(config: TrainConfig, n_examples: int, output_dir: str, n_devices: int = 1) -> TrainingArguments:
+def training_arguments(config: TrainConfig, n_examples: int, output_dir: str) -> TrainingArguments:
     "transformers' arguments for our recipe. A last, smaller accumulation still makes a step (transformers since 4.57)."
-    cuda = torch.cuda.is_available()
+    cuda, n_devices = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
+    paged = cuda and importlib.util.find_spec("bitsandbytes") is not None
     accumulation = config.accumulation(n_devices)
     steps_per_epoch = math.ceil(math.ceil(n_examples / (config.batch_size * n_devices)) / accumulation)
-    return TrainingArguments(
+    warmup = min(math.ceil(config.warmup_epochs * steps_per_epoch), steps_per_epoch * config.epochs - 1)  # one step must count
+    args = TrainingArguments(
         output_dir=output_dir, learning_rate=config.learning_rate, num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size, gradient_accumulation_steps=accumulation,
-        warmup_steps=math.ceil(config.warmup_epochs * steps_per_epoch), lr_scheduler_type=config.schedule,
-        weight_decay=config.weight_decay, seed=config.seed, optim="paged_adamw_32bit" if cuda else "adamw_torch",
+        warmup_steps=warmup, lr_scheduler_type=config.schedule,
+        weight_decay=config.weight_decay, seed=config.seed, optim="paged_adamw_32bit" if paged else "adamw_torch",
         bf16=cuda, use_cpu=not cuda, save_strategy="no",
         report_to=[], logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, remove_unused_columns=False,
-        dataloader_pin_memory=cuda, **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}))
+        dataloader_pin_memory=cuda, activation_checkpointing=config.gradient_checkpointing)
+    args._n_gpu = min(1, args.n_gpu)  # else a lone process wraps the model in DataParallel on a machine with several
+    return args
 
 # %% ../nbs/08_training.ipynb #8dbb596a
 def with_ref_nll(model: PreTrainedModel, examples: list[dict], pad_id: int) -> list[dict]:
     "The examples, each with the summed NLL of its labels under `model`."
-    scores = score(model, examples, pad_id)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):  # as in training
+        scores = score(model, examples, pad_id)
     return [{**e, "ref_nll": float(-s.logps.sum())} for e, s in zip(examples, scores)]
 
 def draw_refusals(questions: Sequence[str], refusals: Sequence[str], config: TrainConfig) -> list[list[tuple[str, str]]]:
@@ -161,7 +175,7 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: st
     data = build_dataset(model, tokenizer, method, forget, retain if settings["alpha"] else [], refusals, fmt, config)
     if "control_vec" in settings and settings["control_vec"] is None:
         settings["control_vec"] = control_vector(model.config.hidden_size, config.seed)
-    ref = copy.deepcopy(model).requires_grad_(False).eval() if "ref_model" in get_method(method).needs else None
+    ref = copy.deepcopy(model).requires_grad_(False).eval() if needs_reference(method, settings) else None
     set_seed(config.seed)
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(pin_memory|lr_scheduler).*")
@@ -170,5 +184,10 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: st
                                  data_collator=partial(collate_parts, pad_id=tokenizer.pad_token_id))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # take off the autocast around forward,
+    model.__dict__.pop("forward", None)  # which would stay for the evaluation and keep the model from being freed
     model.eval()
-    return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    if not np.isfinite(losses).all():
+        warnings.warn(f"{method} diverged: its loss is not finite from step {int(np.argmin(np.isfinite(losses)))} on.")
+    return losses

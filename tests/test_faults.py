@@ -3,12 +3,13 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from openunlearn_nb import records, tofu
+from openunlearn_nb import models, records, tofu
 from openunlearn_nb.cli import main
 from openunlearn_nb.errors import OpenUnlearnError
 from openunlearn_nb.miniature import make_tofu
@@ -28,11 +29,23 @@ CASES = {  # command: what the sentence must name
     "train --method NPO --set betta=1 --output out": ["'betta'", "beta"],
     "train --method NPO --set beta --output out": ["beta", "NAME=VALUE"],
     "train --method NPO --set beta=0 --output out": ["beta", "above 0"],
+    "tofu --seed 99999999999": ["seed", "2^32"],
+    "tofu --model Phi-1.5": ["Phi-1.5", "Finetune"],
+    "tofu --retain-model x": ["retain_model", "'x'"],
+    "tofu --model a/b --retain-model {x}": ["retain_model", "{retain}"],
+    "train --method NPO --on retain99 --output out": ["--on", "Finetune"],
+    "train --method NPO --set beta=true --output out": ["beta", "True"],
+    "train --method RMU --set module_regex=[ --output out": ["module_regex", "'['"],
+    "train --method NPO --set retain_loss_type=EMBED_DIFF --output out": ["EMBED_DIFF", "NLL"],
+    "eval tofu --model here": ["here", "config.json"],
+    "train --method NPO --set gamma=abc --output out": ["gamma", "'abc'"],
+    "train --method Finetune --output out": ["embedded", "--model"],
+    "train --method NPO --set retain_loss_type=kl --output out": ["kl", "KL"],
     "train --method Finetune --on retain80 --output out": ["retain80", "retain90"],
     "train --method NPO --split forget20 --output out": ["forget20", "forget10"],
     "eval tofu --metrics forget_qality": ["forget_qality", "forget_quality"],
     "eval tofu --retain-log ./no.json": ["no.json", "No such file"],
-    "eval tofu --prompt lama-2 --train-rows 250": ["lama-2", "llama-2"],
+    "eval tofu --prompt lama-2 --train-rows 250 --split forget01": ["lama-2", "llama-2"],
     "table ./nowhere": ["./nowhere"],
 }
 
@@ -62,37 +75,105 @@ def test_data_set_lacking_a_column(tmp_path):
         tofu.load_tofu("forget01_perturbed", str(folder))
 
 
+def test_data_set_with_a_text_for_a_list(tmp_path):
+    configs = make_tofu()
+    configs["retain_perturbed"] = [r | {"perturbed_answer": "abc"} for r in configs["retain_perturbed"]]
+    folder = tofu.write_tofu(tmp_path / "TOFU", configs)
+    with pytest.raises(OpenUnlearnError, match="'abc' as 'perturbed_answer'; a list of texts is expected"):
+        tofu.load_tofu("retain_perturbed", str(folder))
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"whatever")
+    with pytest.raises(OpenUnlearnError, match="no \\*.safetensors"):
+        models.load_model(str(tmp_path))
+
+
+def test_empty_lists_are_refused(capsys):
+    for command in (["tofu", "--splits", ""], ["tofu", "--methods", ","], ["eval", "tofu", "--metrics", ""]):
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert stop.value.code == 2 and "at least one name" in capsys.readouterr().err
+
+
+def test_files_of_any_shape(small_grid, tmp_path, capsys):
+    """A table never ends in a traceback, whatever lies in the folder."""
+    cell = tmp_path / "forget01/NPO"
+    cell.mkdir(parents=True)
+    good = {"model": "m", "split": "forget01", "row": "NPO"}
+    for record, evaluation in [({}, {}), ({**good, "model": None}, {}), ({**good, "split": "forget77"}, {}),
+                               (good, {"forget_Q_A_PARA_Prob": 3}), (good, {"forget_Q_A_Prob": {"value_by_index": {"x": {"prob": 1}}}})]:
+        records.write_json(cell / "run.json", record), records.write_json(cell / "TOFU_EVAL.json", evaluation)
+        assert main(["table", str(tmp_path)]) == 2, (record, evaluation)
+        assert capsys.readouterr().err.startswith("openunlearn: ")
+
+
+def test_another_row_is_no_retain_log(small_grid):
+    folder, _ = small_grid
+    with pytest.raises(OpenUnlearnError, match="evaluation of NPO, not of a retain model"):
+        records.read_retain_log(folder / "forget01/NPO")
+
+
 def test_data_set_lacking_a_config(tmp_path):
     folder = tofu.write_tofu(tmp_path / "TOFU", {"full": make_tofu()["full"]})
     with pytest.raises(OpenUnlearnError, match="Cannot load config 'forget01'"):
         tofu.load_tofu("forget01", str(folder))
 
 
-def test_retain_log_of_another_split_or_broken(small_grid, tmp_path):
+def test_retain_log_of_another_split_or_broken(small_grid, tmp_path, capsys):
+    """Said before the model is loaded, and nothing is written."""
     folder, _ = small_grid
+    evaluate = lambda log, split="forget01": (main(["eval", "tofu", "--train-rows", "250", "--split", split, "--retain-log", str(log),
+                                                    "--output", str(tmp_path / "out")]), capsys.readouterr().err)
     own = folder / "forget01/Retain"
-    evaluation = records.read_json(own / "TOFU_EVAL.json")
-    assert records.read_retain_log(own, evaluation)
-    other = json.loads((own / "TOFU_EVAL.json").read_text())
-    other["forget_truth_ratio"]["value_by_index"].popitem()
-    records.write_json(tmp_path / "fewer.json", other)
-    with pytest.raises(OpenUnlearnError, match="19 forget rows and this evaluation 20"):
-        records.read_retain_log(tmp_path / "fewer.json", evaluation)
+    code, said = evaluate(own, "forget05")
+    assert code == 2 and "20 forget rows and the data 100" in said
     other = json.loads((own / "TOFU_EVAL.json").read_text())
     other["forget_Q_A_ROUGE"]["value_by_index"]["0"]["ground_truth"] = "something else"
-    records.write_json(tmp_path / "other.json", other)
-    with pytest.raises(OpenUnlearnError, match="other questions"):
-        records.read_retain_log(tmp_path / "other.json", evaluation)
+    code, said = evaluate(records.write_json(tmp_path / "other.json", other))
+    assert code == 2 and "other questions" in said
     (tmp_path / "broken.json").write_text('{"forget_truth_ratio": ')
-    with pytest.raises(OpenUnlearnError, match="not valid JSON"):
-        records.read_retain_log(tmp_path / "broken.json")
-    with pytest.raises(OpenUnlearnError, match="no forget_truth_ratio"):
-        records.read_retain_log(own / "TOFU_SUMMARY.json" if False else records.write_json(tmp_path / "s.json", {"model_utility": 1}))
+    code, said = evaluate(tmp_path / "broken.json")
+    assert code == 2 and "not valid JSON" in said
+    code, said = evaluate(own / "TOFU_SUMMARY.json")
+    assert code == 2 and "not a summary" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_published_retain_log_is_of_the_real_rows(eval_logs, real_tofu):
+    """Their logs serve as our retain logs: row 54 of forget10 differs by a space, and is the same row."""
+    for split, retain in (("forget01", "retain99"), ("forget10", "retain90")):
+        truths = [r["answer"] for r in tofu.load_tofu(f"{split}_perturbed", real_tofu)]
+        assert records.read_retain_log(eval_logs / f"tofu_Llama-2-7b-chat-hf_{retain}", truths)
+        with pytest.raises(OpenUnlearnError, match="another forget split"):
+            records.read_retain_log(eval_logs / f"tofu_Llama-2-7b-chat-hf_{retain}", truths[:-1])
+
+
+def test_evaluation_folder_of_another_split(small_grid, tmp_path, capsys):
+    folder, _ = small_grid
+    cell = folder / "forget01/NPO"
+    before = (cell / "TOFU_EVAL.json").read_text()
+    assert main(["eval", "tofu", "--train-rows", "250", "--split", "forget01", "--output", str(cell)]) == 2
+    assert "holds an evaluation of another" in capsys.readouterr().err and (cell / "TOFU_EVAL.json").read_text() == before
+
+
+def test_two_runs_of_one_cell(small_grid, tmp_path, capsys):
+    folder, _ = small_grid
+    for name in "ab":
+        shutil.copytree(folder, tmp_path / name)
+    assert main(["table", str(tmp_path)]) == 2
+    assert "Two evaluations of Finetuned on forget01 for embedded" in capsys.readouterr().err
+
+
+def test_too_few_rows_to_forget(tmp_path, capsys):
+    assert main(["tofu", "--train-rows", "250", "--splits", "forget10", "--output", str(tmp_path)]) == 2
+    assert "150 of the 200 rows of forget10" in capsys.readouterr().err
 
 
 def test_folder_of_another_configuration(small_grid, capsys):
     folder, _ = small_grid
-    assert main(["tofu", "--output", str(folder), "--train-rows", "250", "--seed", "1", "--epochs", "2"]) == 2
+    assert main(["tofu", "--output", str(folder), "--train-rows", "250", "--splits", "forget01", "--seed", "1", "--epochs", "2"]) == 2
     said = capsys.readouterr().err
     assert "another configuration" in said and "seed 0" in said
 

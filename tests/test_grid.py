@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +12,17 @@ import numpy as np
 import pytest
 
 from openunlearn_nb.cli import main
-from openunlearn_nb.grid import GridConfig, plan, run_grid
+from openunlearn_nb.errors import OpenUnlearnError
+from openunlearn_nb.grid import GridConfig, claim, plan, run_grid
 from openunlearn_nb.metrics import prob_row
+from openunlearn_nb.miniature import make_tofu
 from openunlearn_nb.records import read_json
 from openunlearn_nb.runs import cell_folder, finished
 from openunlearn_nb.scoring import TokenScores
 from openunlearn_nb.suites import UTILITY, recompute
 from openunlearn_nb.tables import find_runs, measured
+from openunlearn_nb.tofu import load_rows, write_tofu
+from openunlearn_nb.training import TrainConfig, training_arguments
 
 
 def values_of(folder):
@@ -87,6 +92,31 @@ def test_more_methods_in_the_same_folder(small_grid):
     assert [t.row for t in plan(more, str(folder)) if t.row] == ["GradAscent"]
 
 
+def test_broken_cells_are_made_again(small_grid, tmp_path):
+    folder, grid = small_grid
+    shutil.copytree(folder, tmp_path / "g")
+    (tmp_path / "g/forget01/NPO/TOFU_EVAL.json").unlink()
+    (tmp_path / "g/forget01/IdkDPO/run.json").write_text('{"mod')
+    assert [t.row for t in plan(grid, str(tmp_path / "g"))] == ["", "NPO", "IdkDPO"]
+
+
+def test_edited_data_is_another_configuration(tmp_path):
+    data = write_tofu(tmp_path / "TOFU", make_tofu())
+    grid = GridConfig(data=str(data), train_rows=250, splits=("forget01",))
+    claim(grid, tmp_path / "runs")
+    write_tofu(data, make_tofu(seed=1))
+    load_rows.cache_clear()  # as a new process would
+    with pytest.raises(OpenUnlearnError, match="another configuration .data_hash"):
+        claim(grid, tmp_path / "runs")
+
+
+def test_one_step_still_learns():
+    """One epoch of one step: the warm-up may not swallow it."""
+    args = training_arguments(TrainConfig(epochs=1), 20, "unused")
+    assert args.warmup_steps == 0
+    assert training_arguments(TrainConfig(), 400, "unused").warmup_steps == 13  # ceil(400 / 32) steps of one epoch
+
+
 def test_train_then_eval_equals_the_cell(small_grid, tmp_path, capsys):
     folder, grid = small_grid
     common = ["--train-rows", str(grid.train_rows), "--split", "forget01"]
@@ -95,6 +125,8 @@ def test_train_then_eval_equals_the_cell(small_grid, tmp_path, capsys):
     capsys.readouterr()
     assert main(["eval", "tofu", "--model", str(tmp_path / "npo"), "--retain-log", str(folder / "forget01/Retain"),
                  "--split", "forget01", "--output", str(tmp_path / "eval")]) == 0
+    kept = measured(find_runs(tmp_path / "eval"))["npo"]["forget01"]["Evaluated"]
+    assert kept["forget_quality"] == read_json(tmp_path / "eval/TOFU_SUMMARY.json")["forget_quality"]
     mine, cells = json.loads(capsys.readouterr().out), read_json(folder / "forget01/NPO/TOFU_SUMMARY.json")
     assert mine.keys() == cells.keys()
     for name in mine:

@@ -76,6 +76,19 @@ def test_cached_reference_equals_live_reference(world):
     assert torch.allclose(method_loss("IdkDPO", model, batch)[0], live)
 
 
+def test_kl_retain_term_by_hand(world):
+    tokenizer, parts, model, reference = world
+    batch = batch_of(parts, tokenizer.pad_token_id)
+    part = method_loss("NPO", model, batch, reference, retain_loss_type="KL")[1]["retain"]
+    kls = []
+    for e in parts["retain"]:
+        ids = torch.tensor([e["input_ids"]])
+        p, q = (m(ids).logits[0].float().log_softmax(-1) for m in (reference, model))
+        kls += [(p[t].exp() * (p[t] - q[t])).sum() for t in range(ids.shape[1] - 1) if e["labels"][t + 1] != -100]
+    assert part.item() == pytest.approx(torch.stack(kls).mean().item(), rel=1e-4)
+    assert method_loss("NPO", model, batch, model, retain_loss_type="KL")[1]["retain"].item() == pytest.approx(0, abs=1e-7)
+
+
 def test_rmu_stops_the_forward_at_its_layer(world):
     tokenizer, parts, model, reference = world
     reached = []
