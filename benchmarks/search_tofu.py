@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import sys
 import time
+from dataclasses import replace
 from itertools import product
 
 LAYER = r"model\.layers\.{}"
@@ -30,13 +31,13 @@ COLUMNS = ["method", "learning_rate", "settings", "forget_quality", "ks_distance
 def run(job: tuple[str, float, dict]) -> dict:
     import torch
 
-    from openunlearn_nb.embedded import embedded_model
+    from openunlearn_nb.embedded import embedded_model, embedded_recipe
     from openunlearn_nb.grid import quiet
     from openunlearn_nb.models import load_model, load_tokenizer
     from openunlearn_nb.prompts import PROMPTS
     from openunlearn_nb.suites import Passes, evaluate
     from openunlearn_nb.tofu import load_refusals, load_tofu
-    from openunlearn_nb.training import TrainConfig, train
+    from openunlearn_nb.training import train
 
     torch.set_num_threads(1)
     quiet()
@@ -49,7 +50,7 @@ def run(job: tuple[str, float, dict]) -> dict:
     if method != "Finetuned":
         pairs = lambda config: [(r["question"], r["answer"]) for r in load_tofu(config)]
         train(model, tokenizer, method, pairs("forget10"), pairs("retain90"), load_refusals(), fmt,
-              TrainConfig(learning_rate=learning_rate, batch_size=32), settings)
+              replace(embedded_recipe(method)[0], learning_rate=learning_rate), settings)
     e = evaluate(Passes(model, tokenizer, fmt), "forget10", retain)
     values = {name: e[name]["agg_value"] for name in COLUMNS if name in e}
     return {"method": method, "learning_rate": learning_rate, "settings": json.dumps(settings), **values,

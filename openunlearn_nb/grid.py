@@ -205,7 +205,9 @@ class Display:
         if error:
             reason = str(error) if isinstance(error, OpenUnlearnError) else f"{type(error).__name__}: {error}"
             self.bar.write(f"{task}: failed. {reason}", file=sys.stderr)
-        elif task.row and self.show:
+        elif not task.row and self.show:
+            self.bar.write(f"{task}: done", file=sys.stderr)
+        elif self.show:
             keys = ("forget_quality", "model_utility", "forget_truth_ratio", "forget_Q_A_ROUGE")
             line = "  ".join(f"{k} {values[k]:.3g}" for k in keys if k in values)
             self.bar.write(f"{task.split} {task.row:<10} {line}", file=sys.stderr)
