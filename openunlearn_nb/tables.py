@@ -135,10 +135,12 @@ def to_text(values: dict, columns: list[str] = COLUMNS) -> str:
     return "\n".join(text.rstrip() for text in lines)
 
 def to_markdown(values: dict, columns: list[str] = COLUMNS) -> str:
-    "A Markdown table, split and metric in one header line."
+    "A Markdown table, split and metric in one header line (a lone split beside the first column)."
     over, head, body = grid(values, columns)
     cell = lambda text: text.replace("|", "\\|").replace("<", "&lt;")
     names = [f"{s} {h}".strip() for s, h in zip(over, head)]
+    if len(values) == 1:
+        names = [f"{head[0]} ({over[1]})", *head[1:]]
     lines = [names, ["---", *["---:"] * (len(head) - 1)], *body]
     return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
