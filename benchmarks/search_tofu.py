@@ -32,8 +32,7 @@ def run(job: tuple[str, float, dict]) -> dict:
     import torch
 
     from openunlearn_nb.embedded import embedded_model, embedded_recipe
-    from openunlearn_nb.grid import quiet
-    from openunlearn_nb.models import load_model, load_tokenizer
+    from openunlearn_nb.models import load_model, load_tokenizer, quiet
     from openunlearn_nb.prompts import PROMPTS
     from openunlearn_nb.suites import Passes, evaluate
     from openunlearn_nb.tofu import load_refusals, load_tofu

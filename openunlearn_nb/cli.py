@@ -118,6 +118,7 @@ def print_tables(tables: dict, style: str = "text") -> None:
             orientation = "" if printed == model else ": another model and benchmark, for orientation only"
             print(f"TOFU, {printed}, as published by OpenUnlearning{orientation}\n\n{form(shown)}\n")
 
+# %% ../nbs/18_cli.ipynb #6944a97c
 def table_command(args: argparse.Namespace) -> int:
     from openunlearn_nb.tables import find_runs, measured
     print_tables(measured(find_runs(args.folder)), args.style)
@@ -132,7 +133,7 @@ def tofu_command(args: argparse.Namespace) -> int:
     print_tables(measured(find_runs(args.output, "*/*/TOFU_EVAL.json")), "json" if args.json else "text")
     return 1 if failed else 0
 
-# %% ../nbs/18_cli.ipynb #000fe052
+# %% ../nbs/18_cli.ipynb #87dffdcc
 def parse_settings(pairs: list[str]) -> dict:
     "`['beta=0.05']` as a dictionary; values are read as JSON where they are, as text otherwise."
     settings = {}
@@ -146,10 +147,11 @@ def parse_settings(pairs: list[str]) -> dict:
             settings[name] = value
     return settings
 
+# %% ../nbs/18_cli.ipynb #1426f7bf
 def train_command(args: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
-    from openunlearn_nb.grid import quiet
+    from openunlearn_nb.models import quiet
     from openunlearn_nb.runs import RunConfig, train_model
     if args.on and args.method != "Finetune":
         raise OpenUnlearnError(f"--on is for Finetune; {args.method} forgets --split.")
@@ -162,7 +164,7 @@ def train_command(args: argparse.Namespace) -> int:
     return 0
 
 def eval_command(args: argparse.Namespace) -> int:
-    from openunlearn_nb.grid import quiet
+    from openunlearn_nb.models import quiet
     from openunlearn_nb.runs import RunConfig, evaluate_model
     from openunlearn_nb.suites import DEFAULT_METRICS
     quiet()
@@ -170,7 +172,7 @@ def eval_command(args: argparse.Namespace) -> int:
     print(json.dumps(values, indent=4, allow_nan=False))
     return 0
 
-# %% ../nbs/18_cli.ipynb #8e4a5128
+# %% ../nbs/18_cli.ipynb #e8ed3ccf
 def _hush_imports() -> None:
     "Keep bitsandbytes and DeepSpeed from announcing that there is no GPU."
     import torch

@@ -77,7 +77,7 @@ EMBEDDED_RECIPES: dict[str, tuple[float, dict]] = {  # method: (learning rate, s
     "RMU": (1e-3, {"module_regex": r"model\.layers\.2"}),  # layer 7 of 16 is about the middle; so is 2 of 4
 }
 
-def embedded_recipe(method: str, epochs: int = 10, seed: int = 0) -> tuple[TrainConfig, dict]:
+def embedded_recipe(method: str) -> tuple[TrainConfig, dict]:
     "The unlearning recipe of the embedded model: as published, but for learning rate and the settings above."
     learning_rate, settings = EMBEDDED_RECIPES.get(method, (1e-3, {}))
-    return TrainConfig(learning_rate=learning_rate, epochs=epochs, batch_size=32, seed=seed, gradient_checkpointing=False), settings
+    return TrainConfig(learning_rate=learning_rate, batch_size=32, gradient_checkpointing=False), settings

@@ -47,6 +47,7 @@ def write_json(path: str | Path, value: Any) -> Path:
         raise OpenUnlearnError(f"Cannot write {path}: {e.strerror}. Nothing half-written was left behind.") from e
     return path
 
+# %% ../nbs/13_records.ipynb #5a35654d
 def read_json(path: str | Path, what: str = "file") -> dict[str, Any]:
     "The JSON object in a file."
     try:
@@ -59,7 +60,7 @@ def read_json(path: str | Path, what: str = "file") -> dict[str, Any]:
         raise OpenUnlearnError(f"The {what} {path} holds a {type(value).__name__}; a JSON object is expected.")
     return value
 
-# %% ../nbs/13_records.ipynb #ddb9633b
+# %% ../nbs/13_records.ipynb #f63ebb35
 def read_retain_log(path: str | Path, truths: Sequence[str] | None = None) -> dict[str, Any]:
     "A retain model's EVAL (a file, or a folder with one); with the forget rows' true answers, checked to be of these rows."
     path = Path(path).expanduser()
@@ -82,7 +83,7 @@ def read_retain_log(path: str | Path, truths: Sequence[str] | None = None) -> di
         raise OpenUnlearnError(f"The retain log {path} was made on other questions than the data's.")
     return log
 
-# %% ../nbs/13_records.ipynb #4605f92e
+# %% ../nbs/13_records.ipynb #d4272eb4
 def _version_of(package: str) -> str | None:
     try:
         return version(package)

@@ -55,6 +55,7 @@ class RunConfig:
         "The model's name in tables."
         return self.model if self.model in PRESETS else Path(self.model).name
 
+# %% ../nbs/16_runs.ipynb #134f279e
 def check_config(config: RunConfig) -> None:
     "Raise for values that cannot work, before anything is loaded."
     for name, low in (("epochs", 1), ("train_rows", 1), ("batch_size", 1), ("seed", 0)):
@@ -74,7 +75,7 @@ def check_config(config: RunConfig) -> None:
     if "/" not in config.model:  # a Hub id has an owner
         check_choice(config.model, ["embedded", *PRESETS], "model preset")
 
-# %% ../nbs/16_runs.ipynb #d7edabf3
+# %% ../nbs/16_runs.ipynb #73ebcf99
 def model_path(config: RunConfig, taught: str, progress: Progress = lambda share: None) -> str | None:
     "Where the model taught `taught` (`full` or a retain config) is; None where the user gave no retain model."
     if config.model == "embedded":
@@ -108,7 +109,7 @@ def recipe_of(config: RunConfig, method: str) -> tuple[TrainConfig, dict]:
     given = {k: v for k in ("epochs", "learning_rate") if (v := getattr(config, k)) is not None}
     return replace(recipe, seed=config.seed, **given), settings
 
-# %% ../nbs/16_runs.ipynb #28b6cca2
+# %% ../nbs/16_runs.ipynb #de5948d0
 def qa_pairs(config: RunConfig, name: str) -> list[tuple[str, str]]:
     "(question, answer) of a config's rows, those of the retain configs that were not taught left out."
     pairs = [(r["question"], r["answer"]) for r in load_tofu(name, config.data)]
@@ -124,6 +125,7 @@ def check_taught(config: RunConfig, split: str) -> None:
         raise OpenUnlearnError(f"With train_rows {config.train_rows}, {missing} of the {len(forget)} rows of {split} would never be "
                                f"taught; give {config.train_rows + missing} or more.")
 
+# %% ../nbs/16_runs.ipynb #70ae6e80
 def unlearn(config: RunConfig, method: str, split: str, model, tokenizer, fmt, settings: dict | None = None,
             on: str = "full", progress: Progress = lambda share: None) -> dict[str, Any]:
     "Unlearn `split` in place (`Finetune`: train on the config `on`); returns what a record says about the training."
@@ -138,6 +140,7 @@ def unlearn(config: RunConfig, method: str, split: str, model, tokenizer, fmt, s
     return {"training": asdict(recipe), "settings": settings, "losses": losses,
             "published": {"training": asdict(TrainConfig()), "settings": get_method(method).defaults}}
 
+# %% ../nbs/16_runs.ipynb #73fce529
 def start_of(config: RunConfig, method: str, split: str) -> str:
     "The model that training starts from: the finetuned one, or for `Finetune` the base."
     if method == "Finetune" and config.model == "embedded":
@@ -164,7 +167,7 @@ def train_model(config: RunConfig, method: str, split: str, on: str, settings: d
     write_json(output / "train.json", record)
     return record
 
-# %% ../nbs/16_runs.ipynb #9ee2b097
+# %% ../nbs/16_runs.ipynb #fe8f50a4
 def truths(config: RunConfig, split: str) -> list[str]:
     "The true answers of a split's forget rows."
     return [r["answer"] for r in load_tofu(f"{split}_perturbed", config.data)]
@@ -199,7 +202,7 @@ def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log
                                                      prompt=asdict(fmt), **what))
     return values
 
-# %% ../nbs/16_runs.ipynb #82b977fd
+# %% ../nbs/16_runs.ipynb #70f169b8
 def cell_folder(output: str | Path, split: str, row: str) -> Path:
     "The folder of a cell."
     return Path(output) / split / row

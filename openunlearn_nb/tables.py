@@ -65,6 +65,7 @@ def identify(file: Path) -> Run | None:
     split = found["split"] or file.parent.name.removeprefix("evals_")
     return Run(model, split, found["method"] or "Finetuned", file) if split in SPLITS else None
 
+# %% ../nbs/14_tables.ipynb #3d4ca3ba
 def find_runs(folder: str | Path, pattern: str = "**/TOFU_EVAL.json") -> list[Run]:
     "The TOFU evaluations below a folder, or of a Hub data set such as `open-unlearning/eval`; two of one cell are an error."
     path = Path(folder).expanduser()
@@ -85,7 +86,7 @@ def find_runs(folder: str | Path, pattern: str = "**/TOFU_EVAL.json") -> list[Ru
         raise OpenUnlearnError(f"No finished TOFU evaluation (run.json with TOFU_EVAL.json, or published logs) below {str(folder)!r}.")
     return list(runs.values())
 
-# %% ../nbs/14_tables.ipynb #085235fc
+# %% ../nbs/14_tables.ipynb #ab80019e
 METRICS_SHOWN = [*COLUMNS, "forget_Q_A_Prob", "forget_Q_A_ROUGE", "extraction_strength", "exact_memorization", "privleak",
                  "retain_Q_A_Prob", "retain_Q_A_ROUGE"]
 
@@ -110,7 +111,7 @@ def measured(runs: Iterable[Run]) -> dict[str, Values]:
         table.setdefault(run.model, {}).setdefault(run.split, {})[run.row] = values
     return table
 
-# %% ../nbs/14_tables.ipynb #5e4060fd
+# %% ../nbs/14_tables.ipynb #db36286b
 def digits(value: float | str | None) -> str:
     "A number as the published tables print it; a published one (already text) unchanged."
     if value is None or isinstance(value, str):
@@ -134,6 +135,7 @@ def to_text(values: dict, columns: list[str] = COLUMNS) -> str:
     lines = ["  ".join(blocks), line(first), line(last), "-" * len(line(last)), *map(line, body)]
     return "\n".join(text.rstrip() for text in lines)
 
+# %% ../nbs/14_tables.ipynb #850aadde
 def to_markdown(values: dict, columns: list[str] = COLUMNS) -> str:
     "A Markdown table, split and metric in one header line (a lone split beside the first column)."
     over, head, body = grid(values, columns)
@@ -164,7 +166,7 @@ def to_csv(tables: dict[str, Values], columns: list[str] = METRICS_SHOWN) -> str
             writer.writerows([model, row, split, *(rows[row].get(c) for c in columns)] for row in rows)
     return out.getvalue()
 
-# %% ../nbs/14_tables.ipynb #c5cf7651
+# %% ../nbs/14_tables.ipynb #aa947017
 def difference(values: Values, printed: dict) -> dict[str, dict[str, dict[str, str]]]:
     "Measured minus published per cell; for forget_quality, log10 of their ratio (`+0.30 dex` is twice as large)."
     out: dict[str, dict[str, dict[str, str]]] = {}

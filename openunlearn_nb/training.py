@@ -83,6 +83,7 @@ class PairDataset(Dataset):
             item["alternate"] = self.alternates[self.epoch % len(self.alternates)][i]
         return item
 
+# %% ../nbs/08_training.ipynb #c504ad5f
 def collate_parts(items: list[dict[str, dict]], pad_id: int) -> dict[str, dict[str, torch.Tensor]]:
     "Collate each part on its own; `ref_nll` goes along where it was computed beforehand."
     batch = {}
@@ -93,7 +94,7 @@ def collate_parts(items: list[dict[str, dict]], pad_id: int) -> dict[str, dict[s
             batch[part]["ref_nll"] = torch.tensor([e["ref_nll"] for e in examples])
     return batch
 
-# %% ../nbs/08_training.ipynb #9b59be14
+# %% ../nbs/08_training.ipynb #89ab3553
 class UnlearnTrainer(Trainer):
     "Runs any declared method; `settings` are the method's."
     loss_is_scaled_for_ga = False
@@ -120,7 +121,7 @@ class _Follow(TrainerCallback):
         if state.global_step % max(1, state.max_steps // 100) == 0 or state.global_step == state.max_steps:
             self.progress(state.global_step / state.max_steps)
 
-# %% ../nbs/08_training.ipynb #f363e2c6
+# %% ../nbs/08_training.ipynb #0566bbcf
 def training_arguments(config: TrainConfig, n_examples: int, output_dir: str) -> TrainingArguments:
     "transformers' arguments for our recipe. A last, smaller accumulation still makes a step (transformers since 4.57)."
     cuda, n_devices = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
@@ -139,7 +140,7 @@ def training_arguments(config: TrainConfig, n_examples: int, output_dir: str) ->
     args._n_gpu = min(1, args.n_gpu)  # else a lone process wraps the model in DataParallel on a machine with several
     return args
 
-# %% ../nbs/08_training.ipynb #8dbb596a
+# %% ../nbs/08_training.ipynb #95e3cae7
 def with_ref_nll(model: PreTrainedModel, examples: list[dict], pad_id: int) -> list[dict]:
     "The examples, each with the summed NLL of its labels under `model`."
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):  # as in training
@@ -151,7 +152,7 @@ def draw_refusals(questions: Sequence[str], refusals: Sequence[str], config: Tra
     picks = [draws(len(questions), len(refusals), epoch, config.seed, 1) for epoch in range(config.epochs)]
     return [[(q, refusals[k]) for q, k in zip(questions, pick)] for pick in picks]
 
-# %% ../nbs/08_training.ipynb #2f08667d
+# %% ../nbs/08_training.ipynb #41b93252
 def build_dataset(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: str, forget: Pairs, retain: Pairs,
                   refusals: Sequence[str], fmt: PromptFormat, config: TrainConfig) -> PairDataset:
     "Encode everything a method needs, reference log-likelihoods included."
@@ -167,6 +168,7 @@ def build_dataset(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, me
     kept = encode_all(tokenizer, retain, fmt, config.max_length)
     return PairDataset(encode(forget) if forget else [], kept, alternates, config.seed)
 
+# %% ../nbs/08_training.ipynb #5bdde1d0
 def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: str, forget: Pairs, retain: Pairs,
           refusals: Sequence[str], fmt: PromptFormat, config: TrainConfig = TrainConfig(), settings: dict | None = None,
           progress: Callable[[float], None] = lambda share: None) -> list[float]:
