@@ -32,6 +32,24 @@ def real_tofu() -> str:
 
 
 @pytest.fixture(scope="session")
+def real_muse() -> str:
+    if not (SHARED / "hub/muse-bench/MUSE-News").is_dir():
+        pytest.skip("no local copy of muse-bench/MUSE-News beside this checkout")
+    return str(SHARED / "hub/muse-bench/MUSE-News")
+
+
+@pytest.fixture(scope="session")
+def muse_grid(tmp_path_factory):
+    """A finished MUSE grid of a small model that was taught few texts: its folder, and its configuration."""
+    from openunlearn_nb.grid import GridConfig, run_grid
+
+    grid = GridConfig(benchmark="MUSE", train_rows=16, splits=("News",), methods=("GradAscent", "NPO"), epochs=3)
+    folder = tmp_path_factory.mktemp("muse")
+    assert run_grid(grid, folder, jobs=2, show=False) == []
+    return folder, grid
+
+
+@pytest.fixture(scope="session")
 def small_grid(tmp_path_factory):
     """A finished grid of a small model: its folder, and its configuration."""
     from openunlearn_nb.grid import GridConfig, run_grid

@@ -12,7 +12,8 @@ import pytest
 from openunlearn_nb import models, records, tofu
 from openunlearn_nb.cli import main
 from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.miniature import make_tofu
+from openunlearn_nb.miniature_tofu import make_tofu
+from openunlearn_nb.suites import SUITES
 
 CASES = {  # command: what the sentence must name
     "tofu --methods NPOO": ["'NPOO'", "NPO", "SimNPO"],
@@ -47,6 +48,23 @@ CASES = {  # command: what the sentence must name
     "eval tofu --retain-log ./no.json": ["no.json", "No such file"],
     "eval tofu --prompt lama-2 --train-rows 250 --split forget01": ["lama-2", "llama-2"],
     "table ./nowhere": ["./nowhere"],
+    "muse --corpora news": ["'news'", "News"],
+    "muse --methods IdkDPO": ["IdkDPO", "refusal", "NPO"],
+    "muse --methods NPOO": ["'NPOO'", "NPO"],
+    "muse --data ./nowhere/MUSE-{corpus}": ["./nowhere/MUSE-News"],
+    "muse --data here/MUSE-Books --corpora News": ["MUSE-Books", "Books", "News"],
+    "muse --model x/y --retain-model {retains}": ["retain_model", "{retains}"],
+    "tofu --data x/{corpus}": ["data", "{corpus}"],
+    "muse --max-length 0": ["max_length", "1 or more"],
+    "muse --shots -1": ["shots", "0 or more"],
+    "muse --model Llama-3.2-1B-Instruct": ["Llama-3.2-1B-Instruct", "MUSE", "Finetune"],
+    "tofu --model Llama-2-7b": ["Llama-2-7b", "TOFU", "Finetune"],
+    "eval muse --shots 11": ["10 few-shot examples", "--shots 10"],
+    "eval muse --metrics forget_quality": ["forget_quality", "MUSE"],
+    "eval muse --retain-log ./no.json": ["no.json", "No such file"],
+    "eval muse --corpus Movies": ["Movies", "News"],
+    "train --benchmark muse --method IdkDPO --output out": ["IdkDPO", "refusal"],
+    "train --benchmark muse --method Finetune --model x/y --on full --output out": ["'full'", "News_target"],
 }
 
 
@@ -112,7 +130,7 @@ def test_files_of_any_shape(small_grid, tmp_path, capsys):
 def test_another_row_is_no_retain_log(small_grid):
     folder, _ = small_grid
     with pytest.raises(OpenUnlearnError, match="evaluation of NPO, not of a retain model"):
-        records.read_retain_log(folder / "forget01/NPO")
+        records.read_retain_log(folder / "forget01/NPO", SUITES["TOFU"])
 
 
 def test_data_set_lacking_a_config(tmp_path):
@@ -132,7 +150,7 @@ def test_retain_log_of_another_split_or_broken(small_grid, tmp_path, capsys):
     other = json.loads((own / "TOFU_EVAL.json").read_text())
     other["forget_Q_A_ROUGE"]["value_by_index"]["0"]["ground_truth"] = "something else"
     code, said = evaluate(records.write_json(tmp_path / "other.json", other))
-    assert code == 2 and "other questions" in said
+    assert code == 2 and "other texts" in said
     (tmp_path / "broken.json").write_text('{"forget_truth_ratio": ')
     code, said = evaluate(tmp_path / "broken.json")
     assert code == 2 and "not valid JSON" in said
@@ -145,9 +163,9 @@ def test_published_retain_log_is_of_the_real_rows(eval_logs, real_tofu):
     """Their logs serve as our retain logs: row 54 of forget10 differs by a space, and is the same row."""
     for split, retain in (("forget01", "retain99"), ("forget10", "retain90")):
         truths = [r["answer"] for r in tofu.load_tofu(f"{split}_perturbed", real_tofu)]
-        assert records.read_retain_log(eval_logs / f"tofu_Llama-2-7b-chat-hf_{retain}", truths)
+        assert records.read_retain_log(eval_logs / f"tofu_Llama-2-7b-chat-hf_{retain}", SUITES["TOFU"], truths)
         with pytest.raises(OpenUnlearnError, match="another forget split"):
-            records.read_retain_log(eval_logs / f"tofu_Llama-2-7b-chat-hf_{retain}", truths[:-1])
+            records.read_retain_log(eval_logs / f"tofu_Llama-2-7b-chat-hf_{retain}", SUITES["TOFU"], truths[:-1])
 
 
 def test_evaluation_folder_of_another_split(small_grid, tmp_path, capsys):

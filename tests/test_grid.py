@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 
 from openunlearn_nb.cli import main
+from openunlearn_nb.data import load_rows
 from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.grid import GridConfig, claim, plan, run_grid
+from openunlearn_nb.grid import GridConfig, check_grid, claim, plan, run_grid
 from openunlearn_nb.metrics import prob_row
-from openunlearn_nb.miniature import make_tofu
+from openunlearn_nb.miniature_tofu import make_tofu
 from openunlearn_nb.records import read_json
 from openunlearn_nb.runs import cell_folder, finished
 from openunlearn_nb.scoring import TokenScores
 from openunlearn_nb.suites import UTILITY, recompute
 from openunlearn_nb.tables import find_runs, measured
-from openunlearn_nb.tofu import load_rows, write_tofu
+from openunlearn_nb.tofu import write_tofu
 from openunlearn_nb.training import TrainConfig, training_arguments
 
 

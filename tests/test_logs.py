@@ -5,21 +5,23 @@ import json
 import pytest
 
 from openunlearn_nb.metrics import rouge_row
+from openunlearn_nb.models import train_tokenizer
+from openunlearn_nb.muse import Muse
+from openunlearn_nb.prompts import PROMPTS, Encoder
 from openunlearn_nb.records import read_json
-from openunlearn_nb.suites import recompute, rows_of
+from openunlearn_nb.suites import SUITES, recompute, rows_of
 from openunlearn_nb.tables import digits, find_runs, measured, published
 
-MODELS = ["Llama-2-7b-chat", "Llama-3.2-1B-Instruct"]
+CELLS = {(m, f"forget{p}") for m in ("Llama-2-7b-chat", "Llama-3.2-1B-Instruct") for p in ("01", "05", "10")} | {("Llama-2-7b", "News")}
 
 
 @pytest.fixture(scope="module")
 def runs(eval_logs):
-    return [run for run in find_runs(eval_logs) if run.model in MODELS]
+    return find_runs(eval_logs)
 
 
 def test_every_log_is_found(runs):
-    assert {(r.model, r.split, r.row) for r in runs} == {
-        (m, f"forget{p}", row) for m in MODELS for p in ("01", "05", "10") for row in ("Finetuned", "Retain")}
+    assert {(r.model, r.split, r.row) for r in runs} == {(*cell, row) for cell in CELLS for row in ("Finetuned", "Retain")}
 
 
 def test_recomputed_aggregates_equal_the_logs(runs):
@@ -28,7 +30,7 @@ def test_recomputed_aggregates_equal_the_logs(runs):
     compared = 0
     for run in runs:
         log = read_json(run.file)
-        for name, entry in recompute(log, retain[run.model, run.split]).items():
+        for name, entry in recompute(log, retain[run.model, run.split], run.suite).items():
             if run.row == "Retain" and name in ("forget_quality", "privleak"):
                 assert entry["agg_value"] == pytest.approx(1.0 if name == "forget_quality" else 0.0, abs=1e-9)
             else:
@@ -36,7 +38,46 @@ def test_recomputed_aggregates_equal_the_logs(runs):
                 if log[name]["agg_value"]:
                     assert entry["agg_value"] == pytest.approx(log[name]["agg_value"], rel=1e-9), (run, name)
                 compared += 1
-    assert compared > 250
+    assert compared > 260
+
+
+def test_muse_news_equals_the_printed_page(runs):
+    """0.64, 0.58, -99.81, 0.56 and 0.33, 0.20, 0, 0.56; and the logs' own aggregates to 1e-9."""
+    table, page = measured(runs, "MUSE")["Llama-2-7b"]["News"], published("Llama-2-7b")["News"]
+    columns = ["forget_knowmem_ROUGE", "forget_verbmem_ROUGE", "privleak", "retain_knowmem_ROUGE"]
+    assert SUITES["MUSE"].columns == columns
+    assert [digits(table["Finetuned"][c]) for c in columns] == ["0.64", "0.58", "-99.81", "0.56"]
+    assert [digits(table["Retain"][c]) for c in columns] == ["0.33", "0.20", "0.00", "0.56"] and table["Retain"]["privleak"] == 0
+    assert all(float(digits(table[row][c])) == float(page[row][c]) for row in table for c in columns)
+    log = read_json(next(r.file for r in runs if r.suite == "MUSE" and r.row == "Finetuned"))
+    for name in (*columns, "extraction_strength", "exact_memorization"):
+        assert table["Finetuned"][name] == pytest.approx(log[name]["agg_value"], abs=1e-9), name
+
+
+def test_muse_rouge_rescored_from_the_logged_generations(runs):
+    compared = 0
+    for run in (r for r in runs if r.suite == "MUSE"):
+        log = read_json(run.file)
+        for name in ("forget_knowmem_ROUGE", "forget_verbmem_ROUGE", "retain_knowmem_ROUGE"):
+            for row in rows_of(log[name]):
+                again = rouge_row(row["input"], row["ground_truth"], row["generation"])
+                for key in ("rouge1_recall", "rougeL_f1", "rougeL_recall"):
+                    assert again[key] == pytest.approx(row[key], abs=1e-9), (run, name)
+                compared += 1
+    assert compared == 600
+
+
+def test_muse_prompts_are_the_published_ones(runs, real_muse):
+    """Our few-shot prompts and beginnings, character for character but for the white space that decoding tidies."""
+    muse, bare = Muse(real_muse), lambda text: "".join(text.split())
+    log = read_json(next(r.file for r in runs if r.suite == "MUSE" and r.row == "Finetuned"))
+    enc = Encoder(train_tokenizer(["any text"], 300, chat=False), PROMPTS["plain"], max_length=100_000)
+    for where, name in {"verbmem/forget": "forget_verbmem_ROUGE", "knowmem/forget_qa": "forget_knowmem_ROUGE",
+                        "knowmem/retain_qa": "retain_knowmem_ROUGE"}.items():
+        logged, prompts = rows_of(log[name]), muse.asked(f"News/{where}", enc)
+        assert len(logged) == len(prompts.ids) == 100
+        for entry, ids, truth in zip(logged, prompts.ids, prompts.truths):
+            assert bare(enc.tokenizer.decode(ids)) == bare(entry["input"]) and bare(truth) == bare(entry["ground_truth"])
 
 
 def test_llama_2_equals_the_printed_page(eval_logs):
@@ -52,7 +93,7 @@ def test_llama_2_equals_the_printed_page(eval_logs):
 
 
 def test_rouge_rescored_from_the_logged_generations(runs):
-    run = next(r for r in runs if r.row == "Retain" and r.split == "forget10")
+    run = next(r for r in runs if r.row == "Retain" and r.split == "forget10" and r.model == "Llama-2-7b-chat")
     for row in rows_of(read_json(run.file)["forget_Q_A_ROUGE"]):
         again = rouge_row(row["input"], row["ground_truth"], row["generation"])
         for key in ("rouge1_recall", "rougeL_f1", "rougeL_recall"):
@@ -64,4 +105,5 @@ def test_table_command_prints_them_as_json(eval_logs, capsys):
 
     assert main(["table", str(eval_logs), "--json"]) == 0
     tables = json.loads(capsys.readouterr().out)
-    assert tables["Llama-2-7b-chat"]["forget10"]["Finetuned"]["forget_quality"] == pytest.approx(4.346199600129006e-25, rel=1e-9)
+    assert tables["MUSE"]["Llama-2-7b"]["News"]["Retain"]["privleak"] == 0
+    assert tables["TOFU"]["Llama-2-7b-chat"]["forget10"]["Finetuned"]["forget_quality"] == pytest.approx(4.346199600129006e-25, rel=1e-9)

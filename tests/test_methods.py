@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from openunlearn_nb.methods import TABLE_METHODS, method_loss, sequence_nll
+from openunlearn_nb.methods import method_loss, sequence_nll
 from openunlearn_nb.models import tiny_llama, train_tokenizer
-from openunlearn_nb.prompts import PROMPTS, collate, encode_all
-from openunlearn_nb.tofu import load_refusals, load_tofu
+from openunlearn_nb.prompts import PROMPTS, Encoder, collate, encode_all
+from openunlearn_nb.tofu import Tofu, load_refusals, load_tofu
 
 SETTINGS = {"RMU": {"module_regex": r"model\.layers\.1"}}
 
@@ -17,7 +17,7 @@ SETTINGS = {"RMU": {"module_regex": r"model\.layers\.1"}}
 def world():
     forget, retain = load_tofu("forget01")[:8], load_tofu("retain99")[:8]
     tokenizer = train_tokenizer([r["question"] + r["answer"] for r in forget + retain], 500)
-    encoded = lambda pairs: encode_all(tokenizer, pairs, PROMPTS["chat"])
+    encoded = lambda pairs: encode_all(Encoder(tokenizer, PROMPTS["chat"]), pairs)
     parts = {
         "forget": encoded([(r["question"], r["answer"]) for r in forget]),
         "retain": encoded([(r["question"], r["answer"]) for r in retain]),
@@ -38,7 +38,7 @@ def loss_and_grad(name, model, batch, reference):
     return loss.item(), model.model.layers[0].mlp.up_proj.weight.grad
 
 
-@pytest.mark.parametrize("name", TABLE_METHODS)
+@pytest.mark.parametrize("name", Tofu.methods)
 def test_padding_side_and_order_change_nothing(name, world):
     tokenizer, parts, model, reference = world
     pad = tokenizer.pad_token_id
@@ -49,7 +49,7 @@ def test_padding_side_and_order_change_nothing(name, world):
         assert torch.allclose(other_grad, grad, rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", TABLE_METHODS)
+@pytest.mark.parametrize("name", Tofu.methods)
 def test_a_step_moves_the_right_way(name, world):
     """Down the gradient, the loss falls; for all but RMU (which works on activations) the forget NLL rises."""
     tokenizer, parts, model, _ = world

@@ -1,0 +1,75 @@
+"""Search an embedded model's unlearning settings, at an equal budget for every method.
+
+    python benchmarks/search.py TOFU nbs/results/search_tofu.csv     # forget10, eight settings a method, about 8 minutes on 2 cores
+    python benchmarks/search.py MUSE nbs/results/search_muse.csv     # News, one learning rate for all methods, about 3 minutes
+
+Each line of the CSV is one run: method, settings, and what came out. The chapter on the embedded model says what is chosen
+from it and asserts that `TOFU_RECIPES` and `MUSE_LEARNING_RATE` are that choice.
+"""
+
+import csv
+import json
+import multiprocessing
+import os
+import sys
+import time
+from itertools import product
+
+LAYER = r"model\.layers\.{}"
+TOFU = {  # method: (learning rates, other settings), eight combinations each
+    "GradAscent": ([3e-5, 5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 5e-4, 1e-3], [{}]),
+    "GradDiff": ([1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3], [{}]),
+    "IdkDPO": ([3e-4, 5e-4, 1e-3, 2e-3], [{"beta": 0.1}, {"beta": 0.02}]),
+    "NPO": ([5e-4, 1e-3, 2e-3, 3e-3], [{"beta": 0.1}, {"beta": 0.02}]),
+    "SimNPO": ([3e-4, 5e-4, 1e-3, 2e-3], [{"gamma": 0.125}, {"gamma": 0.5}]),
+    "RMU": ([1e-3, 2e-3], [{"module_regex": LAYER.format(layer), "steering_coeff": c} for layer, c in product([1, 2], [2.0, 10.0])]),
+}
+RATES = [5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3]
+MUSE = {"GradAscent": (RATES, [{}]), "GradDiff": (RATES, [{}]), "NPO": (RATES, [{}]), "SimNPO": (RATES, [{}]),
+        "RMU": (RATES, [{"module_regex": LAYER.format(2)}])}
+SPACES = {"TOFU": ("forget10", TOFU), "MUSE": ("News", MUSE)}
+MORE = {"TOFU": ["ks_distance", "retain_Q_A_ROUGE"], "MUSE": []}
+
+
+def columns(benchmark: str) -> list[str]:
+    from openunlearn_nb.suites import SUITES
+
+    return ["method", "learning_rate", "settings", *SUITES[benchmark].defaults, *MORE[benchmark], "seconds"]
+
+
+def run(job: tuple[str, str, float, dict]) -> dict:
+    import torch
+
+    from openunlearn_nb.models import quiet
+    from openunlearn_nb.passes import Passes
+    from openunlearn_nb.runs import RunConfig, model_path, open_model, unlearn
+    from openunlearn_nb.suites import evaluate
+
+    torch.set_num_threads(1)
+    quiet()
+    benchmark, method, learning_rate, settings = job
+    started, split = time.time(), SPACES[benchmark][0]
+    config = RunConfig(benchmark=benchmark, learning_rate=learning_rate or None)
+    retain = evaluate(Passes(*open_model(config, model_path(config, split, retain=True), False), config.source), split)
+    model, enc = open_model(config, model_path(config, split), for_training=True)
+    if method != "Finetuned":
+        unlearn(config, method, split, model, enc, settings)
+    e = evaluate(Passes(model, enc, config.source), split, retain)
+    values = {name: e[name]["agg_value"] for name in columns(benchmark) if name in e}
+    values |= {"ks_distance": e["forget_quality"]["ks_distance"]} if "forget_quality" in e else {}
+    return {"method": method, "learning_rate": learning_rate, "settings": json.dumps(settings), **values,
+            "seconds": round(time.time() - started, 1)}
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    benchmark, out = sys.argv[1:3]
+    space = SPACES[benchmark][1]
+    jobs = [(benchmark, "Finetuned", 0.0, {})] + [(benchmark, m, lr, s) for m in space for s in space[m][1] for lr in space[m][0]]
+    with multiprocessing.get_context("spawn").Pool(2) as pool, open(out, "w", newline="", encoding="utf-8") as f:
+        table = csv.DictWriter(f, columns(benchmark), lineterminator="\n")
+        table.writeheader()
+        for row in pool.imap(run, jobs):
+            table.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+            f.flush()
+            print(*row.values(), flush=True)

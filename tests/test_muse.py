@@ -1,0 +1,176 @@
+"""MUSE: the grid and its studies, odd data sets, and memory that does not grow with the corpus."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from openunlearn_nb.cli import main
+from openunlearn_nb.data import load_rows, write_folder
+from openunlearn_nb.grid import GridConfig, plan, run_grid
+from openunlearn_nb.miniature_muse import make_muse
+from openunlearn_nb.models import save_model, tiny_llama, train_tokenizer
+from openunlearn_nb.records import read_json
+from openunlearn_nb.runs import cell_folder, finished
+from openunlearn_nb.suites import SUITES
+from openunlearn_nb.tables import find_runs, measured
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with an untrained model that reads 1,024 tokens."""
+    tokenizer = train_tokenizer([r["text"] for r in make_muse()["raw"]["forget"]], 1000, chat=False)
+    model = tiny_llama(tokenizer, hidden=32, layers=2)
+    model.config.max_position_embeddings = 1024
+    return save_model(model, tokenizer, tmp_path_factory.mktemp("model") / "tiny")
+
+
+def evaluation(model, data, output, *options):
+    """Run `eval muse`; the exit code and the evaluation that was written."""
+    load_rows.cache_clear()
+    code = main(["eval", "muse", "--model", str(model), "--data", str(data), "--output", str(output), *options])
+    return code, read_json(output / "MUSE_EVAL.json") if code == 0 else None
+
+
+def folder_with(tmp_path, **changes):
+    """The miniature News as a folder, some of its configs changed."""
+    configs = make_muse()
+    for config, splits in changes.items():
+        configs[config] = {k: v for k, v in (configs[config] | splits).items() if v is not None}
+    return write_folder(tmp_path / "MUSE-News", configs)
+
+
+def test_shape_of_the_published_files(muse_grid, eval_logs):
+    folder, _ = muse_grid
+    ours = read_json(folder / "News/NPO/MUSE_EVAL.json")
+    theirs = read_json(eval_logs / "muse_Llama-2-7b-hf_News_target/MUSE_EVAL.json")
+    assert set(ours) == set(SUITES["MUSE"].metrics) <= set(theirs)
+    for name in ours:
+        assert set(ours[name]) == set(theirs[name])
+        if "value_by_index" in ours[name]:
+            assert ours[name]["value_by_index"]["0"].keys() == theirs[name]["value_by_index"]["0"].keys()
+    summary = read_json(folder / "News/NPO/MUSE_SUMMARY.json")
+    assert set(summary) == set(SUITES["MUSE"].defaults) and all(summary[k] == ours[k]["agg_value"] for k in summary)
+
+
+def test_the_table_shows_the_benchmark(muse_grid):
+    folder, grid = muse_grid
+    table = measured(find_runs(folder), "MUSE")["embedded"]["News"]
+    assert table["Finetuned"]["forget_verbmem_ROUGE"] > table["Retain"]["forget_verbmem_ROUGE"] + 0.2
+    assert table["Finetuned"]["privleak"] < -60 and table["Retain"]["privleak"] == 0
+    assert table["GradAscent"] != table["Finetuned"] != table["NPO"] and plan(grid, str(folder)) == []
+
+
+def test_requests_follow_one_another(muse_grid, tmp_path):
+    """Each request starts from the model the last one left; a model that is gone is made again."""
+    _, small = muse_grid
+    grid = GridConfig(**{**vars(small), "splits": ("sust_1", "sust_2", "sust_3"), "methods": ("GradDiff",), "epochs": 1})
+    assert run_grid(grid, tmp_path, jobs=1, show=False) == []
+    record = read_json(cell_folder(tmp_path, "sust_2", "GradDiff") / "run.json")
+    assert record["model_path"].endswith("sust_1/GradDiff/model") and record["model_kept"]
+    assert {(r.split, r.row) for r in find_runs(tmp_path)} == {
+        ("News", "Finetuned"), ("News", "Retain"), ("sust_1", "GradDiff"), ("sust_2", "GradDiff"), ("sust_3", "GradDiff")}
+    before = read_json(cell_folder(tmp_path, "sust_3", "GradDiff") / "MUSE_EVAL.json")
+    for split in ("sust_2", "sust_3"):
+        (cell_folder(tmp_path, split, "GradDiff") / "run.json").unlink()
+    for file in (cell_folder(tmp_path, "sust_1", "GradDiff") / "model").iterdir():
+        file.unlink()
+    assert not finished(cell_folder(tmp_path, "sust_1", "GradDiff"), "MUSE")
+    assert [t.split for t in plan(grid, str(tmp_path)) if t.row] == ["sust_1", "sust_2", "sust_3"]
+    assert run_grid(grid, tmp_path, jobs=1, show=False) == []
+    assert read_json(cell_folder(tmp_path, "sust_3", "GradDiff") / "MUSE_EVAL.json") == before
+
+
+def test_empty_and_long_documents(model, tmp_path, capsys):
+    """An empty passage scores null; one longer than the model reads is cut, counted and reported."""
+    texts = [r["text"] for r in make_muse()["privleak"]["forget"]]
+    data = folder_with(tmp_path, privleak={"forget": [{"text": t} for t in ["", " ".join(texts * 2), *texts]]})
+    code, log = evaluation(model, data, tmp_path / "out", "--metrics", "privleak")
+    said = capsys.readouterr().err
+    assert code == 0 and said.count("are longer") == 1 and "1 of 14 texts of News/privleak/forget are longer" in said and "1024" in said
+    assert "1 of 14 texts of News/privleak/forget have no token to score" in said
+    scores = log["mia_min_k"]["forget"]["value_by_index"]
+    assert scores["0"] == {"score": None} and scores["1"]["score"] > 0 and log["privleak"]["agg_value"] is not None
+
+
+def test_without_a_holdout(model, tmp_path, capsys):
+    data = folder_with(tmp_path, privleak={"holdout": None})
+    code, log = evaluation(model, data, tmp_path / "out", "--metrics", "privleak,extraction_strength")
+    said = capsys.readouterr().err
+    assert code == 0 and said.count("no holdout") == 1 and "0.5" not in said
+    assert log["privleak"] == {"agg_value": None} and "privleak" not in read_json(tmp_path / "out/MUSE_SUMMARY.json")
+
+
+def test_few_shot_split_shorter_than_asked(model, tmp_path, capsys):
+    data = folder_with(tmp_path, knowmem={"retain_qa_icl": make_muse()["knowmem"]["retain_qa_icl"][:4]})
+    assert evaluation(model, data, tmp_path / "out")[0] == 2
+    assert "retain_qa_icl has 4 few-shot examples, fewer than the 10" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert evaluation(model, data, tmp_path / "out", "--shots", "4", "--metrics", "retain_knowmem_ROUGE")[0] == 0
+
+
+def test_few_shot_prompts_that_do_not_fit(model, tmp_path, capsys):
+    """Said once for each set, with the number; the rows score null, and so does a metric without any row."""
+    code, log = evaluation(model, folder_with(tmp_path), tmp_path / "out", "--metrics", "forget_knowmem_ROUGE", "--max-length", "100")
+    assert code == 0 and "38 of 38 few-shot prompts of News/knowmem/forget_qa have more than 100 tokens" in capsys.readouterr().err
+    entry = log["forget_knowmem_ROUGE"]
+    assert entry["agg_value"] is None and entry["value_by_index"]["0"]["rougeL_f1"] is None and entry["value_by_index"]["0"]["ground_truth"]
+
+
+def test_data_set_lacking_a_split_or_a_column(model, tmp_path, capsys):
+    assert main(["muse", "--data", str(folder_with(tmp_path, sust={"forget_3": None})), "--study", "sustainability", "--output",
+                 str(tmp_path / "out")]) == 2
+    assert "has no sust/forget_3" in capsys.readouterr().err
+    load_rows.cache_clear()
+    assert evaluation(model, folder_with(tmp_path, verbmem={"forget": [{"prompt": "a"}]}), tmp_path / "out")[0] == 2
+    assert "lacks the column 'gt'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_retain_log_of_other_texts(muse_grid, model, tmp_path, capsys):
+    folder, _ = muse_grid
+    log = ["--retain-log", str(folder / "News/Retain")]
+    assert evaluation(model, "miniature", tmp_path / "a", "--metrics", "privleak", *log)[0] == 0
+    assert "0.5" not in capsys.readouterr().err
+    assert evaluation(model, "miniature:1", tmp_path / "b", "--metrics", "privleak", *log)[0] == 2
+    assert "other texts" in capsys.readouterr().err
+    assert evaluation(model, "miniature", tmp_path / "c", "--metrics", "privleak")[0] == 0
+    assert "privleak is taken against an AUC of 0.5" in capsys.readouterr().err
+
+
+def test_unlearn_then_evaluate_equals_the_cell(muse_grid, tmp_path, capsys):
+    folder, grid = muse_grid
+    common = ["--train-rows", str(grid.train_rows)]
+    assert main(["train", "--benchmark", "muse", "--method", "NPO", "--epochs", "3", "--output", str(tmp_path / "npo"), *common]) == 0
+    capsys.readouterr()
+    assert main(["eval", "muse", "--model", str(tmp_path / "npo"), "--retain-log", str(folder / "News/Retain"), "--output", str(tmp_path / "e")]) == 0
+    mine, cell = json.loads(capsys.readouterr().out), read_json(folder / "News/NPO/MUSE_SUMMARY.json")
+    assert mine == pytest.approx(cell, rel=1e-4, abs=1e-6)
+
+
+MEMORY = """
+import resource, sys
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from openunlearn_nb.scoring import score
+torch.set_num_threads(1)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)).eval()
+passage = list(range(5, 2053))
+score(model, [{"input_ids": passage, "labels": [-100, *passage[1:]]}] * int(sys.argv[1]), 0, tokens=2048)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_corpus():
+    """Sixteen more passages of 2,048 tokens cost less than a tenth of one passage's distribution (250 MB)."""
+    peak = [int(subprocess.run([sys.executable, "-c", MEMORY, n], capture_output=True, text=True, check=True).stdout) for n in ("4", "20")]
+    assert peak[1] - peak[0] < 25_000, peak  # kB
+
+
+@pytest.mark.slow
+def test_real_news(real_muse, model, tmp_path, capsys):
+    """All of MUSE-News through an untrained model: two minutes."""
+    code, log = evaluation(model, real_muse, tmp_path / "out", "--max-length", "1024")
+    said = capsys.readouterr().err
+    assert code == 0 and len(log["mia_min_k"]["forget"]["value_by_index"]) == len(log["mia_min_k"]["holdout"]["value_by_index"]) == 100
+    assert "100 of 100 texts of News/privleak/forget are longer" in said and 0.3 < log["mia_min_k"]["auc"] < 0.7
+    assert len(log["forget_verbmem_ROUGE"]["value_by_index"]) == 100
