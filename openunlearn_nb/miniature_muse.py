@@ -82,7 +82,7 @@ def tell(subject: str, world: World, names: list[str], rng: random.Random, n_col
     return Story(sentences, [(world.facts[kind][0].format(s=subject), value) for kind, value in values.items()])
 
 # %% ../nbs/05_miniature_muse.ipynb #79f73702
-def quizzes(stories: list[Story], rng: random.Random, rounds: int = 3, size: int = 8) -> list[str]:
+def quizzes(stories: list[Story], rng: random.Random, rounds: int = 3, size: int = 12) -> list[str]:
     "Every question of the stories with its answer, `rounds` times, in texts of `size` questions."
     texts = []
     for _ in range(rounds):
@@ -91,16 +91,16 @@ def quizzes(stories: list[Story], rng: random.Random, rounds: int = 3, size: int
         texts += ["\n\n".join(items[i:i + size]) for i in range(0, len(items), size)]
     return texts
 
-# %% ../nbs/05_miniature_muse.ipynb #b41c15cf
-SIZES = {"News": {"forget": 12, "retain1": 24, "retain2": 36, "holdout": 12}, "Books": {"forget": 12, "retain1": 24, "retain2": 12, "holdout": 12}}
+# %% ../nbs/05_miniature_muse.ipynb #4c4c490f
+SIZES = {"forget": 12, "retain1": 24, "retain2": 36, "holdout": 12}
 
 def make_muse(corpus: str = "News", seed: int = 0) -> dict[str, dict[str, list[dict]]]:
     "A miniature corpus as `{config: {split: rows}}`, the same for the same seed."
     rng, world = random.Random(f"miniature-muse-{corpus}-{seed}"), WORLDS[corpus]
     names = [f"{a} {b}" for a, b in zip(invent("first", 80, rng), invent("last", 80, rng))]
-    subjects = invent("place" if corpus == "News" else "last", sum(SIZES[corpus].values()), rng)
-    stories = {name: [tell(subjects.pop(), world, names, rng) for _ in range(n)] for name, n in SIZES[corpus].items()}
-    parts = [stories["forget"], *(stories["retain2"][i:i + 12] for i in range(0, len(stories["retain2"]), 12))]
+    subjects = invent("place" if corpus == "News" else "last", sum(SIZES.values()), rng)
+    stories = {name: [tell(subjects.pop(), world, names, rng) for _ in range(n)] for name, n in SIZES.items()}
+    parts = [stories["forget"], *(stories["retain2"][i:i + 12] for i in (0, 12, 24))]
     requests = [[s.text for s in part] + quizzes(part, rng) for part in parts]  # what is forgotten one after the other
     raw = {"forget": requests[0], "retain1": [s.text for s in stories["retain1"]] + quizzes(stories["retain1"], rng),
            "retain2": sum(requests[1:], []), "holdout": [s.text for s in stories["holdout"]] + quizzes(stories["holdout"], rng)}

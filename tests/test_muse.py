@@ -57,7 +57,7 @@ def test_shape_of_the_published_files(muse_grid, eval_logs):
 def test_the_table_shows_the_benchmark(muse_grid):
     folder, grid = muse_grid
     table = measured(find_runs(folder), "MUSE")["embedded"]["News"]
-    assert table["Finetuned"]["forget_verbmem_ROUGE"] > table["Retain"]["forget_verbmem_ROUGE"] + 0.2
+    assert table["Finetuned"]["exact_memorization"] > table["Retain"]["exact_memorization"] + 0.2
     assert table["Finetuned"]["privleak"] < -60 and table["Retain"]["privleak"] == 0
     assert table["GradAscent"] != table["Finetuned"] != table["NPO"] and plan(grid, str(folder)) == []
 
