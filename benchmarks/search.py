@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import sys
 import time
+import warnings
 from itertools import product
 
 LAYER = r"model\.layers\.{}"
@@ -47,6 +48,7 @@ def run(job: tuple[str, str, float, dict]) -> dict:
 
     torch.set_num_threads(1)
     quiet()
+    warnings.filterwarnings("ignore", message="No retain log")  # Retain's own evaluation has none
     benchmark, method, learning_rate, settings = job
     started, split = time.time(), SPACES[benchmark][0]
     config = RunConfig(benchmark=benchmark, learning_rate=learning_rate or None)

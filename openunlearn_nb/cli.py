@@ -140,11 +140,12 @@ def print_tables(suites: dict[str, dict], style: str = "text") -> None:
         if style == "csv":
             print(t.to_csv(tables, t.SUITES[suite].shown), end="")
         elif style == "latex":
-            print("\n\n".join(t.to_latex(values, columns) for values in tables.values()))
+            print("\n\n".join(t.to_latex(part, columns) for values in tables.values() for part in t.by_study(values).values()))
         elif style != "json":
             form = {"text": t.to_text, "markdown": t.to_markdown}[style]
             for model, values in tables.items():
-                print(f"{suite}, {model}, measured (recomputed from per-example values)\n\n{form(values, columns)}\n")
+                for part in t.by_study(values).values():
+                    print(f"{suite}, {model}, measured (recomputed from per-example values)\n\n{form(part, columns)}\n")
                 _print_published(suite, model, values, form, columns)
 
 def _print_published(suite: str, model: str, values: dict, form, columns: list[str]) -> None:

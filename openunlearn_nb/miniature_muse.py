@@ -101,11 +101,13 @@ def make_muse(corpus: str = "News", seed: int = 0) -> dict[str, dict[str, list[d
     subjects = invent("place" if corpus == "News" else "last", sum(SIZES.values()), rng)
     stories = {name: [tell(subjects.pop(), world, names, rng) for _ in range(n)] for name, n in SIZES.items()}
     parts = [stories["forget"], *(stories["retain2"][i:i + 12] for i in (0, 12, 24))]
-    requests = [[s.text for s in part] + quizzes(part, rng) for part in parts]  # what is forgotten one after the other
-    raw = {"forget": requests[0], "retain1": [s.text for s in stories["retain1"]] + quizzes(stories["retain1"], rng),
-           "retain2": sum(requests[1:], []), "holdout": [s.text for s in stories["holdout"]] + quizzes(stories["holdout"], rng)}
+    def issue(stories: list[Story]) -> list[str]:
+        texts = [s.text for s in stories] + quizzes(stories, rng)
+        return rng.sample(texts, len(texts))
+    requests = [issue(part) for part in parts]  # what is forgotten one after the other
+    raw = {"forget": requests[0], "retain1": issue(stories["retain1"]), "retain2": sum(requests[1:], []), "holdout": issue(stories["holdout"])}
     rows = lambda texts: [{"text": t} for t in texts]
-    muse = {"raw": {split: rows(rng.sample(texts, len(texts))) for split, texts in raw.items()},
+    muse = {"raw": {split: rows(texts) for split, texts in raw.items()},
             "knowmem": {}, "verbmem": {"forget": [{"prompt": " ".join(s.sentences[:4]), "gt": " ".join(s.sentences[4:])}
                                                   for s in stories["forget"]]},
             "privleak": {split: rows([s.text for s in stories[of][:12]]) for split, of in

@@ -162,10 +162,14 @@ class Muse(MuseQuestions):
         corpus = corpus_of(check_choice(split, self.splits, "split"))
         return f"{corpus}_target", f"{corpus}_retrain"
 
-    def documents(self, corpus: str, *splits: str) -> list[str]:
-        "The texts of splits of `raw`, those that the data set has."
-        have = splits_of("raw", corpus, self.data)
-        return [t for s in splits if s in have for t in texts_of("raw", s, corpus, self.data)[:self.max_rows]]
+    def documents(self, corpus: str, *splits: str, config: str = "raw") -> list[str]:
+        "The texts of splits, those that the data set has; of each at most `max_rows`, first those whose continuation is asked for."
+        asked = [truth[:80] for truth in self.truths(corpus)] if self.max_rows else []
+        some = []
+        for texts in (texts_of(config, s, corpus, self.data) for s in splits if s in splits_of(config, corpus, self.data)):
+            by_need = sorted(range(len(texts)), key=lambda i: not any(a in texts[i] for a in asked))
+            some += [texts[i] for i in sorted(by_need[:self.max_rows])]
+        return some
 
     def to_learn(self, taught: str, enc: Encoder) -> list[dict]:
         "Examples of `News_target` (all texts) or `News_retrain` (all but those to forget)."
@@ -188,7 +192,7 @@ class Muse(MuseQuestions):
         if split in CORPORA:
             return chunk_examples(enc, self.documents(split, "forget"), f"{split}/raw/forget")
         config, k = split.split("_")
-        return chunk_examples(enc, texts_of(config, f"forget_{k}", "News", self.data)[:self.max_rows], f"News/{config}/forget_{k}")
+        return chunk_examples(enc, self.documents("News", f"forget_{k}", config=config), f"News/{config}/forget_{k}")
 
     def to_keep(self, split: str, enc: Encoder) -> list[dict]:
         return chunk_examples(enc, self.documents(corpus := corpus_of(split), "retain1"), f"{corpus}/raw/retain1")

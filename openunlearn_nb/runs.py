@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .embedded import embedded_model, embedded_recipe
+from .embedded import embedded_model, embedded_recipe, taught_part
 from .errors import OpenUnlearnError, check_choice
 from .methods import get_method, method_settings
 from .models import PRESETS, load_model, load_tokenizer, preset_of, save_model
@@ -63,7 +63,7 @@ class RunConfig:
     @property
     def source(self) -> Tofu | Muse:
         "The benchmark with its rows; only an embedded model is taught a part of them."
-        rows = self.train_rows if self.model == "embedded" else None
+        rows = taught_part(self.benchmark, self.data, self.train_rows) if self.model == "embedded" else None
         return Muse(self.data, rows, self.shots) if self.benchmark == "MUSE" else Tofu(self.data, rows)
 
     @property

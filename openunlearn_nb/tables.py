@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Values', 'COLUMNS', 'ROW_ORDER', 'PUBLISHED', 'published', 'Run', 'identify', 'find_runs', 'row_order', 'measured',
-           'digits', 'grid', 'to_text', 'to_markdown', 'to_latex', 'to_csv', 'difference']
+           'digits', 'grid', 'to_text', 'to_markdown', 'to_latex', 'to_csv', 'by_study', 'difference']
 
 # %% ../nbs/17_tables.ipynb #4e02cb79
 import csv
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import OpenUnlearnError, check_choice
-from .muse import CORPORA, corpus_of
+from .muse import CORPORA, STUDIES, corpus_of
 from .records import read_json, read_retain_log
 from .suites import SUITES, recompute
 from .tofu import SPLITS
@@ -106,7 +106,8 @@ def find_runs(folder: str | Path, pattern: str = "**/", suites: Iterable[str] = 
 # %% ../nbs/17_tables.ipynb #66dbd0e7
 def row_order(name: str) -> tuple[int, str]:
     "Sort key: the published tables' order, then by name."
-    return (ROW_ORDER.index(name) if name in ROW_ORDER else len(ROW_ORDER), name)
+    method = name.split()[0]
+    return (ROW_ORDER.index(method) if method in ROW_ORDER else len(ROW_ORDER), name)
 
 def _values(run: Run, yardstick: dict | None) -> dict[str, float | None]:
     suite = SUITES[run.suite]
@@ -186,7 +187,18 @@ def to_csv(tables: dict[str, Values], columns: list[str] = SUITES["TOFU"].shown)
             writer.writerows([model, row, split, *(rows[row].get(c) for c in columns)] for row in rows)
     return out.getvalue()
 
-# %% ../nbs/17_tables.ipynb #eb87501a
+# %% ../nbs/17_tables.ipynb #0ab0fb2d
+def by_study(values: Values) -> dict[str, Values]:
+    "The splits of the table under the empty name, and each study that there is under its own."
+    steps = {s for splits in STUDIES.values() for s in splits}
+    parts = {"": {split: rows for split, rows in values.items() if split not in steps}}
+    for study, splits in STUDIES.items():
+        if lines := {f"{row} {split}": v for split in splits for row, v in values.get(split, {}).items()}:
+            yardsticks = {row: v for row, v in values.get("News", {}).items() if row in ("Finetuned", "Retain")}
+            parts[study] = {study: yardsticks | lines}
+    return {title: part for title, part in parts.items() if part}
+
+# %% ../nbs/17_tables.ipynb #bd3e9b21
 def difference(values: Values, printed: dict) -> dict[str, dict[str, dict[str, str]]]:
     "Measured minus published per cell; for forget_quality, log10 of their ratio (`+0.30 dex` is twice as large)."
     out: dict[str, dict[str, dict[str, str]]] = {}
