@@ -43,7 +43,8 @@ def run(job: tuple[str, str, float, dict]) -> dict:
 
     from openunlearn_nb.models import quiet
     from openunlearn_nb.passes import Passes
-    from openunlearn_nb.runs import RunConfig, model_path, open_model, unlearn
+    from openunlearn_nb.config import RunConfig, model_path, open_model
+    from openunlearn_nb.runs import unlearn
     from openunlearn_nb.suites import evaluate
 
     torch.set_num_threads(1)

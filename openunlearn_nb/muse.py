@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CORPORA', 'STUDIES', 'CONFIGS', 'PASSAGE', 'STOPS', 'corpus_of', 'source_of', 'corpora_in', 'splits_of', 'load_muse',
-           'texts_of', 'chunk', 'chunk_examples', 'few_shot', 'beginnings', 'MuseQuestions', 'Muse']
+           'texts_of', 'chunk', 'chunk_examples', 'MuseTexts', 'MuseSource', 'few_shot', 'beginnings', 'MuseQuestions',
+           'Muse']
 
 # %% ../nbs/06_muse.ipynb #e83eb59b
 import warnings
@@ -84,7 +85,71 @@ def chunk_examples(enc: Encoder, texts: list[str], what: str) -> list[dict]:
     examples = [encode_passage(enc.tokenizer, "", piece, enc.max_length) for piece in chunk(enc, texts, what)]
     return [{k: v[:enc.positions] for k, v in e.items() if k != "n"} for e in examples]
 
-# %% ../nbs/06_muse.ipynb #572134d9
+# %% ../nbs/06_muse.ipynb #7f4e218a
+@dataclass(frozen=True)
+class MuseTexts:
+    "MUSE's rows from one source; with `max_rows`, as taught to a small model."
+    data: str = "miniature"
+    max_rows: int | None = None  # documents of each raw split that are taught, and so forgotten or kept
+    shots: int = 10  # worked examples before a question
+
+    def rows(self, where: str) -> list[dict]:
+        "Rows of `corpus/config/split`."
+        corpus, config, split = where.split("/")
+        return load_muse(config, split, corpus, self.data)
+
+    def truths(self, split: str) -> list[str]:
+        "The true continuations of the texts to forget."
+        return [r["gt"] for r in self.rows(f"{corpus_of(split)}/verbmem/forget")]
+
+    def documents(self, corpus: str, *splits: str) -> list[str]:
+        "The texts of splits of `raw`, those that the data set has; of each at most `max_rows`, first those whose continuation is asked for."
+        asked = [truth[:80] for truth in self.truths(corpus)] if self.max_rows else []
+        some = []
+        for texts in (texts_of("raw", s, corpus, self.data) for s in splits if s in splits_of("raw", corpus, self.data)):
+            step = max(1, len(texts) // (self.max_rows or len(texts)))  # the others evenly, so that each of the studies' sets has some
+            by_need = sorted(range(len(texts)), key=lambda i: (not any(a in texts[i] for a in asked), i % step, i))
+            some += [texts[i] for i in sorted(by_need[:self.max_rows])]
+        return some
+
+    def request(self, split: str) -> list[str]:
+        "The texts that a split asks to forget, those that were taught."
+        if split in CORPORA:
+            return self.documents(split, "forget")
+        where = "{}/forget_{}".format(*split.split("_"))
+        texts = [r["text"] for r in self.rows(f"News/{where}")]
+        taught = set(self.documents("News", "forget", "retain1", "retain2")) if self.max_rows else texts
+        return [t for t in texts if t in taught]
+
+# %% ../nbs/06_muse.ipynb #02e0dd78
+class MuseSource(MuseTexts):
+    "The texts, checked and hashed."
+
+    def own_splits(self) -> list[str]:
+        "The splits that the data can have."
+        return [s for s in Muse.splits if corpus_of(s) in corpora_in(self.data)]
+
+    def check(self, split: str) -> None:
+        "Raise where a split is not in the data, or a small model was taught nothing of it."
+        corpus = corpus_of(split)
+        if split not in self.own_splits():
+            raise OpenUnlearnError(f"{self.data} is of {corpora_in(self.data)[0]}, not of {corpus}; {{corpus}} in --data stands for both.")
+        config, name = ("raw", "forget") if split in CORPORA else (split[:4], f"forget_{split[-1]}")
+        for config, name in [(config, name), ("raw", "forget"), ("raw", "retain1")]:
+            if name not in (have := splits_of(config, corpus, self.data)):
+                raise OpenUnlearnError(f"{source_of(self.data, corpus)} has no {config}/{name}; of {config} it has {', '.join(have) or 'nothing'}.")
+        if not self.request(split):
+            raise OpenUnlearnError(f"With train_rows {self.max_rows}, nothing of {split} would be taught; give more.")
+
+    def hashes(self, *splits: str, training: bool = True) -> dict[str, str]:
+        "A hash of the rows of every split that runs on these splits (or only their evaluations) read."
+        configs = ("raw", "knowmem", "verbmem", "privleak") if training else ("knowmem", "verbmem", "privleak")
+        wanted = [f"{c}/{config}/{s}" for c in dict.fromkeys(map(corpus_of, splits)) for config in configs
+                  for s in splits_of(config, c, self.data) if s in CONFIGS[config]]
+        wanted += [f"News/{s.replace('_', '/forget_')}" for s in splits if s not in CORPORA and training]
+        return {where: content_hash(self.rows(where)) for where in wanted}
+
+# %% ../nbs/06_muse.ipynb #6e8b15b6
 PASSAGE = 2048  # tokens of a passage that are scored
 STOPS = ("\n\n", "\nQuestion", "Question:")
 
@@ -106,13 +171,9 @@ def beginnings(enc: Encoder, prefixes: list[str], new_tokens: int, what: str) ->
                       "what it generates; their oldest tokens are left out.")
     return [i[-room:] if room else i for i in ids]
 
-# %% ../nbs/06_muse.ipynb #443c44f9
-@dataclass(frozen=True)
-class MuseQuestions:
-    "MUSE from one source of rows: what evaluation reads of it."
-    data: str = "miniature"
-    max_rows: int | None = None  # documents of each raw split that are taught, and so forgotten or kept
-    shots: int = 10  # worked examples before a question
+# %% ../nbs/06_muse.ipynb #d9296d15
+class MuseQuestions(MuseSource):
+    "What evaluation reads of MUSE."
 
     def sets(self, split: str) -> dict[str, str]:
         "`corpus/config/split` behind each data set that the suite's table names; a data set may lack the holdout."
@@ -123,10 +184,9 @@ class MuseQuestions:
             del sets["holdout"]
         return {name: f"{corpus}/{where}" for name, where in sets.items()}
 
-    def rows(self, where: str) -> list[dict]:
-        "Rows of `corpus/config/split`."
-        corpus, config, split = where.split("/")
-        return load_muse(config, split, corpus, self.data)
+    def check_rows(self, where: str) -> None:
+        "Raise where a data set, or the few-shot examples that go before it, cannot be read."
+        self.rows(where), "knowmem" in where and self.worked(where)
 
     def worked(self, where: str) -> list[dict]:
         "The few-shot examples that go before a split's questions."
@@ -147,13 +207,9 @@ class MuseQuestions:
             return Prompts(beginnings(enc, [r["prompt"] for r in rows], 128, where), [r["gt"] for r in rows], 128)
         return Prompts(few_shot(enc, rows, self.worked(where), where), [r["answer"] for r in rows], 32, STOPS)
 
-    def truths(self, split: str) -> list[str]:
-        "The true continuations of the texts to forget."
-        return [r["gt"] for r in self.rows(f"{corpus_of(split)}/verbmem/forget")]
-
-# %% ../nbs/06_muse.ipynb #309cbee0
+# %% ../nbs/06_muse.ipynb #1e3ab475
 class Muse(MuseQuestions):
-    "MUSE from one source of rows; with `max_rows`, as taught to a small model."
+    "MUSE, the benchmark."
     name, splits = "MUSE", [*CORPORA, *(s for study in STUDIES.values() for s in study)]
     methods = ["GradAscent", "GradDiff", "NPO", "SimNPO", "RMU"]
 
@@ -162,22 +218,16 @@ class Muse(MuseQuestions):
         corpus = corpus_of(check_choice(split, self.splits, "split"))
         return f"{corpus}_target", f"{corpus}_retrain"
 
-    def documents(self, corpus: str, *splits: str, config: str = "raw") -> list[str]:
-        "The texts of splits, those that the data set has; of each at most `max_rows`, first those whose continuation is asked for."
-        asked = [truth[:80] for truth in self.truths(corpus)] if self.max_rows else []
-        some = []
-        for texts in (texts_of(config, s, corpus, self.data) for s in splits if s in splits_of(config, corpus, self.data)):
-            by_need = sorted(range(len(texts)), key=lambda i: not any(a in texts[i] for a in asked))
-            some += [texts[i] for i in sorted(by_need[:self.max_rows])]
-        return some
-
     def to_learn(self, taught: str, enc: Encoder) -> list[dict]:
         "Examples of `News_target` (all texts) or `News_retrain` (all but those to forget)."
         return chunk_examples(enc, self._texts(taught), taught)
 
     def _texts(self, taught: str) -> list[str]:
         corpus, what = check_choice(taught, [t for c in CORPORA for t in self.taught(c)], "MUSE texts to learn").split("_")
-        return self.documents(corpus, *(["forget"] if what == "target" else []), "retain1", "retain2")
+        texts = self.documents(corpus, *(["forget"] if what == "target" else []), "retain1", "retain2")
+        if not any(t.strip() for t in texts):
+            raise OpenUnlearnError(f"{source_of(self.data, corpus)} has no texts to teach {taught}.")
+        return texts
 
     def lessons(self, taught: str, enc: Encoder) -> list[dict]:
         "The same texts, each a passage of its own (long ones in pieces): what an embedded model is taught."
@@ -189,10 +239,7 @@ class Muse(MuseQuestions):
                 for t in self.documents(corpus, split)]
 
     def to_forget(self, split: str, enc: Encoder) -> list[dict]:
-        if split in CORPORA:
-            return chunk_examples(enc, self.documents(split, "forget"), f"{split}/raw/forget")
-        config, k = split.split("_")
-        return chunk_examples(enc, self.documents("News", f"forget_{k}", config=config), f"News/{config}/forget_{k}")
+        return chunk_examples(enc, self.request(split), f"what {split} asks to forget")
 
     def to_keep(self, split: str, enc: Encoder) -> list[dict]:
         return chunk_examples(enc, self.documents(corpus := corpus_of(split), "retain1"), f"{corpus}/raw/retain1")
@@ -208,18 +255,3 @@ class Muse(MuseQuestions):
         "The split whose unlearned model a split starts from: in the sustainability study, the request before it."
         study = STUDIES["sustainability"]
         return next((a for a, b in pairwise(study) if b == split), None)
-
-    def check(self, split: str) -> None:
-        "Raise where a split is not in the data."
-        corpus, config = corpus_of(split), "raw" if split in CORPORA else split.split("_")[0]
-        if corpus not in corpora_in(self.data):
-            raise OpenUnlearnError(f"{self.data} is of {corpora_in(self.data)[0]}, not of {corpus}; {{corpus}} in --data stands for both.")
-        if split not in CORPORA and (name := f"forget_{split[-1]}") not in splits_of(config, corpus, self.data):
-            raise OpenUnlearnError(f"{self.data} has no {config}/{name}; it has {', '.join(splits_of(config, corpus, self.data)) or 'none'}.")
-
-    def hashes(self, *splits: str) -> dict[str, str]:
-        "A hash of the rows of every split that runs on these splits read."
-        corpora = dict.fromkeys(map(corpus_of, splits))
-        wanted = [(c, config, s) for c in corpora for config in ("raw", "knowmem", "verbmem", "privleak") for s in splits_of(config, c, self.data)]
-        wanted += [("News", *s.replace("_", " forget_").split()) for s in splits if s not in CORPORA]
-        return {"/".join(w): content_hash(load_muse(w[1], w[2], w[0], self.data)) for w in wanted}

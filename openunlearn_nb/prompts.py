@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'Shots', 'PromptFormat', 'prompt_format', 'conversation_ids', 'encode', 'Encoder', 'encode_all',
-           'encode_passage', 'encode_passages', 'collate', 'model_inputs', 'answer_logits']
+           'encode_passage', 'encode_passages', 'collate', 'model_inputs', 'kept_logits', 'answer_logits']
 
 # %% ../nbs/01_prompts.ipynb #8791363a
 import warnings
@@ -101,7 +101,7 @@ def encode_passages(enc: Encoder, pairs: Sequence[tuple[str, str]], what: str) -
     examples = [{k: v if k == "n" else v[:enc.positions] for k, v in e.items()} for e in examples]
     if cut := [e for e in examples if len(e["input_ids"]) < e["n"]]:
         warnings.warn(f"{len(cut)} of {len(examples)} texts of {what} are longer (up to {max(e['n'] for e in cut)} tokens) than "
-                      f"the {max(len(e['input_ids']) for e in cut)} that are scored of each; the rest is cut, as in the benchmark.")
+                      f"the {max(len(e['input_ids']) for e in cut)} that the model reads of each; the rest is cut, as in the benchmark.")
     if empty := sum(all(label == -100 for label in e["labels"]) for e in examples):
         warnings.warn(f"{empty} of {len(examples)} texts of {what} have no token to score (empty, or the prefix alone fills the "
                       "model): they score null.")
@@ -127,13 +127,17 @@ def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"input_ids": batch["input_ids"], "attention_mask": mask,
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
-def answer_logits(model, batch: dict[str, torch.Tensor], fp32: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    "Logits `[n, vocabulary]` of the batch's n labelled tokens, their ids `[n]`, and their row indices `[n]`."
+def kept_logits(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    "Logits `[rows, columns, vocabulary]` as the model gives them; row, column and id of each of the n labelled tokens, `[n]` each."
     labels = batch["labels"][:, 1:]  # position t predicts token t + 1
     scored = labels != -100
     columns = scored.any(0).nonzero()
     first = int(columns[0]) if len(columns) else labels.shape[1] - 1
     logits = model(**model_inputs(batch), use_cache=False, logits_to_keep=labels.shape[1] + 1 - first).logits
     rows, cols = scored.nonzero(as_tuple=True)
-    picked = logits[rows, cols - first]
-    return picked.float() if fp32 else picked, labels[rows, cols], rows
+    return logits, rows, cols - first, labels[rows, cols]
+
+def answer_logits(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    "fp32 logits `[n, vocabulary]` of the batch's n labelled tokens, their ids `[n]`, and their row indices `[n]`."
+    logits, rows, cols, labels = kept_logits(model, batch)
+    return logits[rows, cols].float(), labels, rows

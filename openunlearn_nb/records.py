@@ -71,6 +71,8 @@ def read_retain_log(path: str | Path, suite: Suite, truths: Sequence[str] | None
     "A retain model's EVAL (a file, or a folder with one); with the forget rows' true answers, checked to be of these rows."
     path = Path(path).expanduser()
     path = path / suite.file("EVAL") if path.is_dir() else path
+    if path.name in {other.file("EVAL") for other in SUITES.values()} - {suite.file("EVAL")}:
+        raise OpenUnlearnError(f"The retain log {path} is of another benchmark; a {suite.file('EVAL')} is needed.")
     log, record = read_json(path, "retain log"), path.parent / "run.json"
     row = read_json(record, "run record").get("row") if record.exists() else None
     if row not in (None, "Retain", "Evaluated"):
@@ -82,6 +84,9 @@ def read_retain_log(path: str | Path, suite: Suite, truths: Sequence[str] | None
     if suite.name == "TOFU" and n != len(truths):
         raise OpenUnlearnError(f"The retain log {path} has {n} forget rows and the data {len(truths)}: it is of another forget split.")
     bare, quoted = lambda text: "".join(str(text).split()), log.get(suite.quoted, {}).get("value_by_index", {})
+    if suite.name == "MUSE" and not quoted:
+        raise OpenUnlearnError(f"The retain log {path} has no {suite.quoted}, by which one can see that it is of the same texts; evaluate "
+                               "the retain model with the default metrics.")
     if any(int(i) >= len(truths) or bare(row.get("ground_truth", "")) != bare(truths[int(i)]) for i, row in quoted.items()):
         raise OpenUnlearnError(f"The retain log {path} was made on other texts than the data's.")
     return log

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .prompts import answer_logits, collate
+from .prompts import collate, kept_logits
 
 # %% ../nbs/09_scoring.ipynb #6acdb855
 class TokenScores(NamedTuple):
-    "What one answer got from the model, token by token (the closing eos included)."
+    "What one answer or passage got from the model, token by token (the eos included where one closes it)."
     logps: np.ndarray  # fp32 [n], log-probability of each label
     hits: np.ndarray  # bool [n], the label was the greedy choice
 
@@ -38,10 +38,10 @@ SLICE = 256  # positions turned into fp32 at once
 
 def batch_scores(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> list[TokenScores]:
     "`TokenScores` of each row of a collated batch."
-    logits, labels, rows = answer_logits(model, batch, fp32=False)
+    logits, rows, cols, labels = kept_logits(model, batch)
     logps, hits = torch.empty(len(labels)), torch.empty(len(labels), dtype=torch.bool)
     for k in range(0, len(labels), SLICE):
-        part, goal = logits[k:k + SLICE].float(), labels[k:k + SLICE]
+        part, goal = logits[rows[k:k + SLICE], cols[k:k + SLICE]].float(), labels[k:k + SLICE]
         logps[k:k + SLICE] = part.gather(1, goal[:, None])[:, 0] - part.logsumexp(-1)
         hits[k:k + SLICE] = part.argmax(-1) == goal
     edges = np.searchsorted(rows.cpu().numpy(), range(len(batch["labels"]) + 1))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Entry', 'mean_prob', 'mean_score', 'mean_recall', 'mean_f1', 'UTILITY', 'Metric', 'TOFU_METRICS', 'MUSE_METRICS',
            'SUITES', 'Leaf', 'Attack', 'Derived', 'rows_of', 'make_entry', 'attack_entry', 'Suite', 'needed',
-           'run_passes', 'evaluate', 'summary', 'recompute']
+           'parts_read', 'data_sets', 'run_passes', 'evaluate', 'summary', 'recompute']
 
 # %% ../nbs/15_suites.ipynb #5951405a
 import warnings
@@ -151,15 +151,23 @@ def needed(suite: Suite, metrics: Sequence[str]) -> list[str]:
         order[name] = None
     return list(order)
 
-# %% ../nbs/15_suites.ipynb #63affb0e
+# %% ../nbs/15_suites.ipynb #a4e7e41b
+def parts_read(metric: Metric) -> list[tuple[str, str]]:
+    "The (data set, part) whose results a metric is made from."
+    if isinstance(metric, Leaf):
+        return [(metric.data, metric.part)]
+    return [("forget", "answer"), ("holdout", "answer")] if isinstance(metric, Attack) else []
+
+def data_sets(suite: Suite, metrics: Sequence[str]) -> list[str]:
+    "The data sets that metrics, and all that they are made of, read."
+    return list(dict.fromkeys(data for name in needed(suite, metrics) for data, _ in parts_read(suite.metrics[name])))
+
 def run_passes(passes: Passes, metrics: Sequence[Metric], sets: dict[str, str]) -> None:
     "Run what the metrics need and `passes` does not have yet."
     parts: dict[str, set[str]] = {}
-    for metric in metrics:
-        for data, part in ([(metric.data, metric.part)] if isinstance(metric, Leaf) else
-                           [("forget", "answer"), ("holdout", "answer")] if isinstance(metric, Attack) else []):
-            if data in sets:
-                parts.setdefault(sets[data], set()).add(part)
+    for data, part in (read for metric in metrics for read in parts_read(metric)):
+        if data in sets:
+            parts.setdefault(sets[data], set()).add(part)
     for where, wanted in parts.items():
         passes.teacher_forced(where, sorted(wanted - {"generation"}))
         if "generation" in wanted:

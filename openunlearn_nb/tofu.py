@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOFU_ID', 'SPLITS', 'PERTURBED', 'COMMON', 'CONFIGS', 'Pairs', 'PARTS', 'TofuSplit', 'columns', 'load_tofu',
-           'load_refusals', 'write_tofu', 'Prompts', 'question_pairs', 'taught_rows', 'TofuQuestions', 'Tofu']
+           'load_refusals', 'write_tofu', 'Prompts', 'question_pairs', 'taught_rows', 'TofuRows', 'TofuQuestions',
+           'Tofu']
 
 # %% ../nbs/04_tofu.ipynb #40b75d48
 import warnings
@@ -92,20 +93,47 @@ def question_pairs(config: str, data: str) -> Pairs:
 
 def taught_rows(config: str, data: str, max_rows: int | None = None) -> Pairs:
     "What a model of `config` (`full` or a retain config) is taught, common knowledge left out."
+    rows = question_pairs(config, data)
+    if max_rows is None:
+        return rows
     full, asked = question_pairs("full", data), set(question_pairs("retain_perturbed", data))
-    kept = set(range(len(full)))
-    if max_rows is not None and len(full) > max_rows:
-        tail = len(full) - len(full) // 10
-        by_need = sorted(kept, key=lambda i: (full[i] not in asked, i < tail, -i if i >= tail else i))  # the tail from its end
-        kept = set(by_need[:max_rows])
-    return [full[i] for i in range(len(load_tofu(config, data))) if i in kept]  # retain configs are the first rows of full
+    tail = len(full) - len(full) // 10
+    by_need = sorted(range(len(full)), key=lambda i: (full[i] not in asked, i < tail, -i if i >= tail else i))  # the tail from its end
+    kept = {full[i] for i in by_need[:max_rows]}
+    return [pair for pair in rows if pair in kept]
 
 # %% ../nbs/04_tofu.ipynb #b75b79a8
 @dataclass(frozen=True)
-class TofuQuestions:
-    "TOFU from one source of rows: what evaluation reads of it."
+class TofuRows:
+    "TOFU's rows from one source; with `max_rows`, as taught to a small model."
     data: str = "miniature"
     max_rows: int | None = None
+
+    def refusals(self) -> list[str]:
+        return load_refusals(self.data)
+
+    def check(self, split: str) -> None:
+        "Raise where a small model would not be taught all that it is to forget."
+        if self.max_rows is None:
+            return
+        rows, forget = set(taught_rows("full", self.data, self.max_rows)), question_pairs(split, self.data)
+        if missing := sum(p not in rows for p in forget):
+            raise OpenUnlearnError(f"With train_rows {self.max_rows}, {missing} of the {len(forget)} rows of {split} would never be "
+                                   f"taught; give {self.max_rows + missing} or more.")
+
+    def check_rows(self, config: str) -> None:
+        "Raise where a config cannot be read."
+        load_tofu(config, self.data)
+
+    def hashes(self, *splits: str, training: bool = True) -> dict[str, str]:
+        "A hash of the rows of every config that runs on these splits (or only their evaluations) read, and of the refusals."
+        configs = [*COMMON, "retain_perturbed", *(c for s in splits for c in (f"{s}_perturbed", SPLITS[s].holdout))]
+        hashes = {c: content_hash(load_tofu(c, self.data)) for c in (["full", *configs] if training else configs)}
+        return hashes | ({"refusals": content_hash(self.refusals())} if training else {})
+
+# %% ../nbs/04_tofu.ipynb #4cd88ade
+class TofuQuestions(TofuRows):
+    "What evaluation reads of TOFU."
 
     def sets(self, split: str) -> dict[str, str]:
         "The config behind each data set that the suite's table names."
@@ -129,11 +157,15 @@ class TofuQuestions:
         "The true answers of a split's forget rows."
         return [a for _, a in question_pairs(f"{split}_perturbed", self.data)]
 
-# %% ../nbs/04_tofu.ipynb #770d4654
+# %% ../nbs/04_tofu.ipynb #22b1a071
 class Tofu(TofuQuestions):
-    "TOFU from one source of rows; with `max_rows`, as taught to a small model."
+    "TOFU, the benchmark."
     name, splits = "TOFU", list(SPLITS)
     methods = ["GradAscent", "GradDiff", "IdkDPO", "NPO", "SimNPO", "RMU"]
+
+    def own_splits(self) -> list[str]:
+        "The splits that the data can have."
+        return self.splits
 
     def taught(self, split: str) -> tuple[str, str]:
         "Names of what the Finetuned and the Retain model of a split are taught."
@@ -164,21 +196,6 @@ class Tofu(TofuQuestions):
         "The questions to forget, for methods that put another answer in the place of the true one."
         return [q for q, _ in question_pairs(split, self.data)]
 
-    def refusals(self) -> list[str]:
-        return load_refusals(self.data)
-
     def before(self, split: str) -> str | None:
         "The split whose unlearned model a split starts from; in TOFU all start from the finetuned model."
         return None
-
-    def check(self, split: str) -> None:
-        "Raise where the model would not be taught all that it is to forget."
-        rows, forget = set(taught_rows("full", self.data, self.max_rows)), question_pairs(split, self.data)
-        if missing := sum(p not in rows for p in forget):
-            raise OpenUnlearnError(f"With train_rows {self.max_rows}, {missing} of the {len(forget)} rows of {split} would never be "
-                                   f"taught; give {self.max_rows + missing} or more.")
-
-    def hashes(self, *splits: str) -> dict[str, str]:
-        "A hash of the rows of every config that runs on these splits read, and of the refusals."
-        configs = ["full", *COMMON, "retain_perturbed", *(c for s in splits for c in (f"{s}_perturbed", SPLITS[s].holdout))]
-        return {c: content_hash(load_tofu(c, self.data)) for c in configs} | {"refusals": content_hash(self.refusals())}

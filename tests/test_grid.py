@@ -21,7 +21,7 @@ from openunlearn_nb.records import read_json
 from openunlearn_nb.runs import cell_folder, finished
 from openunlearn_nb.scoring import TokenScores
 from openunlearn_nb.suites import UTILITY, recompute
-from openunlearn_nb.tables import find_runs, measured
+from openunlearn_nb.collect import find_runs, measured
 from openunlearn_nb.tofu import write_tofu
 from openunlearn_nb.training import TrainConfig, training_arguments
 

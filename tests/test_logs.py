@@ -10,7 +10,8 @@ from openunlearn_nb.muse import Muse
 from openunlearn_nb.prompts import PROMPTS, Encoder
 from openunlearn_nb.records import read_json
 from openunlearn_nb.suites import SUITES, recompute, rows_of
-from openunlearn_nb.tables import digits, find_runs, measured, published
+from openunlearn_nb.collect import find_runs, measured
+from openunlearn_nb.tables import digits, published
 
 CELLS = {(m, f"forget{p}") for m in ("Llama-2-7b-chat", "Llama-3.2-1B-Instruct") for p in ("01", "05", "10")} | {("Llama-2-7b", "News")}
 

@@ -14,7 +14,7 @@ from openunlearn_nb.models import save_model, tiny_llama, train_tokenizer
 from openunlearn_nb.records import read_json
 from openunlearn_nb.runs import cell_folder, finished
 from openunlearn_nb.suites import SUITES
-from openunlearn_nb.tables import find_runs, measured
+from openunlearn_nb.collect import find_runs, measured
 
 
 @pytest.fixture(scope="module")
