@@ -37,8 +37,8 @@ class EmbeddedConfig:
 
 EMBEDDED = {"TOFU": EmbeddedConfig(), "MUSE": EmbeddedConfig(epochs=25, batch_size=4, learning_rate=1.5e-3, prompt="plain")}
 
-# %% ../nbs/12_embedded.ipynb #3f1f7866
-SOME_DOCUMENTS = 40
+# %% ../nbs/12_embedded.ipynb #65250b2d
+SOME_DOCUMENTS = 16
 
 def taught_part(benchmark: str, data: str, train_rows: int | None) -> int | None:
     "How many rows (of each set, in MUSE) an embedded model is taught; None: all."

@@ -129,11 +129,16 @@ class MuseSource(MuseTexts):
         "The splits that the data can have."
         return [s for s in Muse.splits if corpus_of(s) in corpora_in(self.data)]
 
+    def own_corpus(self, split: str) -> str:
+        "The corpus of a split; raises where the data is of another."
+        if check_choice(split, Muse.splits, "split") not in self.own_splits():
+            raise OpenUnlearnError(f"{self.data} is of {corpora_in(self.data)[0]}, not of {corpus_of(split)}; {{corpus}} in --data stands "
+                                   "for both.")
+        return corpus_of(split)
+
     def check(self, split: str) -> None:
         "Raise where a split is not in the data, or a small model was taught nothing of it."
-        corpus = corpus_of(split)
-        if split not in self.own_splits():
-            raise OpenUnlearnError(f"{self.data} is of {corpora_in(self.data)[0]}, not of {corpus}; {{corpus}} in --data stands for both.")
+        corpus = self.own_corpus(split)
         config, name = ("raw", "forget") if split in CORPORA else (split[:4], f"forget_{split[-1]}")
         for config, name in [(config, name), ("raw", "forget"), ("raw", "retain1")]:
             if name not in (have := splits_of(config, corpus, self.data)):
@@ -177,7 +182,7 @@ class MuseQuestions(MuseSource):
 
     def sets(self, split: str) -> dict[str, str]:
         "`corpus/config/split` behind each data set that the suite's table names; a data set may lack the holdout."
-        corpus = corpus_of(check_choice(split, Muse.splits, "split"))
+        corpus = self.own_corpus(split)
         sets = {"forget_qa": "knowmem/forget_qa", "retain_qa": "knowmem/retain_qa", "verbmem": "verbmem/forget",
                 "forget": "privleak/forget", "holdout": "privleak/holdout"}
         if "holdout" not in splits_of("privleak", corpus, self.data):

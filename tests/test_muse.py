@@ -8,10 +8,12 @@ import pytest
 
 from openunlearn_nb.cli import main
 from openunlearn_nb.data import load_rows, write_folder
+from openunlearn_nb.errors import OpenUnlearnError
 from openunlearn_nb.grid import GridConfig, plan, run_grid
 from openunlearn_nb.miniature_muse import make_muse
 from openunlearn_nb.models import save_model, tiny_llama, train_tokenizer
-from openunlearn_nb.records import read_json
+from openunlearn_nb.muse import STUDIES, Muse
+from openunlearn_nb.records import read_json, write_json
 from openunlearn_nb.runs import cell_folder, finished
 from openunlearn_nb.suites import SUITES
 from openunlearn_nb.collect import find_runs, measured
@@ -69,17 +71,29 @@ def test_requests_follow_one_another(muse_grid, tmp_path):
     assert run_grid(grid, tmp_path, jobs=1, show=False) == []
     record = read_json(cell_folder(tmp_path, "sust_2", "GradDiff") / "run.json")
     assert record["model_path"].endswith("sust_1/GradDiff/model") and record["model_kept"]
+    kept = read_json(cell_folder(tmp_path, "sust_1", "GradDiff") / "model/train.json")
+    assert kept["prompt"] == record["prompt"] == read_json(cell_folder(tmp_path, "News", "Retain") / "run.json")["prompt"]
     assert {(r.split, r.row) for r in find_runs(tmp_path)} == {
         ("News", "Finetuned"), ("News", "Retain"), ("sust_1", "GradDiff"), ("sust_2", "GradDiff"), ("sust_3", "GradDiff")}
     before = read_json(cell_folder(tmp_path, "sust_3", "GradDiff") / "MUSE_EVAL.json")
     for split in ("sust_2", "sust_3"):
         (cell_folder(tmp_path, split, "GradDiff") / "run.json").unlink()
-    for file in (cell_folder(tmp_path, "sust_1", "GradDiff") / "model").iterdir():
-        file.unlink()
+    next((cell_folder(tmp_path, "sust_1", "GradDiff") / "model").glob("*.safetensors")).unlink()
     assert not finished(cell_folder(tmp_path, "sust_1", "GradDiff"), "MUSE")
     assert [t.split for t in plan(grid, str(tmp_path)) if t.row] == ["sust_1", "sust_2", "sust_3"]
     assert run_grid(grid, tmp_path, jobs=1, show=False) == []
     assert read_json(cell_folder(tmp_path, "sust_3", "GradDiff") / "MUSE_EVAL.json") == before
+
+
+def test_a_small_model_is_asked_to_forget_only_what_it_was_taught():
+    """With few texts taught, the scalability study still grows, and every request of the other has some."""
+    few = Muse(max_rows=16)
+    taught = set(few.documents("News", "forget", "retain1", "retain2"))
+    sizes = [len(few.request(s)) for s in STUDIES["scalability"]]
+    assert sizes == sorted(set(sizes)) and all(set(few.request(s)) <= taught for s in few.splits if s != "Books")
+    assert all(few.request(s) for s in STUDIES["sustainability"])
+    with pytest.raises(OpenUnlearnError, match="With train_rows 1, nothing of sust_4 would be taught"):
+        Muse(max_rows=1).check("sust_4")
 
 
 def test_empty_and_long_documents(model, tmp_path, capsys):
@@ -135,6 +149,25 @@ def test_retain_log_of_other_texts(muse_grid, model, tmp_path, capsys):
     assert "other texts" in capsys.readouterr().err
     assert evaluation(model, "miniature", tmp_path / "c", "--metrics", "privleak")[0] == 0
     assert "privleak is taken against an AUC of 0.5" in capsys.readouterr().err
+
+
+def test_retain_log_of_another_benchmark(muse_grid, small_grid, model, tmp_path, capsys):
+    """A TOFU log also has a Min-K attack; it is no yardstick here. Nor is a log that does not quote its texts."""
+    assert evaluation(model, "miniature", tmp_path / "a", "--retain-log", str(small_grid[0] / "forget01/Retain/TOFU_EVAL.json"))[0] == 2
+    assert "another benchmark" in capsys.readouterr().err
+    log = read_json(muse_grid[0] / "News/Retain/MUSE_EVAL.json")
+    write_json(tmp_path / "bare/MUSE_EVAL.json", {k: v for k, v in log.items() if "verbmem" not in k})
+    assert evaluation(model, "miniature", tmp_path / "b", "--retain-log", str(tmp_path / "bare"))[0] == 2
+    assert "has no forget_verbmem_ROUGE" in capsys.readouterr().err
+
+
+def test_a_data_fault_is_said_before_any_training(tmp_path, capsys):
+    for number, (changes, said) in enumerate([(dict(raw={"retain1": None}), "has no raw/retain1"),
+                                              (dict(knowmem={"retain_qa": None}), "knowmem/retain_qa"),
+                                              (dict(knowmem={"forget_qa_icl": []}), "forget_qa_icl")]):
+        data = folder_with(tmp_path / str(number), **changes)
+        assert main(["muse", "--data", str(data), "--output", str(tmp_path / "out")]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_unlearn_then_evaluate_equals_the_cell(muse_grid, tmp_path, capsys):
