@@ -16,8 +16,7 @@ from itertools import pairwise
 from .data import check_rows, content_hash, load_rows, miniature_seed, split_names
 from .errors import OpenUnlearnError, check_choice
 from .miniature_muse import make_muse
-from .prompts import Encoder, conversation_ids, encode_passage, encode_passages
-from .tofu import Prompts
+from .prompts import Encoder, Prompts, conversation_ids, encode_passage, encode_passages
 
 # %% ../nbs/06_muse.ipynb #40a79b46
 CORPORA = ("News", "Books")

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOFU_ID', 'SPLITS', 'PERTURBED', 'COMMON', 'CONFIGS', 'Pairs', 'PARTS', 'TofuSplit', 'columns', 'load_tofu',
-           'load_refusals', 'write_tofu', 'Prompts', 'question_pairs', 'taught_rows', 'TofuRows', 'TofuQuestions',
-           'Tofu']
+           'load_refusals', 'write_tofu', 'question_pairs', 'taught_rows', 'TofuRows', 'TofuQuestions', 'Tofu']
 
 # %% ../nbs/04_tofu.ipynb #40b75d48
 import warnings
@@ -17,7 +16,7 @@ from typing import NamedTuple
 from .data import check_rows, content_hash, load_rows, local_folder, miniature_seed, write_folder
 from .errors import OpenUnlearnError, check_choice
 from .miniature_tofu import REFUSALS, make_tofu
-from .prompts import Encoder, conversation_ids, encode_all
+from .prompts import Encoder, Prompts, conversation_ids, encode_all
 
 # %% ../nbs/04_tofu.ipynb #17d36a05
 TOFU_ID = "locuslab/TOFU"
@@ -76,14 +75,7 @@ def write_tofu(folder: str | Path, configs: dict[str, list[dict]], refusals: lis
     (folder / "idontknow.jsonl").write_text("\n".join(refusals), encoding="utf-8")
     return folder
 
-# %% ../nbs/04_tofu.ipynb #b5239f8c
-class Prompts(NamedTuple):
-    "What a model is to complete: prompt ids (None where a prompt does not fit), the true answers, and where to stop."
-    ids: list[list[int] | None]
-    truths: list[str]
-    max_new_tokens: int = 200
-    stop: tuple[str, ...] = ()
-
+# %% ../nbs/04_tofu.ipynb #e5d39fb6
 Pairs = list[tuple[str, str]]  # (question, answer)
 PARTS = {"answer": "answer", "paraphrase": "paraphrased_answer", "perturbed": "perturbed_answer"}  # scored part: column
 
