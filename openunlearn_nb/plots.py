@@ -35,7 +35,7 @@ def tidy(ax: Axes, **labels: str) -> Axes:
     ax.set(**labels)
     return ax
 
-# %% ../nbs/19_plots.ipynb #c60b1f4b
+# %% ../nbs/19_plots.ipynb #634c59e2
 FLOOR = -30.0  # log10 of forget quality; lower values are drawn here
 
 def as_number(value: float | str | None) -> float:
@@ -57,7 +57,7 @@ def quality_against_utility(rows: dict[str, dict], ax: Axes | None = None, title
     ax.set_xlim(left=-0.02)
     return tidy(ax, xlabel="model utility", ylabel=f"log10 forget quality\n({FLOOR:g} and below at {FLOOR:g})", title=title)
 
-# %% ../nbs/19_plots.ipynb #95e1e9f4
+# %% ../nbs/19_plots.ipynb #8716a52f
 def truth_ratio_ecdf(evaluations: dict[str, dict], ax: Axes | None = None, title: str = "", cut: float = 3.0) -> Axes:
     "Cumulative distributions of `{row: EVAL}`, one of them `Retain`; with two rows, their KS distance as a bar."
     ax = ax or plt.figure(figsize=(4.6, 3.4)).gca()
@@ -74,7 +74,7 @@ def truth_ratio_ecdf(evaluations: dict[str, dict], ax: Axes | None = None, title
         ax.text(0.97, 0.05, f"D = {test.statistic:.2f}\np = {test.pvalue:.1e}", transform=ax.transAxes, ha="right")
     return tidy(ax, xlabel=f"truth ratio ({cut:g} and above drawn at {cut:g})", ylabel="share of rows", title=title)
 
-# %% ../nbs/19_plots.ipynb #2d04defd
+# %% ../nbs/19_plots.ipynb #1eca664d
 def metric_bars(rows: dict[str, dict], metrics: list[str], title: str = "") -> plt.Figure:
     "One panel a metric, one bar a row of `{row: {metric: value}}`; the retain model's value as a line across."
     fig, axes = plt.subplots(1, len(metrics), figsize=(2.6 * len(metrics), 2.8), sharey=True)
@@ -91,7 +91,7 @@ def metric_bars(rows: dict[str, dict], metrics: list[str], title: str = "") -> p
     fig.tight_layout()
     return fig
 
-# %% ../nbs/19_plots.ipynb #39387f73
+# %% ../nbs/19_plots.ipynb #dcb6450c
 def study_lines(values: dict[str, dict[str, dict]], study: list[str], metrics: list[str], xlabel: str, title: str = "") -> plt.Figure:
     "One panel a metric, one line a row of `{split: {row: {metric: value}}}` over the splits of a study; `News` holds the yardsticks."
     fig, axes = plt.subplots(1, len(metrics), figsize=(3.1 * len(metrics), 3))
