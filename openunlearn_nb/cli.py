@@ -73,7 +73,7 @@ def _train_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--benchmark", choices=("TOFU", "MUSE"), default="TOFU", type=str.upper, help="default: %(default)s")
     p.add_argument("--method", required=True, help="GradAscent, GradDiff, IdkDPO, NPO, SimNPO, RMU, or Finetune")
     p.add_argument("--split", help="what to forget (default: forget10, or the corpus of --data)")
-    p.add_argument("--on", metavar="NAME", help="what Finetune learns: full, retain90, News_target, News_retrain, ... (default: all)")
+    p.add_argument("--on", metavar="NAME", help="what Finetune learns: full (default), retain90, ...; News_target (default for MUSE), News_retrain, ...")
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method, such as beta=0.05 (repeatable)")
     p.add_argument("--output", required=True, help="new folder for the model and its record")
 

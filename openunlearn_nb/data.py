@@ -25,7 +25,8 @@ def local_folder(path: str) -> str | None:
     return str(folder)
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error.__cause__ or error).split())[:300]
+    text = " ".join(str(error.__cause__ or error).split()).split(" with any supported extension")[0]
+    return text[:300] or f"{type(error).__name__}; is a file empty?"
 
 @lru_cache(maxsize=128)
 def load_rows(path: str, config: str, split: str = "train") -> list[dict]:

@@ -9,6 +9,7 @@ __all__ = ['WEIGHTS', 'GridConfig', 'check_grid', 'claim', 'Task', 'cells', 'pla
 # %% ../nbs/22_grid.ipynb #0fe21d4b
 import multiprocessing
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,10 +18,10 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .config import Progress, RunConfig, check_config, model_path, recipe_of
+from .config import Progress, RunConfig, check_config, check_split, model_path, recipe_of
 from .data import content_hash
 from .embedded import embedded_model
-from .errors import OpenUnlearnError, check_choice, is_ours
+from .errors import OpenUnlearnError, is_ours
 from .methods import get_method
 from .models import PRESETS, quiet
 from .muse import corpora_in
@@ -39,9 +40,9 @@ def check_grid(grid: GridConfig) -> GridConfig:
     "The grid with its values checked, defaults filled in, aliases of methods resolved."
     check_config(grid)
     splits = grid.splits or (corpora_in(grid.data) if grid.benchmark == "MUSE" else tuple(Tofu.splits))
+    splits = tuple(check_split(grid, split) for split in splits)
     methods = tuple(get_method(m).name for m in grid.methods or grid.source.methods)
     for split in splits:
-        check_choice(split, grid.suite.splits, "split")
         check_asked(grid, split, grid.suite.defaults)
         for method in methods:
             check_method(grid, method, split)
@@ -51,6 +52,8 @@ def check_grid(grid: GridConfig) -> GridConfig:
 
 def claim(grid: GridConfig, output: str | Path) -> None:
     "Note the grid's configuration in its folder; raises if the folder holds another's results."
+    if Path(output).is_file():
+        raise OpenUnlearnError(f"{output} is a file; give a folder as --output.")
     recipes = {m: [asdict(recipe), settings] for m in grid.source.methods for recipe, settings in [recipe_of(grid, m)]}
     mine, rows = grid.fingerprint() | {"recipes": content_hash(recipes)}, grid.source.hashes(*grid.splits)
     file = Path(output) / "grid.json"
@@ -124,6 +127,7 @@ _queue = None
 def _start_worker(queue) -> None:
     global _queue
     _queue = queue
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which stops us
     warnings.showwarning = lambda message, category, filename, *_: is_ours(category, filename) and queue.put((None, str(message)))
     import torch
     torch.set_num_threads(1)

@@ -142,8 +142,10 @@ class MuseSource(MuseTexts):
         for config, name in [(config, name), ("raw", "forget"), ("raw", "retain1")]:
             if name not in (have := splits_of(config, corpus, self.data)):
                 raise OpenUnlearnError(f"{source_of(self.data, corpus)} has no {config}/{name}; of {config} it has {', '.join(have) or 'nothing'}.")
-        if not self.request(split):
+        if self.max_rows and not self.request(split):
             raise OpenUnlearnError(f"With train_rows {self.max_rows}, nothing of {split} would be taught; give more.")
+        if not any(t.strip() for t in self.request(split)):
+            raise OpenUnlearnError(f"What {split} of {source_of(self.data, corpus)} asks to forget holds no text.")
 
     def hashes(self, *splits: str, training: bool = True) -> dict[str, str]:
         "A hash of the rows of every split that runs on these splits (or only their evaluations) read."

@@ -74,9 +74,10 @@ def read_retain_log(path: str | Path, suite: Suite, truths: Sequence[str] | None
     if path.name in {other.file("EVAL") for other in SUITES.values()} - {suite.file("EVAL")}:
         raise OpenUnlearnError(f"The retain log {path} is of another benchmark; a {suite.file('EVAL')} is needed.")
     log, record = read_json(path, "retain log"), path.parent / "run.json"
-    row = read_json(record, "run record").get("row") if record.exists() else None
-    if row not in (None, "Retain", "Evaluated"):
-        raise OpenUnlearnError(f"{path} is the evaluation of {row}, not of a retain model.")
+    known = read_json(record, "run record") if record.exists() else {}
+    of = known.get("row") if known.get("row") != "Evaluated" else known.get("method")  # a model of one's own may be anything
+    if of not in (None, "Retain", "Finetune"):
+        raise OpenUnlearnError(f"{path} is the evaluation of {of}, not of a retain model.")
     if (n := _counted(log.get(suite.counted))) is None:
         raise OpenUnlearnError(f"The retain log {path} has no {suite.counted} for each row; give a {suite.file('EVAL')}, not a summary.")
     if truths is None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .config import Progress, RunConfig, check_config, model_path, open_model, recipe_of
+from .config import Progress, RunConfig, check_config, check_split, model_path, open_model, recipe_of
 from .errors import OpenUnlearnError, check_choice
 from .methods import get_method, method_settings
 from .models import PRESETS, save_model
@@ -79,7 +79,7 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
                 progress: Progress = lambda share: None) -> dict[str, Any]:
     "Train by a method and save the model with its record, `train.json`, in a new folder. `on`: what Finetune learns."
     started, output, method = time.time(), Path(output), get_method(method).name
-    check_config(config), method_settings(method, settings), check_choice(split, config.suite.splits, "split")
+    check_config(config), method_settings(method, settings), check_split(config, split)
     if method == "Finetune":
         named = [name for s in config.source.own_splits() for name in config.source.taught(s)]
         on = check_choice(on or config.source.taught(split)[0], dict.fromkeys(named), f"{config.benchmark} data to learn")
@@ -96,7 +96,9 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
 
 # %% ../nbs/21_runs.ipynb #ca12542b
 def check_output(folder: Path, what: dict[str, Any]) -> None:
-    "Raise if the folder holds an evaluation of something else than `what`."
+    "Raise if the folder is a file, a model's, or holds an evaluation of something else than `what`."
+    if folder.is_file() or (folder / "config.json").exists():
+        raise OpenUnlearnError(f"{folder} is {'a file' if folder.is_file() else 'a folder with a model'}; give another --output.")
     if not (folder / "run.json").exists():
         return
     there = read_json(folder / "run.json", "run record")
@@ -108,7 +110,7 @@ def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log
     "Evaluate a model on a split into a folder; returns the summary."
     started, suite = time.time(), config.suite
     metrics = suite.defaults if metrics is None else metrics
-    check_config(config), needed(suite, metrics), check_choice(split, suite.splits, "split")  # all that can be wrong, before a model is loaded
+    check_config(config), needed(suite, metrics), check_split(config, split)  # all that can be wrong, before a model is loaded
     source = config.source
     check_asked(config, split, metrics)
     what = {"config": config.fingerprint(), "split": split, "metrics": sorted(metrics), "data": source.hashes(split, training=False),
@@ -117,6 +119,8 @@ def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log
     yardstick = read_retain_log(retain_log, suite, source.truths(split)) if retain_log else None
     path = model_path(config, split, progress=progress)
     model, enc = open_model(config, path, for_training=False)
+    trained = Path(path).expanduser() / "train.json"
+    what |= {"method": read_json(trained, "training record").get("method") if trained.exists() else None, "max_rows": source.max_rows}
     evaluation = evaluate(Passes(model, enc, source, config.batch_size), split, yardstick, metrics)
     values = summary(evaluation, metrics)
     write_run(output, suite, evaluation, values, run_record(
@@ -170,5 +174,5 @@ def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Pro
     values = summary(evaluation, config.suite.defaults)
     write_run(folder, config.suite, evaluation, values, run_record(
         started, benchmark=config.benchmark, model=config.label, split=split, row=row, model_path=path, prompt=asdict(enc.fmt),
-        config=config.fingerprint(), data=source.hashes(split), **trained))
+        config=config.fingerprint(), data=source.hashes(split), max_rows=source.max_rows, **trained))
     return values

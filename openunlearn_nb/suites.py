@@ -191,6 +191,8 @@ def evaluate(passes: Passes, split: str, retain_eval: dict | None = None, metric
             out[name] = attack_entry(sides)
         else:
             out[name] = metric.combine([out[i] for i in metric.inputs], retain_eval)
+        if not isinstance(metric, Derived) and out[name]["agg_value"] is None and (isinstance(metric, Leaf) or "holdout" in sets):
+            warnings.warn(f"{name} is null: no row of its data could be scored.")
     return dict(sorted(out.items()))
 
 def summary(evaluation: dict[str, Entry], metrics: Sequence[str]) -> dict[str, float]:

@@ -116,6 +116,12 @@ def test_without_a_holdout(model, tmp_path, capsys):
     assert log["privleak"] == {"agg_value": None} and "privleak" not in read_json(tmp_path / "out/MUSE_SUMMARY.json")
 
 
+def test_a_metric_without_any_row_is_said(model, tmp_path, capsys):
+    data = folder_with(tmp_path, privleak={"holdout": [{"text": "  "}]})
+    code, log = evaluation(model, data, tmp_path / "out", "--metrics", "privleak")
+    assert code == 0 and log["privleak"]["agg_value"] is None and "mia_min_k is null" in capsys.readouterr().err
+
+
 def test_few_shot_split_shorter_than_asked(model, tmp_path, capsys):
     data = folder_with(tmp_path, knowmem={"retain_qa_icl": make_muse()["knowmem"]["retain_qa_icl"][:4]})
     assert evaluation(model, data, tmp_path / "out")[0] == 2
@@ -164,7 +170,8 @@ def test_retain_log_of_another_benchmark(muse_grid, small_grid, model, tmp_path,
 def test_a_data_fault_is_said_before_any_training(tmp_path, capsys):
     for number, (changes, said) in enumerate([(dict(raw={"retain1": None}), "has no raw/retain1"),
                                               (dict(knowmem={"retain_qa": None}), "knowmem/retain_qa"),
-                                              (dict(knowmem={"forget_qa_icl": []}), "forget_qa_icl")]):
+                                              (dict(knowmem={"forget_qa_icl": []}), "forget_qa_icl"),
+                                              (dict(raw={"forget": [{"text": ""}, {"text": " "}]}), "holds no text")]):
         data = folder_with(tmp_path / str(number), **changes)
         assert main(["muse", "--data", str(data), "--output", str(tmp_path / "out")]) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
@@ -178,6 +185,11 @@ def test_unlearn_then_evaluate_equals_the_cell(muse_grid, tmp_path, capsys):
     assert main(["eval", "muse", "--model", str(tmp_path / "npo"), "--retain-log", str(folder / "News/Retain"), "--output", str(tmp_path / "e")]) == 0
     mine, cell = json.loads(capsys.readouterr().out), read_json(folder / "News/NPO/MUSE_SUMMARY.json")
     assert mine == pytest.approx(cell, rel=1e-4, abs=1e-6)
+    # An unlearned model is no yardstick, and a model's folder no place for an evaluation.
+    npo = ["eval", "muse", "--model", str(tmp_path / "npo"), "--metrics", "privleak"]
+    assert main([*npo, "--retain-log", str(tmp_path / "e"), "--output", str(tmp_path / "f")]) == 2
+    assert "evaluation of NPO, not of a retain model" in capsys.readouterr().err
+    assert main([*npo, "--output", str(tmp_path / "npo")]) == 2 and "a folder with a model" in capsys.readouterr().err
 
 
 MEMORY = """
@@ -194,9 +206,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def test_memory_does_not_grow_with_the_corpus():
-    """Sixteen more passages of 2,048 tokens cost less than a tenth of one passage's distribution (250 MB)."""
-    peak = [int(subprocess.run([sys.executable, "-c", MEMORY, n], capture_output=True, text=True, check=True).stdout) for n in ("4", "20")]
-    assert peak[1] - peak[0] < 25_000, peak  # kB
+    """Twenty more passages of 2,048 tokens cost less than half of one passage's distribution (250 MB in fp32)."""
+    peak = [int(subprocess.run([sys.executable, "-c", MEMORY, n], capture_output=True, text=True, check=True).stdout) for n in ("12", "32")]
+    assert peak[1] - peak[0] < 125_000, peak  # kB; the first passages settle the allocator
 
 
 @pytest.mark.slow
