@@ -88,7 +88,7 @@ def _eval_tofu_parser(p: argparse.ArgumentParser) -> None:
 
 def _eval_muse_parser(p: argparse.ArgumentParser) -> None:
     _model_options(p, MUSE_DATA), _shots(p), _eval_options(p, "MUSE")
-    p.add_argument("--corpus", dest="split", help="News or Books (default: by the name of --data)")
+    p.add_argument("--corpus", dest="split", help="News or Books (default: the one that the name of --data ends in, else News)")
 
 def _table_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("folder", help="folder of runs or of published logs, or a Hub data set (open-unlearning/eval)")
@@ -148,6 +148,7 @@ def print_tables(suites: dict[str, dict], style: str = "text") -> None:
                     print(f"{suite}, {model}, measured (recomputed from per-example values)\n\n{form(part, columns)}\n")
                 _print_published(suite, model, values, form, columns)
 
+# %% ../nbs/23_cli.ipynb #dc5fc26e
 def _print_published(suite: str, model: str, values: dict, form, columns: list[str]) -> None:
     "The printed page's numbers of the same splits; of another model where this one has none."
     from openunlearn_nb import tables as t
@@ -157,7 +158,7 @@ def _print_published(suite: str, model: str, values: dict, form, columns: list[s
         orientation = "" if printed == model else ": another model and benchmark, for orientation only"
         print(f"{suite}, {printed}, as published by OpenUnlearning{orientation}\n\n{form(shown, columns)}\n")
 
-# %% ../nbs/23_cli.ipynb #e1a5b33a
+# %% ../nbs/23_cli.ipynb #bda0abc4
 def table_command(args: argparse.Namespace) -> int:
     from openunlearn_nb.collect import SUITES, find_runs, measured
     runs = find_runs(args.folder)
@@ -167,9 +168,9 @@ def table_command(args: argparse.Namespace) -> int:
 def grid_command(benchmark: str):
     "The command that runs a benchmark's grid."
     def run(args: argparse.Namespace) -> int:
+        from openunlearn_nb.collect import find_runs, measured
         from openunlearn_nb.grid import GridConfig, run_grid
         from openunlearn_nb.muse import STUDIES
-        from openunlearn_nb.collect import find_runs, measured
         if getattr(args, "study", None):
             args.splits = tuple(STUDIES[args.study])
         failed = run_grid(_config(GridConfig, benchmark, args), args.output, args.jobs, show=not args.quiet)
@@ -180,7 +181,7 @@ def grid_command(benchmark: str):
         return 1 if failed else 0
     return run
 
-# %% ../nbs/23_cli.ipynb #f493adde
+# %% ../nbs/23_cli.ipynb #347c4fb6
 def parse_settings(pairs: list[str]) -> dict:
     "`['beta=0.05']` as a dictionary; values are read as JSON where they are, as text otherwise."
     settings = {}
@@ -194,7 +195,7 @@ def parse_settings(pairs: list[str]) -> dict:
             settings[name] = value
     return settings
 
-# %% ../nbs/23_cli.ipynb #23b5f775
+# %% ../nbs/23_cli.ipynb #97eed6ec
 def _progress(name: str):
     "A bar for one piece of work; moved by a share of it."
     from tqdm.auto import tqdm
@@ -204,6 +205,7 @@ def _default_split(benchmark: str, args: argparse.Namespace) -> str:
     from openunlearn_nb.muse import corpora_in
     return args.split or ("forget10" if benchmark == "TOFU" else corpora_in(args.data)[0])
 
+# %% ../nbs/23_cli.ipynb #a16fc821
 def train_command(args: argparse.Namespace) -> int:
     from openunlearn_nb.config import RunConfig
     from openunlearn_nb.models import quiet
@@ -218,6 +220,7 @@ def train_command(args: argparse.Namespace) -> int:
     print(f"{args.output}: {record['method']} on {record['split']}, {len(losses)} steps, loss {losses[0]:.3g} to {losses[-1]:.3g}")
     return 0
 
+# %% ../nbs/23_cli.ipynb #97519989
 def eval_command(benchmark: str):
     "The command that evaluates a model on a benchmark."
     def run(args: argparse.Namespace) -> int:
@@ -232,7 +235,7 @@ def eval_command(benchmark: str):
         return 0
     return run
 
-# %% ../nbs/23_cli.ipynb #449bd8ed
+# %% ../nbs/23_cli.ipynb #f4781f91
 def _hush_imports() -> None:
     "Keep bitsandbytes and DeepSpeed from announcing that there is no GPU."
     import torch
@@ -249,6 +252,7 @@ def _notes():
             print(f"note: {message}", file=sys.stderr)
     return show
 
+# %% ../nbs/23_cli.ipynb #d99baba1
 def main(argv: list[str] | None = None) -> int:
     "Run a command; returns the exit code."
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -53,6 +53,7 @@ def _by_name(suite: str, file: Path) -> Run | None:
     split = found["split"] or file.parent.name.removeprefix("evals_")
     return Run(suite, model, split, found["method"] or "Finetuned", file) if split in SPLITS else None
 
+# %% ../nbs/17_collect.ipynb #a45674c7
 def identify(file: Path) -> Run | None:
     "What the evaluation in `file` is of, from the `run.json` beside it or from its folders' names; None if neither says."
     suite = file.name.removesuffix("_EVAL.json")
@@ -64,7 +65,7 @@ def identify(file: Path) -> Run | None:
     check_choice(record["split"], SUITES[suite].splits, f"split in {file.parent / 'run.json'}")
     return Run(suite, record["model"], record["split"], record["row"], file, record.get("retain_log"))
 
-# %% ../nbs/17_collect.ipynb #b592adec
+# %% ../nbs/17_collect.ipynb #dbde84d1
 def find_runs(folder: str | Path, pattern: str = "**/", suites: Iterable[str] = tuple(SUITES)) -> list[Run]:
     "The evaluations below a folder, or of a Hub data set such as `open-unlearning/eval`; two of one cell are an error."
     path = Path(folder).expanduser()
@@ -86,7 +87,7 @@ def find_runs(folder: str | Path, pattern: str = "**/", suites: Iterable[str] = 
                                f"{str(folder)!r}.")
     return list(runs.values())
 
-# %% ../nbs/17_collect.ipynb #8814fe75
+# %% ../nbs/17_collect.ipynb #59aaf699
 def _values(run: Run, yardstick: dict | None) -> dict[str, float | None]:
     suite = SUITES[run.suite]
     try:

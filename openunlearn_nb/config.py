@@ -93,10 +93,7 @@ def check_config(config: RunConfig) -> None:
 # %% ../nbs/20_config.ipynb #a2721fc3
 def check_split(config: RunConfig, split: str) -> str:
     "`split` itself; raises where the benchmark has none of that name, or the data are of another corpus."
-    check_choice(split, config.suite.splits, "corpus" if config.benchmark == "MUSE" else "split")
-    if config.benchmark == "MUSE":
-        Muse(config.data).own_corpus(split)
-    return split
+    return Muse(config.data).own(split) if config.benchmark == "MUSE" else check_choice(split, Tofu.splits, "split")
 
 # %% ../nbs/20_config.ipynb #c3f4606d
 def model_path(config: RunConfig, split: str, retain: bool = False, progress: Progress = lambda share: None) -> str | None:
@@ -120,6 +117,7 @@ def prompt_of(config: RunConfig, path: str, tokenizer) -> PromptFormat:
     preset = preset_of(path)
     return prompt_format(config.prompt or (preset and preset.prompt), tokenizer)
 
+# %% ../nbs/20_config.ipynb #d7b09f52
 def open_model(config: RunConfig, path: str, for_training: bool) -> tuple[PreTrainedModel, Encoder]:
     "A model, and what turns text into its ids."
     preset = preset_of(path)

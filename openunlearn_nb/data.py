@@ -43,6 +43,7 @@ def load_rows(path: str, config: str, split: str = "train") -> list[dict]:
         of = config if split == "train" else f"{config}/{split}"
         raise OpenUnlearnError(f"Cannot load config {of!r} of {path!r}: {_one_line(e)}") from e
 
+# %% ../nbs/02_data.ipynb #1b2f1810
 @lru_cache(maxsize=32)
 def split_names(path: str, config: str) -> tuple[str, ...]:
     "The splits that a config has, by the data set's own list."
@@ -54,7 +55,7 @@ def split_names(path: str, config: str) -> tuple[str, ...]:
     except Exception as e:
         raise OpenUnlearnError(f"Cannot read config {config!r} of {path!r}: {_one_line(e)}") from e
 
-# %% ../nbs/02_data.ipynb #5ed5a6ad
+# %% ../nbs/02_data.ipynb #d80d696e
 def check_rows(rows: list[dict], columns: dict[str, type], where: str, may_be_empty: bool = False) -> list[dict]:
     "`rows` themselves; raises where there are none, or where one lacks a column or has something else there."
     if not rows:
@@ -64,12 +65,13 @@ def check_rows(rows: list[dict], columns: dict[str, type], where: str, may_be_em
             if column not in row:
                 raise OpenUnlearnError(f"Row {i} of {where} lacks the column {column!r}; it has {', '.join(row)}.")
             value = row[column]
-            if not isinstance(value, kind) or not (value or may_be_empty) or not all(isinstance(v, str) for v in value):
+            texts = value if kind is list and isinstance(value, list) else []
+            if not isinstance(value, kind) or not (value or may_be_empty) or not all(isinstance(t, str) for t in texts):
                 what = "a list of texts" if kind is list else "a text"
                 raise OpenUnlearnError(f"Row {i} of {where} has {value!r} as {column!r}; {what} is expected.")
     return rows
 
-# %% ../nbs/02_data.ipynb #4b03faa8
+# %% ../nbs/02_data.ipynb #8e6450a1
 def content_hash(value) -> str:
     "A short hash of anything JSON can hold: rows, settings."
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
@@ -83,7 +85,7 @@ def miniature_seed(data: str) -> int | None:
         raise OpenUnlearnError(f"The miniature's seed must be a whole number, not {seed!r}: miniature:0.")
     return int(seed)
 
-# %% ../nbs/02_data.ipynb #8150660b
+# %% ../nbs/02_data.ipynb #150fb10a
 def write_folder(folder: str | Path, configs: dict[str, dict[str, list[dict]]]) -> Path:
     "Write `{config: {split: rows}}` as a folder that `load_rows` and `datasets.load_dataset` read."
     folder = Path(folder)

@@ -56,11 +56,9 @@ def cache_dir() -> Path:
 def embedded_model(taught: str = "full", benchmark: Tofu | Muse = Tofu(), recipe: EmbeddedConfig | None = None,
                    progress: Callable[[float], None] = lambda share: None) -> Path:
     "Folder of the embedded model `taught` (full, retain90, News_target, ...); trained now if it is not in the cache."
-    recipe = recipe or EMBEDDED[benchmark.name]
-    texts = benchmark.texts()
-    tokenizer = train_tokenizer(texts, recipe.vocabulary, chat=recipe.prompt == "chat")
-    examples = benchmark.lessons(taught, Encoder(tokenizer, PROMPTS[recipe.prompt], recipe.max_length))
-    folder = cache_dir() / f"{benchmark.name.lower()}-{taught}-{content_hash([2, asdict(recipe), texts, examples])}"
+    recipe, texts = recipe or EMBEDDED[benchmark.name], benchmark.texts()
+    decides = [3, asdict(recipe), texts, benchmark.lessons(taught)]
+    folder = cache_dir() / f"{benchmark.name.lower()}-{taught}-{content_hash(decides)}"
     if benchmark.name == "MUSE" and benchmark.max_rows:
         warnings.warn(f"The embedded {taught} is taught at most {benchmark.max_rows} documents of each set of {benchmark.data}, those first "
                       "whose continuation is asked for; --train-rows says how many.")
@@ -70,6 +68,8 @@ def embedded_model(taught: str = "full", benchmark: Tofu | Muse = Tofu(), recipe
         cache_dir().mkdir(parents=True, exist_ok=True)  # now, rather than fail after the training
     except OSError as e:
         raise OpenUnlearnError(f"Cannot keep trained models in {cache_dir()}: {e.strerror}; set OPENUNLEARN_CACHE.") from e
+    tokenizer = train_tokenizer(texts, recipe.vocabulary, chat=recipe.prompt == "chat")
+    examples = benchmark.lesson_examples(taught, Encoder(tokenizer, PROMPTS[recipe.prompt], recipe.max_length))
     model = tiny_llama(tokenizer, recipe.hidden, recipe.layers, recipe.seed)
     how = TrainConfig(recipe.learning_rate, recipe.epochs, recipe.batch_size, recipe.batch_size, weight_decay=0.0, seed=recipe.seed,
                       gradient_checkpointing=False)

@@ -8,6 +8,7 @@ __all__ = ['OpenUnlearnError', 'check_choice', 'is_ours']
 # %% ../nbs/00_errors.ipynb #f048010d
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 # %% ../nbs/00_errors.ipynb #bc5a5ea7
 class OpenUnlearnError(Exception):
@@ -27,4 +28,4 @@ def check_choice(value: str, valid: Iterable[str], what: str) -> str:
 # %% ../nbs/00_errors.ipynb #cf50ef05
 def is_ours(category: type[Warning], filename: str) -> bool:
     "Whether a warning comes from this package."
-    return issubclass(category, UserWarning) and "openunlearn_nb" in filename
+    return issubclass(category, UserWarning) and Path(filename).parent.name == "openunlearn_nb"

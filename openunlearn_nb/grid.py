@@ -50,6 +50,7 @@ def check_grid(grid: GridConfig) -> GridConfig:
             model_path(grid, split)  # raises where no finetuned model is published
     return replace(grid, splits=splits, methods=methods)
 
+# %% ../nbs/22_grid.ipynb #52da3f83
 def claim(grid: GridConfig, output: str | Path) -> None:
     "Note the grid's configuration in its folder; raises if the folder holds another's results."
     if Path(output).is_file():
@@ -65,7 +66,7 @@ def claim(grid: GridConfig, output: str | Path) -> None:
     if not file.exists() or known | rows != known:
         write_json(file, mine | {"data_hashes": known | rows})
 
-# %% ../nbs/22_grid.ipynb #df950366
+# %% ../nbs/22_grid.ipynb #5edee9be
 WEIGHTS = {"forget01": 0.3, "forget05": 1.0, "forget10": 2.0}  # of a cell; a training weighs 12
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Task:
     def __str__(self) -> str:
         return f"{self.row} {self.split}" if self.row else f"training on {self.split}"
 
-# %% ../nbs/22_grid.ipynb #0c4018f2
+# %% ../nbs/22_grid.ipynb #29edd572
 def cells(grid: GridConfig) -> list[tuple[str, str]]:
     "All (split, row) of a grid, the yardsticks of a split first."
     with_retain = grid.model == "embedded" or grid.model in PRESETS or grid.retain_model
@@ -95,6 +96,7 @@ def cells(grid: GridConfig) -> list[tuple[str, str]]:
     return list(dict.fromkeys(cell for split in grid.splits for cell in [*((home_of(grid, split), row) for row in rows),
                                                                         *((split, method) for method in grid.methods)]))
 
+# %% ../nbs/22_grid.ipynb #5586efa4
 def plan(grid: GridConfig, output: str) -> list[Task]:
     "The grid's unfinished tasks, inputs first."
     source, tasks = grid.source, {}
@@ -121,7 +123,7 @@ def run_task(grid: GridConfig, task: Task, output: str, progress: Progress) -> d
     embedded_model(task.split, grid.source, progress=progress)
     return {}
 
-# %% ../nbs/22_grid.ipynb #df597cef
+# %% ../nbs/22_grid.ipynb #a4e916e7
 _queue = None
 
 def _start_worker(queue) -> None:
@@ -144,7 +146,7 @@ def default_jobs(grid: GridConfig) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(4, cores)
 
-# %% ../nbs/22_grid.ipynb #4bab601b
+# %% ../nbs/22_grid.ipynb #e1604dfd
 class Inline:
     "A pool of one: runs each task here and now."
 
@@ -159,7 +161,7 @@ class Inline:
             future.set_exception(e)
         return future
 
-# %% ../nbs/22_grid.ipynb #4dce2322
+# %% ../nbs/22_grid.ipynb #408bb757
 def run_tasks(grid: GridConfig, tasks: list[Task], output: str, pool, jobs: int, drain: Callable[[], None],
               done: Callable[[Task, dict | None, BaseException | None], None]) -> list[Task]:
     "Run all tasks as their needs are met; returns those that failed or could not start."
@@ -181,7 +183,7 @@ def run_tasks(grid: GridConfig, tasks: list[Task], output: str, pool, jobs: int,
         drain()
     return failed
 
-# %% ../nbs/22_grid.ipynb #4aea2c56
+# %% ../nbs/22_grid.ipynb #e21f7a22
 def _run_pool(grid: GridConfig, tasks: list[Task], output: str, jobs: int, report: Callable, done: Callable) -> list[Task]:
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
@@ -203,7 +205,7 @@ def _run_pool(grid: GridConfig, tasks: list[Task], output: str, jobs: int, repor
             raise OpenUnlearnError("A worker process was killed (out of memory?); finished cells are kept. Try fewer --jobs.") from e
         raise
 
-# %% ../nbs/22_grid.ipynb #2f5c14e0
+# %% ../nbs/22_grid.ipynb #1cced549
 class Display:
     "A progress bar weighted by work, and a line a finished cell, on standard error."
 
@@ -238,13 +240,13 @@ class Display:
             line = "  ".join(f"{k} {values[k]:.3g}" for k in self.columns if k in values)
             self.bar.write(f"{task.split} {task.row:<10} {line}", file=sys.stderr)
 
-# %% ../nbs/22_grid.ipynb #3c3d95c3
-def run_grid(grid: GridConfig = GridConfig(), output: str | Path = "runs/tofu", jobs: int | None = None,
+# %% ../nbs/22_grid.ipynb #b6bbc27b
+def run_grid(grid: GridConfig = GridConfig(), output: str | Path | None = None, jobs: int | None = None,
              show: bool = True) -> list[Task]:
-    """Run what is unfinished of a grid; returns the failed tasks. Interrupt it when you like, call it again to go on.
+    """Run what is unfinished of a grid, into `output` (runs/tofu, runs/muse); returns the failed tasks. Interrupt it when you like, call it again to go on.
 
     In a script, call it under `if __name__ == "__main__":`, because workers are fresh processes that import the script."""
-    grid, output = check_grid(grid), str(output)
+    grid, output = check_grid(grid), str(output or f"runs/{grid.benchmark.lower()}")
     if jobs is not None and jobs < 1:
         raise OpenUnlearnError(f"--jobs must be 1 or more, not {jobs}.")
     claim(grid, output)  # reads all data: what is wrong with it is said here, before any worker starts

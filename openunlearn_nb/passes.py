@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Passes']
 
-# %% ../nbs/14_passes.ipynb #26bfb8f6
-from collections.abc import Callable, Sequence
+# %% ../nbs/14_passes.ipynb #6bb162c6
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
@@ -19,16 +19,15 @@ from .tofu import Tofu
 class Passes:
     "A model's teacher-forced and generation results on the data sets of a benchmark; each is computed once."
 
-    def __init__(self, model: PreTrainedModel, enc: Encoder, benchmark: Tofu | Muse, batch_size: int = 64,
-                 progress: Callable[[int], None] = lambda n: None):
-        self.model, self.enc, self.benchmark, self.batch_size, self.progress = model, enc, benchmark, batch_size, progress
+    def __init__(self, model: PreTrainedModel, enc: Encoder, benchmark: Tofu | Muse, batch_size: int = 64):
+        self.model, self.enc, self.benchmark, self.batch_size = model, enc, benchmark, batch_size
         self.results: dict[tuple[str, str], list[tuple]] = {}  # (data set, part): the arguments of a row's metric, a row each
 
     def teacher_forced(self, where: str, parts: Sequence[str]) -> None:
         "Score the parts of a data set's rows that were not scored yet, in one pass."
         todo = {p: self.benchmark.scored(where, p, self.enc) for p in parts if (where, p) not in self.results}
         examples = [e for rows in todo.values() for row in rows for e in row]
-        scores = iter(score(self.model, examples, self.enc.tokenizer.pad_token_id, self.batch_size * 64, self.progress))
+        scores = iter(score(self.model, examples, self.enc.tokenizer.pad_token_id, self.batch_size * 64))
         for part, rows in todo.items():
             found = [[next(scores) for _ in row] for row in rows]
             self.results[where, part] = [(f,) if part == "perturbed" else tuple(f) for f in found]
@@ -39,7 +38,7 @@ class Passes:
             return
         tokenizer, asked = self.enc.tokenizer, self.benchmark.asked(where, self.enc)
         fit = [ids for ids in asked.ids if ids is not None]
-        done = iter(generate(self.model, tokenizer, fit, asked.max_new_tokens, self.batch_size, self.progress, asked.stop))
+        done = iter(generate(self.model, tokenizer, fit, asked.max_new_tokens, self.batch_size, asked.stop))
         told = lambda ids: None if ids is None else tokenizer.decode(ids, skip_special_tokens=True)
         self.results[where, "generation"] = [(told(ids), truth, None if ids is None else next(done))
                                              for ids, truth in zip(asked.ids, asked.truths)]

@@ -94,7 +94,7 @@ def metric_bars(rows: dict[str, dict], metrics: list[str], title: str = "") -> p
 # %% ../nbs/19_plots.ipynb #dcb6450c
 def study_lines(values: dict[str, dict[str, dict]], study: list[str], metrics: list[str], xlabel: str, title: str = "") -> plt.Figure:
     "One panel a metric, one line a row of `{split: {row: {metric: value}}}` over the splits of a study; `News` holds the yardsticks."
-    fig, axes = plt.subplots(1, len(metrics), figsize=(3.1 * len(metrics), 3))
+    fig, axes = plt.subplots(1, len(metrics), figsize=(2.5 * len(metrics), 2.5))
     start, splits = values.get("News", {}), [s for s in study if s in values]
     rows = sorted({row for s in splits for row in values[s]} - {"Finetuned", "Retain"}, key=row_order)
     for ax, metric in zip(np.atleast_1d(axes), metrics):

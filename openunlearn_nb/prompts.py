@@ -70,6 +70,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, question: str, answer: str, fmt: 
     n = min(len(prompt), len(ids))
     return {"input_ids": ids, "labels": [-100] * n + ids[n:]}
 
+# %% ../nbs/01_prompts.ipynb #218b7a9f
 class Encoder(NamedTuple):
     "Everything that turns text into a model's ids."
     tokenizer: PreTrainedTokenizerBase
@@ -94,7 +95,7 @@ def encode_all(enc: Encoder, pairs: Sequence[tuple[str, str]]) -> list[dict]:
                       "into the prompt): they count nothing in losses and score null.")
     return examples
 
-# %% ../nbs/01_prompts.ipynb #83efb652
+# %% ../nbs/01_prompts.ipynb #6b71cafe
 def encode_passage(tokenizer: PreTrainedTokenizerBase, prefix: str, text: str, max_length: int = 2048) -> dict[str, list[int]]:
     "`input_ids` and `labels` of a text after its prefix: at most the prefix's ids and `max_length` more, uncut length in `n`."
     before = len(tokenizer(prefix)["input_ids"])
@@ -114,7 +115,7 @@ def encode_passages(enc: Encoder, pairs: Sequence[tuple[str, str]], what: str) -
                       "model): they score null.")
     return [{k: v for k, v in e.items() if k != "n"} for e in examples]
 
-# %% ../nbs/01_prompts.ipynb #fc9c10ca
+# %% ../nbs/01_prompts.ipynb #47ef3315
 def collate(examples: Sequence[dict], pad_id: int, side: str = "left") -> dict[str, torch.Tensor]:
     "Pad examples to `input_ids`, `attention_mask`, `labels`, each `[batch, length]`."
     width = max(len(e["input_ids"]) for e in examples)
@@ -127,7 +128,7 @@ def collate(examples: Sequence[dict], pad_id: int, side: str = "left") -> dict[s
         "labels": torch.tensor([pad(e["labels"], -100) for e in examples]),
     }
 
-# %% ../nbs/01_prompts.ipynb #ec2277bf
+# %% ../nbs/01_prompts.ipynb #c330beb9
 def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     "What a causal LM's forward takes: ids, mask, and positions that do not depend on the padding side."
     mask = batch["attention_mask"]

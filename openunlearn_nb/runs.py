@@ -75,6 +75,7 @@ def start_of(config: RunConfig, method: str, split: str) -> str:
                                    "--study sustainability.")
     return model_path(config, split)
 
+# %% ../nbs/21_runs.ipynb #dcbe6faf
 def train_model(config: RunConfig, method: str, split: str, on: str | None, settings: dict, output: str | Path,
                 progress: Progress = lambda share: None) -> dict[str, Any]:
     "Train by a method and save the model with its record, `train.json`, in a new folder. `on`: what Finetune learns."
@@ -94,7 +95,7 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
     write_json(output / "train.json", record)
     return record
 
-# %% ../nbs/21_runs.ipynb #ca12542b
+# %% ../nbs/21_runs.ipynb #c55e210b
 def check_output(folder: Path, what: dict[str, Any]) -> None:
     "Raise if the folder is a file, a model's, or holds an evaluation of something else than `what`."
     if folder.is_file() or (folder / "config.json").exists():
@@ -105,6 +106,7 @@ def check_output(folder: Path, what: dict[str, Any]) -> None:
     if changed := [k for k in what if there.get(k) != what[k]]:
         raise OpenUnlearnError(f"{folder} holds an evaluation of another {changed[0]}; give another --output.")
 
+# %% ../nbs/21_runs.ipynb #f75bb2fa
 def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log: str | None = None,
                    metrics: Sequence[str] | None = None, progress: Progress = lambda share: None) -> dict[str, float]:
     "Evaluate a model on a split into a folder; returns the summary."
@@ -117,17 +119,19 @@ def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log
             "retain_log": retain_log and str(Path(retain_log).expanduser().resolve())}
     check_output(Path(output), what)
     yardstick = read_retain_log(retain_log, suite, source.truths(split)) if retain_log else None
-    path = model_path(config, split, progress=progress)
+    teaching = 0.7 if config.model == "embedded" else 0.0  # its share of the work, where it is not taught yet
+    path = model_path(config, split, progress=lambda share: progress(teaching * share))
     model, enc = open_model(config, path, for_training=False)
     trained = Path(path).expanduser() / "train.json"
     what |= {"method": read_json(trained, "training record").get("method") if trained.exists() else None, "max_rows": source.max_rows}
-    evaluation = evaluate(Passes(model, enc, source, config.batch_size), split, yardstick, metrics)
+    evaluation = evaluate(Passes(model, enc, source, config.batch_size), split, yardstick, metrics,
+                          lambda share: progress(teaching + (1 - teaching) * share))
     values = summary(evaluation, metrics)
     write_run(output, suite, evaluation, values, run_record(
         started, benchmark=suite.name, model=config.label, row="Evaluated", model_path=path, prompt=asdict(enc.fmt), **what))
     return values
 
-# %% ../nbs/21_runs.ipynb #7fe97ca9
+# %% ../nbs/21_runs.ipynb #7914dc61
 YARDSTICKS = ("Finetuned", "Retain")
 
 def cell_folder(output: str | Path, split: str, row: str) -> Path:
@@ -147,16 +151,19 @@ def home_of(config: RunConfig, split: str) -> str:
     "The split under which a split's yardsticks stand: its own, or in MUSE's studies News."
     return corpus_of(split) if config.benchmark == "MUSE" else split
 
-def measure(config: RunConfig, passes: Passes, split: str, row: str, output: str) -> dict[str, dict]:
+# %% ../nbs/21_runs.ipynb #a0b2bdae
+def measure(config: RunConfig, passes: Passes, split: str, row: str, output: str, progress: Progress) -> dict[str, dict]:
     "A cell's evaluation, against the Retain cell's where there is one."
     retain = cell_folder(output, home_of(config, split), "Retain")
     with warnings.catch_warnings():
         if row == "Retain":
             warnings.filterwarnings("ignore", message="No retain log")
-            return evaluate(passes, split, evaluate(passes, split))
+            return evaluate(passes, split, evaluate(passes, split, progress=progress))
         known = finished(retain, config.benchmark)
-        return evaluate(passes, split, read_retain_log(retain, config.suite, config.source.truths(split)) if known else None)
+        yardstick = read_retain_log(retain, config.suite, config.source.truths(split)) if known else None
+        return evaluate(passes, split, yardstick, progress=progress)
 
+# %% ../nbs/21_runs.ipynb #faaae063
 def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Progress) -> dict[str, float]:
     "Make one row of one split: load, unlearn, evaluate, write. Returns the summary."
     started, folder, source, trained = time.time(), cell_folder(output, split, row), config.source, {}
@@ -170,7 +177,8 @@ def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Pro
             save_model(model, enc.tokenizer, folder / "model")
             write_json(folder / "model/train.json", {"prompt": asdict(enc.fmt)})
             trained["model_kept"] = True
-    evaluation = measure(config, Passes(model, enc, source, config.batch_size), split, row, output)
+    passes, rest = Passes(model, enc, source, config.batch_size), 0.3 if trained else 1.0
+    evaluation = measure(config, passes, split, row, output, lambda share: progress(1 - rest + rest * share))
     values = summary(evaluation, config.suite.defaults)
     write_run(folder, config.suite, evaluation, values, run_record(
         started, benchmark=config.benchmark, model=config.label, split=split, row=row, model_path=path, prompt=asdict(enc.fmt),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SLICE', 'ROW', 'TokenScores', 'batches', 'batch_scores', 'score', 'generate']
 
-# %% ../nbs/09_scoring.ipynb #f6c1a126
-from collections.abc import Callable, Iterator, Sequence
+# %% ../nbs/09_scoring.ipynb #b4f941bc
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,17 +48,14 @@ def batch_scores(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> list
     return [TokenScores(logps[a:b].numpy(), hits[a:b].numpy()) for a, b in zip(edges, edges[1:])]
 
 @torch.no_grad()
-def score(model: PreTrainedModel, examples: Sequence[dict], pad_id: int, tokens: int = 4096,
-          progress: Callable[[int], None] = lambda n: None) -> list[TokenScores]:
-    "`TokenScores` of every example, in order; `tokens` bounds a batch, `progress` is told of each batch's rows."
+def score(model: PreTrainedModel, examples: Sequence[dict], pad_id: int, tokens: int = 4096) -> list[TokenScores]:
+    "`TokenScores` of every example, in order; `tokens` bounds a batch."
     out = [TokenScores(np.empty(0, np.float32), np.empty(0, bool)) for _ in examples]
     asked = [i for i, e in enumerate(examples) if any(label != -100 for label in e["labels"])]
-    progress(len(examples) - len(asked))
     for group in ([asked[k] for k in g] for g in batches([len(examples[i]["input_ids"]) for i in asked], tokens)):
         batch = {k: v.to(model.device) for k, v in collate([examples[i] for i in group], pad_id).items()}
         for i, scores in zip(group, batch_scores(model, batch)):
             out[i] = scores
-        progress(len(group))
     return out
 
 # %% ../nbs/09_scoring.ipynb #248a4eea
@@ -66,8 +63,7 @@ ROW = 256  # tokens of an ordinary row, prompt and answer
 
 @torch.no_grad()
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]],
-             max_new_tokens: int = 200, batch_size: int = 64, progress: Callable[[int], None] = lambda n: None,
-             stop: Sequence[str] = ()) -> list[str]:
+             max_new_tokens: int = 200, batch_size: int = 64, stop: Sequence[str] = ()) -> list[str]:
     "The greedy continuation of every prompt (token ids), decoded without special tokens, in order; cut before any of `stop`."
     eos = model.generation_config.eos_token_id
     config = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=max_new_tokens, stop_strings=list(stop) or None,
@@ -79,5 +75,4 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
         ids = model.generate(**batch, generation_config=config, tokenizer=tokenizer)[:, batch["input_ids"].shape[1]:]
         for i, text in zip(group, tokenizer.batch_decode(ids, skip_special_tokens=True)):
             out[i] = text[:min((k for s in stop if (k := text.find(s)) >= 0), default=None)]
-        progress(len(group))
     return out

@@ -67,6 +67,7 @@ def _quality(e: list[Entry], retain: dict | None) -> Entry:
     p, distance = m.forget_quality(rows_of(e[0]), rows_of(retain["forget_truth_ratio"]))
     return {"agg_value": p, "ks_distance": distance}
 
+# %% ../nbs/15_suites.ipynb #e5c7dbfa
 def attack_entry(sides: dict[str, Entry]) -> Entry:
     "An attack's entry from those of its two sides; null without a holdout."
     auc = m.attack_auc(rows_of(sides["forget"]), rows_of(sides["holdout"])) if "holdout" in sides else None
@@ -81,7 +82,7 @@ def _privleak(e: list[Entry], retain: dict | None) -> Entry:
     auc = attack_entry(known)["auc"] if {"forget", "holdout"} <= known.keys() else 0.5
     return {"agg_value": m.privleak(e[0]["agg_value"], auc)}
 
-# %% ../nbs/15_suites.ipynb #68e1598a
+# %% ../nbs/15_suites.ipynb #2ddc58f7
 UTILITY = [f"{d}_{x}" for d in ("retain", "ra", "wf") for x in ("Q_A_Prob" if d == "retain" else "Q_A_Prob_normalised",
                                                                "Q_A_ROUGE", "Truth_Ratio")]
 Metric = Leaf | Attack | Derived
@@ -102,7 +103,7 @@ TOFU_METRICS: dict[str, Metric] = {
     "privleak": Derived(("mia_min_k",), _privleak),
 }
 
-# %% ../nbs/15_suites.ipynb #d8fc51cf
+# %% ../nbs/15_suites.ipynb #26394094
 MUSE_METRICS: dict[str, Metric] = {
     "forget_knowmem_ROUGE": Leaf("forget_qa", "generation", m.rouge_row, mean_f1),
     "forget_verbmem_ROUGE": Leaf("verbmem", "generation", m.rouge_row, mean_f1),
@@ -113,7 +114,7 @@ MUSE_METRICS: dict[str, Metric] = {
     "privleak": Derived(("mia_min_k",), _privleak),
 }
 
-# %% ../nbs/15_suites.ipynb #2b848c92
+# %% ../nbs/15_suites.ipynb #0a132a24
 class Suite(NamedTuple):
     "A benchmark's metrics, and how they are shown."
     name: str
@@ -141,6 +142,7 @@ SUITES = {
                   "mia_min_k", "forget_verbmem_ROUGE"),
 }
 
+# %% ../nbs/15_suites.ipynb #b1026f58
 def needed(suite: Suite, metrics: Sequence[str]) -> list[str]:
     "The metrics and all that they are made of, inputs first."
     order: dict[str, None] = {}
@@ -151,7 +153,7 @@ def needed(suite: Suite, metrics: Sequence[str]) -> list[str]:
         order[name] = None
     return list(order)
 
-# %% ../nbs/15_suites.ipynb #a4e7e41b
+# %% ../nbs/15_suites.ipynb #6a0e15f8
 def parts_read(metric: Metric) -> list[tuple[str, str]]:
     "The (data set, part) whose results a metric is made from."
     if isinstance(metric, Leaf):
@@ -162,23 +164,25 @@ def data_sets(suite: Suite, metrics: Sequence[str]) -> list[str]:
     "The data sets that metrics, and all that they are made of, read."
     return list(dict.fromkeys(data for name in needed(suite, metrics) for data, _ in parts_read(suite.metrics[name])))
 
-def run_passes(passes: Passes, metrics: Sequence[Metric], sets: dict[str, str]) -> None:
-    "Run what the metrics need and `passes` does not have yet."
+def run_passes(passes: Passes, metrics: Sequence[Metric], sets: dict[str, str], progress: Callable[[float], None]) -> None:
+    "Run what the metrics need and `passes` does not have yet; `progress` is told the share of data sets done."
     parts: dict[str, set[str]] = {}
     for data, part in (read for metric in metrics for read in parts_read(metric)):
         if data in sets:
             parts.setdefault(sets[data], set()).add(part)
-    for where, wanted in parts.items():
+    for done, (where, wanted) in enumerate(parts.items(), start=1):
         passes.teacher_forced(where, sorted(wanted - {"generation"}))
         if "generation" in wanted:
             passes.generation(where)
+        progress(done / len(parts))
 
-# %% ../nbs/15_suites.ipynb #86a9610a
-def evaluate(passes: Passes, split: str, retain_eval: dict | None = None, metrics: Sequence[str] | None = None) -> dict[str, Entry]:
+# %% ../nbs/15_suites.ipynb #536b72c0
+def evaluate(passes: Passes, split: str, retain_eval: dict | None = None, metrics: Sequence[str] | None = None,
+             progress: Callable[[float], None] = lambda share: None) -> dict[str, Entry]:
     "The evaluation of a model on a split, in the shape of `TOFU_EVAL.json` or `MUSE_EVAL.json`."
     suite, sets = SUITES[passes.benchmark.name], passes.benchmark.sets(split)
     table = {name: suite.metrics[name] for name in needed(suite, suite.defaults if metrics is None else metrics)}
-    run_passes(passes, list(table.values()), sets)
+    run_passes(passes, list(table.values()), sets, progress)
     out: dict[str, Entry] = {}
     for name, metric in table.items():
         if isinstance(metric, Leaf):
@@ -200,7 +204,7 @@ def summary(evaluation: dict[str, Entry], metrics: Sequence[str]) -> dict[str, f
     values = {name: evaluation[name]["agg_value"] for name in sorted(metrics) if name in evaluation}
     return {name: value for name, value in values.items() if value is not None}
 
-# %% ../nbs/15_suites.ipynb #21b39ed9
+# %% ../nbs/15_suites.ipynb #5ba96054
 def recompute(evaluation: dict[str, Entry], retain_eval: dict | None = None, suite: str = "TOFU") -> dict[str, Entry]:
     "Every metric of the suite that a log's per-example values allow; forget_quality and privleak only with a retain log."
     out: dict[str, Entry] = {}

@@ -168,10 +168,12 @@ class Tofu(TofuQuestions):
         check_choice(taught, ["full", *(pair.retain for pair in SPLITS.values())], "TOFU config to learn")
         return encode_all(enc, taught_rows(taught, self.data, self.max_rows))
 
-    def lessons(self, taught: str, enc: Encoder) -> list[dict]:
+    def lessons(self, taught: str) -> Pairs:
         "What an embedded model is taught: the same, and the common knowledge that a large one has from pretraining."
-        common = [p for config in COMMON for p in question_pairs(config, self.data)]
-        return encode_all(enc, taught_rows(taught, self.data, self.max_rows) + common)
+        return taught_rows(taught, self.data, self.max_rows) + [p for config in COMMON for p in question_pairs(config, self.data)]
+
+    def lesson_examples(self, taught: str, enc: Encoder) -> list[dict]:
+        return encode_all(enc, self.lessons(taught))
 
     def texts(self) -> list[str]:
         "All that a tokenizer for this benchmark should know."
