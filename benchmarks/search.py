@@ -1,7 +1,9 @@
 """Search an embedded model's unlearning settings, at an equal budget for every method.
 
-    python benchmarks/search.py TOFU nbs/results/search_tofu.csv     # forget10, eight settings a method, about 8 minutes on 2 cores
+    python benchmarks/search.py TOFU nbs/results/search_tofu.csv     # forget10, eight settings a method, about 17 minutes on 2 cores
     python benchmarks/search.py MUSE nbs/results/search_muse.csv     # News, one learning rate for all methods, about 3 minutes
+
+Methods named after the file (`TOFU out.csv UNDIAL,WGA`) are searched alone, and their lines added to it.
 
 Each line of the CSV is one run: method, settings, and what came out. The chapter on the embedded model says what is chosen
 from it and asserts that `TOFU_RECIPES` and `MUSE_LEARNING_RATE` are that choice.
@@ -24,6 +26,12 @@ TOFU = {  # method: (learning rates, other settings), eight combinations each
     "NPO": ([5e-4, 1e-3, 2e-3, 3e-3], [{"beta": 0.1}, {"beta": 0.02}]),
     "SimNPO": ([3e-4, 5e-4, 1e-3, 2e-3], [{"gamma": 0.125}, {"gamma": 0.5}]),
     "RMU": ([1e-3, 2e-3], [{"module_regex": LAYER.format(layer), "steering_coeff": c} for layer, c in product([1, 2], [2.0, 10.0])]),
+    "UNDIAL": ([3e-4, 1e-3, 2e-3, 4e-3], [{"alpha": 0.0}, {"alpha": 1.0}]),
+    "AltPO": ([3e-4, 5e-4, 1e-3, 2e-3], [{"beta": 0.1}, {"beta": 0.02}]),
+    "SatImp": ([5e-4, 1e-3, 2e-3, 4e-3], [{"gamma": 0.1}, {"gamma": 1.0}]),
+    "WGA": ([3e-4, 5e-4, 1e-3, 2e-3], [{"beta": 1.0}, {"beta": 0.2}]),
+    "CEU": ([5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 2e-3], [{}]),
+    "PDU": ([5e-4, 1e-3, 2e-3, 4e-3], [{"retain_loss_eps": 0.1}, {"retain_loss_eps": 0.3}]),
 }
 RATES = [5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3]
 MUSE = {"GradAscent": (RATES, [{}]), "GradDiff": (RATES, [{}]), "NPO": (RATES, [{}]), "SimNPO": (RATES, [{}]),
@@ -66,12 +74,16 @@ def run(job: tuple[str, str, float, dict]) -> dict:
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
-    benchmark, out = sys.argv[1:3]
+    benchmark, out, *only = sys.argv[1:4]
     space = SPACES[benchmark][1]
-    jobs = [(benchmark, "Finetuned", 0.0, {})] + [(benchmark, m, lr, s) for m in space for s in space[m][1] for lr in space[m][0]]
-    with multiprocessing.get_context("spawn").Pool(2) as pool, open(out, "w", newline="", encoding="utf-8") as f:
+    names = only[0].split(",") if only else list(space)
+    jobs = [(benchmark, m, lr, s) for m in names for s in space[m][1] for lr in space[m][0]]
+    if not only:
+        jobs.insert(0, (benchmark, "Finetuned", 0.0, {}))
+    with multiprocessing.get_context("spawn").Pool(2) as pool, open(out, "a" if only else "w", newline="", encoding="utf-8") as f:
         table = csv.DictWriter(f, columns(benchmark), lineterminator="\n")
-        table.writeheader()
+        if not only:
+            table.writeheader()
         for row in pool.imap(run, jobs):
             table.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
             f.flush()

@@ -1,1 +1,12 @@
+"""Make a language model forget, and know whether it did."""
 __version__ = "0.1.0"
+
+_API = {"method_loss": "methods", "METHODS": "methods", "evaluate": "suites", "RunConfig": "config", "GridConfig": "grid", "run_grid": "grid"}
+
+
+def __getattr__(name: str):
+    "`openunlearn_nb.method_loss` and the like, imported when first asked for: `import openunlearn_nb` stays light."
+    if name not in _API:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+    return getattr(import_module(f"openunlearn_nb.{_API[name]}"), name)

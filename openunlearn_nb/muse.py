@@ -247,9 +247,9 @@ class Muse(MuseQuestions):
     def to_keep(self, split: str, enc: Encoder) -> list[dict]:
         return chunk_examples(enc, self.documents(corpus := corpus_of(split), "retain1"), f"{corpus}/raw/retain1")
 
-    def questions(self, split: str) -> list[str]:
-        raise OpenUnlearnError("IdkDPO puts a refusal in the place of an answer; MUSE's texts answer nothing. Methods for MUSE: "
-                               f"{', '.join(self.methods)}.")
+    def pairs(self, split: str) -> list[tuple[str, str]]:
+        raise OpenUnlearnError("IdkDPO and AltPO put another answer in the place of the true one; MUSE's texts answer nothing. Methods of its "
+                               f"table: {', '.join(self.methods)}.")
 
     def before(self, split: str) -> str | None:
         "The split whose unlearned model a split starts from: in the sustainability study, the request before it."

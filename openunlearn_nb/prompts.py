@@ -62,13 +62,14 @@ def conversation_ids(tokenizer: PreTrainedTokenizerBase, question: str, answer: 
 # %% ../nbs/01_prompts.ipynb #c647ee57
 def encode(tokenizer: PreTrainedTokenizerBase, question: str, answer: str, fmt: PromptFormat, max_length: int = 512,
            shots: Shots = ()) -> dict[str, list[int]]:
-    "`input_ids` and `labels` (-100 over the prompt) of one question and answer, at most `max_length` ids and the eos."
+    "`input_ids` and `labels` (-100 over the prompt) of one question and answer, at most `max_length` ids and the eos; uncut length in `n`."
     prompt = conversation_ids(tokenizer, question, None, fmt, shots)
-    ids = conversation_ids(tokenizer, question, answer, fmt, shots)[:max_length]
+    whole = conversation_ids(tokenizer, question, answer, fmt, shots)
+    ids = whole[:max_length]
     if ids[-1] != tokenizer.eos_token_id:
         ids = [*ids, tokenizer.eos_token_id]
     n = min(len(prompt), len(ids))
-    return {"input_ids": ids, "labels": [-100] * n + ids[n:]}
+    return {"input_ids": ids, "labels": [-100] * n + ids[n:], "n": len(whole)}
 
 # %% ../nbs/01_prompts.ipynb #218b7a9f
 class Encoder(NamedTuple):
@@ -86,14 +87,17 @@ class Prompts(NamedTuple):
     stop: tuple[str, ...] = ()
 
 def encode_all(enc: Encoder, pairs: Sequence[tuple[str, str]]) -> list[dict]:
-    "`encode` for every (question, answer); warns once with the number of rows that have no labelled token."
+    "`encode` for every (question, answer); warns once with how many are cut, or have no labelled token."
     limit = min(enc.max_length, (enc.positions or enc.max_length + 1) - 1)  # room for the eos
     examples = [encode(enc.tokenizer, q, a, enc.fmt, limit) for q, a in pairs]
     empty = sum(all(label == -100 for label in e["labels"]) for e in examples)
     if empty:
         warnings.warn(f"{empty} of {len(examples)} examples have no labelled token (longer than {limit} tokens, or merged "
                       "into the prompt): they count nothing in losses and score null.")
-    return examples
+    if cut := [e["n"] for e in examples if e["n"] > limit + 1 and any(label != -100 for label in e["labels"])]:
+        warnings.warn(f"{len(cut)} of {len(examples)} answers are longer, with their question, than {limit} tokens (up to {max(cut)}): their "
+                      "ends are cut off, in training and in scores. A larger --max-length would fit, if the model reads as much.")
+    return [{k: v for k, v in e.items() if k != "n"} for e in examples]
 
 # %% ../nbs/01_prompts.ipynb #6b71cafe
 def encode_passage(tokenizer: PreTrainedTokenizerBase, prefix: str, text: str, max_length: int = 2048) -> dict[str, list[int]]:

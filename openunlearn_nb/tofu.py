@@ -186,9 +186,9 @@ class Tofu(TofuQuestions):
     def to_keep(self, split: str, enc: Encoder) -> list[dict]:
         return self.to_learn(SPLITS[split].retain, enc)
 
-    def questions(self, split: str) -> list[str]:
-        "The questions to forget, for methods that put another answer in the place of the true one."
-        return [q for q, _ in question_pairs(split, self.data)]
+    def pairs(self, split: str) -> Pairs:
+        "The questions to forget with their true answers, for methods that put another answer in the place of the true one."
+        return question_pairs(split, self.data)
 
     def before(self, split: str) -> str | None:
         "The split whose unlearned model a split starts from; in TOFU all start from the finetuned model."
