@@ -178,7 +178,7 @@ def print_tables(suites: dict[str, dict], style: str = "text", what: str = "reco
             form = {"text": t.to_text, "markdown": t.to_markdown}[style]
             for model, values in tables.items():
                 for part in t.by_study(values).values():
-                    print(f"{suite}, {model}, measured ({what})\n\n{form(part, columns)}\n")
+                    print(f"{suite}, {model}, measured ({what if suite in t.SUITES else 'by lm-eval'})\n\n{form(part, columns)}\n")
                 if suite in t.SUITES:
                     _print_published(suite, model, values, form, columns)
 

@@ -21,7 +21,8 @@ from .tables import digits
 STYLES = {  # row: (colour, marker, line); Okabe and Ito's palette, told apart by most colour-blind readers
     "Finetuned": ("#000000", "s", "-"), "Retain": ("#009E73", "*", "-"), "GradAscent": ("#D55E00", "v", ":"),
     "GradDiff": ("#E69F00", "<", "--"), "IdkDPO": ("#56B4E9", "D", "-."), "NPO": ("#0072B2", "o", "-"),
-    "SimNPO": ("#CC79A7", "P", "--"), "RMU": ("#7F7F7F", "X", "-."),
+    "SimNPO": ("#CC79A7", "P", "--"), "RMU": ("#7F7F7F", "X", "-."), "UNDIAL": ("#882255", "^", ":"), "AltPO": ("#44AA99", "d", "-."),
+    "SatImp": ("#999933", ">", "--"), "WGA": ("#332288", "p", "-"), "CEU": ("#AA4499", "H", ":"), "PDU": ("#661100", "8", "--"),
 }
 
 def style_of(row: str) -> tuple[str, str, str]:

@@ -49,7 +49,7 @@ CASES = {  # command: what the sentence must name
     "eval tofu --prompt lama-2 --train-rows 250 --split forget01": ["lama-2", "llama-2"],
     "table ./nowhere": ["./nowhere"],
     "muse --corpora news": ["'news'", "News"],
-    "muse --methods IdkDPO": ["IdkDPO", "refusal", "NPO"],
+    "muse --methods IdkDPO": ["IdkDPO", "answer nothing", "NPO"],
     "muse --methods NPOO": ["'NPOO'", "NPO"],
     "muse --data ./nowhere/MUSE-{corpus}": ["./nowhere/MUSE-News"],
     "muse --data here/MUSE-Books --corpora News": ["MUSE-Books", "Books", "News"],
@@ -63,7 +63,7 @@ CASES = {  # command: what the sentence must name
     "eval muse --metrics forget_quality": ["forget_quality", "MUSE"],
     "eval muse --retain-log ./no.json": ["no.json", "No such file"],
     "eval muse --corpus Movies": ["Movies", "News"],
-    "train --benchmark muse --method IdkDPO --output out": ["IdkDPO", "refusal"],
+    "train --benchmark muse --method IdkDPO --output out": ["IdkDPO", "answer nothing"],
     "train --benchmark muse --method Finetune --model x/y --on full --output out": ["'full'", "News_target"],
 }
 
@@ -200,7 +200,7 @@ def test_no_disk_space(monkeypatch, tmp_path):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(records.json, "dump", full)
+    monkeypatch.setattr(records.os, "replace", full)
     with pytest.raises(OpenUnlearnError, match="No space left on device"):
         records.write_json(tmp_path / "x.json", {})
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from openunlearn_nb.membership import privleak, reference_rows
 from openunlearn_nb.metrics import rouge_row
 from openunlearn_nb.models import train_tokenizer
 from openunlearn_nb.muse import Muse
@@ -26,20 +27,30 @@ def test_every_log_is_found(runs):
 
 
 def test_recomputed_aggregates_equal_the_logs(runs):
-    """Every aggregate the suite knows, to 1e-9; the Retain logs hold no forget_quality, and their privleak is against 0.5."""
+    """Every entry of every log, six membership attacks among them, to 1e-9; the Retain logs hold no forget_quality."""
     retain = {(r.model, r.split): read_json(r.file) for r in runs if r.row == "Retain"}
-    compared = 0
+    compared = []
     for run in runs:
-        log = read_json(run.file)
-        for name, entry in recompute(log, retain[run.model, run.split], run.suite).items():
-            if run.row == "Retain" and name in ("forget_quality", "privleak"):
-                assert entry["agg_value"] == pytest.approx(1.0 if name == "forget_quality" else 0.0, abs=1e-9)
-            else:
-                assert entry["agg_value"] == pytest.approx(log[name]["agg_value"], abs=1e-9), (run, name)
-                if log[name]["agg_value"]:
-                    assert entry["agg_value"] == pytest.approx(log[name]["agg_value"], rel=1e-9), (run, name)
-                compared += 1
-    assert compared > 260
+        log, again = read_json(run.file), recompute(read_json(run.file), retain[run.model, run.split], run.suite)
+        if run.row == "Retain":
+            assert again["privleak"]["agg_value"] == pytest.approx(0, abs=1e-9)  # against itself; in the log, against 0.5:
+            again["privleak"] = {"agg_value": privleak(again["mia_min_k"]["auc"], 0.5)}
+        for name in (n for n in log if log[n]["agg_value"] is not None):
+            assert again[name]["agg_value"] == pytest.approx(log[name]["agg_value"], rel=1e-9, abs=1e-12), (run, name)
+            compared.append(name)
+    assert len(compared) == sum(len(read_json(r.file)) for r in runs) - 6  # six Retain logs of TOFU with a null forget_quality
+    assert {"mia_loss", "mia_zlib", "mia_reference", "mia_gradnorm", "mia_min_k", "mia_min_k_plus_plus"} <= set(compared)
+
+
+def test_attacks_scores_of_the_logs_agree_with_each_other(runs):
+    """mia_loss is the forget answers' avg_loss; mia_reference is the difference of two logs' losses, but for the precision they ran in."""
+    retain = {(r.model, r.split): read_json(r.file) for r in runs if r.row == "Retain"}
+    for run in (r for r in runs if r.suite == "TOFU" and r.row == "Finetuned"):
+        log, known = read_json(run.file), retain[run.model, run.split]
+        assert [r["score"] for r in rows_of(log["mia_loss"]["forget"])] == [r["avg_loss"] for r in rows_of(log["forget_Q_A_Prob"])]
+        again = reference_rows(rows_of(log["mia_loss"]["forget"]), rows_of(known["mia_loss"]["forget"]))
+        for a, b in zip(again, rows_of(log["mia_reference"]["forget"])):
+            assert a["score"] == pytest.approx(b["score"], abs=0.1)
 
 
 def test_muse_news_equals_the_printed_page(runs):
