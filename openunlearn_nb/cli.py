@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 from . import __version__
-from .errors import OpenUnlearnError, is_ours
+from .errors import OpenUnlearnError, check_choice, is_ours
 
 # %% ../nbs/29_cli.ipynb #4a84b52d
 def _names(text: str) -> tuple[str, ...]:
@@ -30,9 +30,9 @@ def _model_options(p: argparse.ArgumentParser, shape: str = "locuslab/TOFU") -> 
     add("--model", default="embedded", help="'embedded', a preset, a model folder or a Hub id (default: %(default)s)")
     add("--data", default="miniature", help=f"'miniature', a folder shaped like {shape}, or a Hub id (default: %(default)s)")
     add("--prompt", help="chat, llama-2, llama-3 or plain (default: the preset's; chat where the tokenizer has a template)")
-    add("--seed", type=int, default=0, help="seed of unlearning (default: %(default)s)")
+    add("--seed", type=int, help="seed of unlearning (default: 0)")
     add("--train-rows", type=int, metavar="N", help="teach the embedded model only N rows (MUSE: N documents of each set)")
-    add("--max-length", type=int, default=512, metavar="N", help="tokens of a question with its answer or examples (default: %(default)s)")
+    add("--max-length", type=int, metavar="N", help="tokens of a question with its answer (TOFU: in training too) or examples (default: 512)")
     add("--batch-size", type=int, default=64, metavar="N", help="rows generated at once in evaluation (default: %(default)s)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a model (off by default)")
 
@@ -55,7 +55,7 @@ def _shots(p: argparse.ArgumentParser) -> None:
 # %% ../nbs/29_cli.ipynb #50c42df1
 def _grid_options(p: argparse.ArgumentParser, output: str, methods: str) -> None:
     _metrics(p)
-    p.add_argument("--methods", type=_names, metavar="A,B", help=f"methods (default: {methods}); all: {METHOD_NAMES}")
+    p.add_argument("--methods", type=_names, metavar="A,B", help=f"methods (default: {methods}), out of {METHOD_NAMES}")
     p.add_argument("--seeds", type=int, nargs="+", metavar="N", help="seeds of unlearning, for a table of mean and spread")
     p.add_argument("--output", default=output, help="folder of the grid's records (default: %(default)s)")
     p.add_argument("--jobs", type=int, metavar="N", help="worker processes (default: one a core for the embedded model on a CPU)")
@@ -100,6 +100,7 @@ def _eval_muse_parser(p: argparse.ArgumentParser) -> None:
     _model_options(p, MUSE_DATA), _shots(p), _eval_options(p, "MUSE")
     p.add_argument("--corpus", dest="split", help="News or Books (default: the one that the name of --data ends in, else News)")
 
+# %% ../nbs/29_cli.ipynb #114e0449
 def _eval_lm_parser(p: argparse.ArgumentParser) -> None:
     _model_options(p, "the benchmark's, for --benchmark WMDP")
     p.add_argument("--benchmark", choices=("TOFU", "MUSE", "WMDP"), default="TOFU", type=str.upper,
@@ -125,7 +126,7 @@ def _table_parser(p: argparse.ArgumentParser) -> None:
     for name in ("json", "csv", "latex", "markdown"):
         style.add_argument(f"--{name}", dest="style", action="store_const", const=name, default="text", help=f"print as {name}")
 
-# %% ../nbs/29_cli.ipynb #8a097618
+# %% ../nbs/29_cli.ipynb #803bd366
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     def command(group, name, run, options, text, example):
@@ -156,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
             "table runs/tofu --markdown")
     return top
 
-# %% ../nbs/29_cli.ipynb #cdb209fd
+# %% ../nbs/29_cli.ipynb #b594a510
 def _config(kind, benchmark: str, args: argparse.Namespace):
     "A RunConfig or GridConfig from the options of the same names; an option not given keeps its default."
     from dataclasses import fields
@@ -182,7 +183,7 @@ def print_tables(suites: dict[str, dict], style: str = "text", what: str = "reco
                 if suite in t.SUITES:
                     _print_published(suite, model, values, form, columns)
 
-# %% ../nbs/29_cli.ipynb #1748eb40
+# %% ../nbs/29_cli.ipynb #7b8f2831
 def _print_published(suite: str, model: str, values: dict, form, columns: list[str]) -> None:
     "The printed page's numbers of the same splits; of another model where this one has none."
     from openunlearn_nb import tables as t
@@ -192,12 +193,13 @@ def _print_published(suite: str, model: str, values: dict, form, columns: list[s
         orientation = "" if printed == model else ": another model and benchmark, for orientation only"
         print(f"{suite}, {printed}, as published by OpenUnlearning{orientation}\n\n{form(shown, columns)}\n")
 
-# %% ../nbs/29_cli.ipynb #b2ba3655
+# %% ../nbs/29_cli.ipynb #a3dfe697
 def table_command(args: argparse.Namespace) -> int:
     from openunlearn_nb.collect import find_runs
     _print_runs(find_runs(args.folder), args.style)
     return 0
 
+# %% ../nbs/29_cli.ipynb #e799589b
 def _print_runs(runs: list, style: str) -> None:
     "The tables of runs, those of several seeds together."
     from openunlearn_nb.collect import GENERAL, SUITES, by_seed, measured, over_seeds
@@ -207,10 +209,11 @@ def _print_runs(runs: list, style: str) -> None:
         print_tables(tables_of(plain), style)
     if seeded:
         each = [tables_of(of) for of in seeded.values()]
-        together = {suite: over_seeds([t.get(suite, {}) for t in each]) for suite in dict.fromkeys(s for t in each for s in t)}
+        together = {suite: over_seeds([t.get(suite, {}) for t in each], words=style != "json") for suite in dict.fromkeys(s for t in each for s in t)}
         numbers = ", ".join(map(str, sorted(seeded)))
         print_tables(together, style, f"seeds {numbers}: mean ± standard deviation; of forget_quality median and range")
 
+# %% ../nbs/29_cli.ipynb #cc727b66
 def grid_command(benchmark: str):
     "The command that runs a benchmark's grid."
     def run(args: argparse.Namespace) -> int:
@@ -219,6 +222,8 @@ def grid_command(benchmark: str):
         from openunlearn_nb.muse import STUDIES
         if getattr(args, "study", None):
             args.splits = tuple(STUDIES[args.study])
+        if args.seeds and args.seed is not None:
+            raise OpenUnlearnError("--seed and --seeds say the same thing twice; give one of them.")
         grid, pattern = _config(GridConfig, benchmark, args), "seed*/*/*/" if args.seeds else "*/*/"
         if args.seeds:
             failed = run_seeds(grid, args.seeds, args.output, args.jobs, show=not args.quiet)
@@ -230,7 +235,7 @@ def grid_command(benchmark: str):
         return 1 if failed else 0
     return run
 
-# %% ../nbs/29_cli.ipynb #6810197b
+# %% ../nbs/29_cli.ipynb #ee4a2826
 def parse_settings(pairs: list[str]) -> dict:
     "`['beta=0.05']` as a dictionary; values are read as JSON where they are, as text otherwise."
     settings = {}
@@ -244,7 +249,7 @@ def parse_settings(pairs: list[str]) -> dict:
             settings[name] = value
     return settings
 
-# %% ../nbs/29_cli.ipynb #51419b53
+# %% ../nbs/29_cli.ipynb #6e464635
 def _progress(name: str):
     "A bar for one piece of work; moved by a share of it."
     from tqdm.auto import tqdm
@@ -254,24 +259,29 @@ def _default_split(benchmark: str, args: argparse.Namespace) -> str:
     from openunlearn_nb.muse import corpora_in
     return args.split or {"TOFU": "forget10", "MUSE": corpora_in(args.data)[0], "WMDP": "bio"}[benchmark]
 
-# %% ../nbs/29_cli.ipynb #213b53d8
+# %% ../nbs/29_cli.ipynb #9a2f195d
 def train_command(args: argparse.Namespace) -> int:
     from openunlearn_nb.config import RunConfig
     from openunlearn_nb.models import quiet
-    from openunlearn_nb.runs import train_model
+    from openunlearn_nb.runs import learnable, train_model
     if args.on and args.method != "Finetune":
         raise OpenUnlearnError(f"--on is for Finetune; {args.method} forgets --split.")
     quiet()
+    config, several = _config(RunConfig, args.benchmark, args), len(args.on or []) > 1
+    for name in args.on or []:  # all of them, before the first is trained
+        check_choice(name, learnable(config), f"{args.benchmark} data to learn")
+    if len(set(args.on or [])) < len(args.on or []):
+        raise OpenUnlearnError(f"--on names something twice: {', '.join(args.on)}.")
     for name in args.on or [None]:
-        output = args.output if len(args.on or []) < 2 else f"{args.output}/{name}"
+        output = f"{args.output}/{name}" if several else args.output
         with _progress(args.method) as bar:
-            record = train_model(_config(RunConfig, args.benchmark, args), args.method, _default_split(args.benchmark, args), name,
+            record = train_model(config, args.method, _default_split(args.benchmark, args), name,
                                  parse_settings(args.set), output, lambda share: bar.update(share - bar.n))
         losses = record["losses"]
         print(f"{output}: {record['method']} on {record['split']}, {len(losses)} steps, loss {losses[0]:.3g} to {losses[-1]:.3g}")
     return 0
 
-# %% ../nbs/29_cli.ipynb #09403718
+# %% ../nbs/29_cli.ipynb #6ad75042
 def eval_command(benchmark: str):
     "The command that evaluates a model on a benchmark."
     def run(args: argparse.Namespace) -> int:
@@ -286,7 +296,7 @@ def eval_command(benchmark: str):
         return 0
     return run
 
-# %% ../nbs/29_cli.ipynb #f39f1e5f
+# %% ../nbs/29_cli.ipynb #9b4f9b69
 def eval_lm_command(args: argparse.Namespace) -> int:
     from openunlearn_nb.config import RunConfig
     from openunlearn_nb.general import evaluate_general
@@ -306,6 +316,8 @@ def alternates_command(args: argparse.Namespace) -> int:
     check_config(config)
     if args.repeats < 1 or not args.temperature > 0:
         raise OpenUnlearnError(f"--repeats must be 1 or more and --temperature above 0, not {args.repeats} and {args.temperature}.")
+    if Path(args.output).exists():
+        raise OpenUnlearnError(f"{args.output} exists; give a new file for the answers.")
     pairs = config.source.pairs(check_split(config, args.split))
     model, enc = open_model(config, model_path(config, args.split), for_training=False)
     with _progress(args.model) as bar:
@@ -315,7 +327,7 @@ def alternates_command(args: argparse.Namespace) -> int:
     print(f"{args.output}: {sum(map(len, found))} other answers to {len(pairs)} questions of {args.split}")
     return 0
 
-# %% ../nbs/29_cli.ipynb #9d02498b
+# %% ../nbs/29_cli.ipynb #8c0c79e9
 def _hush_imports() -> None:
     "Keep bitsandbytes and DeepSpeed from announcing that there is no GPU."
     import torch
@@ -332,7 +344,7 @@ def _notes():
             print(f"note: {message}", file=sys.stderr)
     return show
 
-# %% ../nbs/29_cli.ipynb #e69b643c
+# %% ../nbs/29_cli.ipynb #94ff0c15
 def main(argv: list[str] | None = None) -> int:
     "Run a command; returns the exit code."
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

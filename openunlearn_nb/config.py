@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .data import content_hash
 from .embedded import embedded_model, embedded_recipe, taught_part
 from .errors import OpenUnlearnError, check_choice
 from .gibberish import CLASSIFIER
@@ -46,7 +47,7 @@ class RunConfig:
     learning_rate: float | None = None
     prompt: str | None = None
     train_rows: int | None = None  # rows (documents) taught to the embedded model; None: all
-    max_length: int = 512  # tokens of a question, with its answer or its worked examples
+    max_length: int | None = None  # tokens of a question, with its answer (TOFU: in training too) or its worked examples; None: 512
     shots: int = 10  # worked examples before a question of MUSE
     metrics: tuple[str, ...] = ()  # names, `default` or `all`; none: the defaults
     classifier: str = CLASSIFIER  # who judges gibberish: a folder, a Hub id, or `characters`
@@ -58,7 +59,8 @@ class RunConfig:
     def fingerprint(self) -> dict[str, Any]:
         "What all runs that share a table must have in common."
         own = {f.name: getattr(self, f.name) for f in fields(RunConfig) if f.name not in ("batch_size", "trust_remote_code")}
-        return own | {"metrics": sorted(self.metrics)}
+        file = Path(self.alternates).expanduser() if self.alternates else None
+        return own | {"metrics": sorted(self.metrics), "alternates": content_hash(file.read_text("utf-8")) if file and file.is_file() else self.alternates}
 
     @property
     def label(self) -> str:
@@ -89,6 +91,8 @@ PLACEHOLDERS = {"TOFU": {"retain_model": "{retain}", "model": None, "data": None
 def check_config(config: RunConfig) -> None:
     "Raise for values that cannot work, before anything is loaded."
     check_choice(config.benchmark, BENCHMARKS, "benchmark")
+    if config.classifier.startswith((".", "/", "~")) and not Path(config.classifier).expanduser().is_dir():
+        raise OpenUnlearnError(f"No folder with a classifier {config.classifier!r}; give a folder, a Hub id, or 'characters'.")
     if config.compat is not None:
         check_choice(config.compat, COMPAT, "compat")
     for name, low in (("epochs", 1), ("train_rows", 1), ("max_length", 1), ("shots", 0), ("batch_size", 1), ("seed", 0)):
@@ -143,7 +147,7 @@ def open_model(config: RunConfig, path: str, for_training: bool) -> tuple[PreTra
     fmt = prompt_of(config, path, tokenizer)
     dtype = torch.float32 if for_training or not torch.cuda.is_available() else torch.bfloat16
     model = load_model(path, dtype, config.trust_remote_code)
-    return model, Encoder(tokenizer, fmt, config.max_length, getattr(model.config, "max_position_embeddings", None))
+    return model, Encoder(tokenizer, fmt, config.max_length or 512, getattr(model.config, "max_position_embeddings", None))
 
 WMDP_PUBLISHED = {"RMU": {"trainable_params_regex": [r"model\.layers\.(5|6|7)\.mlp\.down_proj\.weight"]}}  # as in the RMU paper
 
@@ -151,5 +155,6 @@ def recipe_of(config: RunConfig, method: str) -> tuple[TrainConfig, dict]:
     "Training configuration of a method, and its settings where they differ from the published ones."
     published = published_recipe(config.benchmark, method), WMDP_PUBLISHED.get(method, {}) if config.benchmark == "WMDP" else {}
     recipe, settings = embedded_recipe(method, config.benchmark) if config.model == "embedded" else published
-    given = {k: v for k in ("epochs", "learning_rate") if (v := getattr(config, k)) is not None}
-    return replace(recipe, seed=config.seed, **given), settings
+    lengths = ("max_length",) if config.benchmark == "TOFU" else ()
+    given = {k: v for k in ("epochs", "learning_rate", *lengths) if (v := getattr(config, k)) is not None}
+    return replace(recipe, seed=config.seed, **({"max_steps": None} if config.epochs else {}), **given), settings

@@ -105,5 +105,5 @@ def embedded_recipe(method: str, benchmark: str = "TOFU") -> tuple[TrainConfig, 
     if benchmark == "MUSE":
         muse = replace(PUBLISHED_RECIPES["MUSE"], learning_rate=MUSE_LEARNING_RATE, effective_batch=8, batch_size=8, max_length=128, **plain)
         return muse, MUSE_SETTINGS.get(method, {})
-    learning_rate, settings = TOFU_RECIPES[method]
+    learning_rate, settings = TOFU_RECIPES.get(method, (1e-3, {}))  # of a method of one's own, a rate to begin with
     return TrainConfig(learning_rate=learning_rate, batch_size=32, **plain), settings

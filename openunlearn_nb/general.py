@@ -21,7 +21,7 @@ from .data import content_hash
 from .embedded import cache_dir
 from .errors import OpenUnlearnError, check_choice
 from .muse import load_muse
-from .records import run_record, write_json, write_text
+from .records import finite, run_record, write_json, write_text
 from .runs import check_output
 from .wmdp import Wmdp
 
@@ -103,17 +103,27 @@ def evaluate_general(config: RunConfig, tasks: Sequence[str], output: str | Path
         raise OpenUnlearnError(f"No folder with tasks {include!r}.")
     data = config.data if isinstance(config.source, Wmdp) else "miniature"
     disable_progress_bar()  # of datasets; lm-eval has its own
+    for name, value, low in (("--limit", limit, 1), ("--num-fewshot", num_fewshot, 0)):
+        if value is not None and value < low:
+            raise OpenUnlearnError(f"{name} must be {low} or more, not {value}.")
     manager = _tasks(tasks, include, data)
-    what = {"config": config.fingerprint(), "tasks": sorted(tasks), "limit": limit, "num_fewshot": num_fewshot, "chat_template": chat}
+    what = {"config": config.fingerprint(), "tasks": sorted(tasks), "limit": limit, "num_fewshot": num_fewshot, "chat_template": chat,
+            "trained_on": split, "include": include}
     check_output(folder, what)
     path = model_path(config, split or config.source.splits[0])
     model, enc = open_model(config, path, for_training=False)
+    if chat and not enc.tokenizer.chat_template:
+        raise OpenUnlearnError(f"--chat asks through the chat template, and the tokenizer of {config.model} has none.")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    results = simple_evaluate(HFLM(pretrained=model, tokenizer=enc.tokenizer, batch_size=config.batch_size), tasks=list(tasks), limit=limit,
-                              num_fewshot=num_fewshot, task_manager=manager, apply_chat_template=chat, random_seed=config.seed)
-    entries = entries_of(results)
+    try:
+        results = simple_evaluate(HFLM(pretrained=model, tokenizer=enc.tokenizer, batch_size=config.batch_size), tasks=list(tasks), limit=limit,
+                                  num_fewshot=num_fewshot, task_manager=manager, apply_chat_template=chat, random_seed=config.seed)
+    except Exception as e:  # a task's data out of reach, too many examples asked for, ...: lm-eval raises all kinds
+        raise OpenUnlearnError(f"lm-eval cannot run {', '.join(tasks)}: {' '.join(str(e).split())[:300] or type(e).__name__}") from e
+    entries = finite(entries_of(results))
     values = {name: entry["agg_value"] for name, entry in entries.items()}
+    what |= {"task_versions": results.get("versions"), "shots": results.get("n-shot")}
     write_json(folder / f"{GENERAL}_EVAL.json", entries)
     write_json(folder / f"{GENERAL}_SUMMARY.json", values)
     write_json(folder / "run.json", run_record(started, benchmark=GENERAL, model=config.label, split="general", row=config.label, model_path=path,

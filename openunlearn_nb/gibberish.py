@@ -101,7 +101,9 @@ class Classifier:
         self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=not _reachable(path))
         self.model = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True, local_files_only=not _reachable(path)).eval()
         labels = {label.lower(): i for i, label in self.model.config.id2label.items()}
-        self.clean = labels.get("clean", 0)
+        if "clean" not in labels:
+            raise OpenUnlearnError(f"The classifier {path} has no class 'clean'; it has {', '.join(labels)}.")
+        self.clean = labels["clean"]
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], batch_size: int = 32) -> list[float]:
@@ -115,12 +117,14 @@ class Classifier:
 # %% ../nbs/17_gibberish.ipynb #2d792ae1
 @lru_cache(maxsize=2)
 def load_judge(path: str) -> Classifier | None:
-    "The classifier, once a process; None, said aloud, where it cannot be loaded. `characters` asks for none."
+    "The classifier, once a process; None, said aloud, where the default one cannot be loaded. `characters` asks for none."
     if path == "characters":
         return None
     try:
         return Classifier(path)
     except Exception as e:  # whatever the Hub, safetensors or a configuration raise: there is another judge
+        if path != CLASSIFIER:
+            raise OpenUnlearnError(f"Cannot load the gibberish classifier {path}: {' '.join(str(e).split())[:200]}") from e
         warnings.warn(f"The gibberish classifier {path} cannot be loaded ({type(e).__name__}); generations are judged by their characters.")
         return None
 

@@ -23,7 +23,7 @@ from .config import Progress, RunConfig, check_config, check_split, model_path, 
 from .data import content_hash
 from .embedded import embedded_model
 from .errors import OpenUnlearnError, is_ours
-from .methods import METHODS, get_method
+from .methods import get_method, method_settings
 from .models import PRESETS, quiet
 from .muse import corpora_in
 from .records import read_json, write_json
@@ -43,6 +43,8 @@ def check_grid(grid: GridConfig) -> GridConfig:
     splits = grid.splits or (corpora_in(grid.data) if grid.benchmark == "MUSE" else tuple(Tofu.splits))
     splits = tuple(check_split(grid, split) for split in splits)
     methods = tuple(get_method(m).name for m in grid.methods or grid.source.methods)
+    if grid.alternates and "AltPO" not in methods:
+        raise OpenUnlearnError(f"--alternates is for AltPO, which is not among the methods ({', '.join(methods)}).")
     for split in splits:
         check_asked(grid, split)
         for method in methods:
@@ -56,16 +58,18 @@ def claim(grid: GridConfig, output: str | Path) -> None:
     "Note the grid's configuration in its folder; raises if the folder holds another's results."
     if Path(output).is_file():
         raise OpenUnlearnError(f"{output} is a file; give a folder as --output.")
-    recipes = {m: [asdict(recipe), settings] for m in METHODS if METHODS[m].forget_term for recipe, settings in [recipe_of(grid, m)]}
-    mine, rows = grid.fingerprint() | {"recipes": content_hash(recipes)}, grid.source.hashes(*grid.splits)
+    recipes = {m: content_hash([asdict(recipe), method_settings(m, own)]) for m in grid.methods for recipe, own in [recipe_of(grid, m)]}
+    mine, new = grid.fingerprint(), {"data_hashes": grid.source.hashes(*grid.splits), "recipes": recipes}
     file = Path(output) / "grid.json"
     theirs = read_json(file, "grid configuration") if file.exists() else mine
-    known = theirs.get("data_hashes", {})  # of the splits asked for so far
+    known = {what: h if isinstance(h := theirs.get(what), dict) else {} for what in new}  # of the splits and methods asked for so far
     changed = [f"{k} {theirs.get(k)!r}, now {mine[k]!r}" for k in mine if theirs.get(k) != mine[k]]
-    if changed := changed + [f"the rows of {c} have changed" for c in rows if known.get(c, rows[c]) != rows[c]]:
+    say = {"data_hashes": "the rows of {} have changed", "recipes": "the recipe of {} has changed"}
+    changed += [say[what].format(k) for what, hashes in new.items() for k in hashes if known[what].get(k, hashes[k]) != hashes[k]]
+    if changed:
         raise OpenUnlearnError(f"{output} holds results of another configuration ({changed[0]}); give another --output.")
-    if not file.exists() or known | rows != known:
-        write_json(file, mine | {"data_hashes": known | rows})
+    if not file.exists() or any(known[what] | new[what] != known[what] for what in new):
+        write_json(file, mine | {what: known[what] | new[what] for what in new})
 
 # %% ../nbs/27_grid.ipynb #ea511d36
 WEIGHTS = {"forget01": 0.3, "forget05": 1.0, "forget10": 2.0}  # of a cell; a training weighs 12
@@ -248,6 +252,8 @@ def run_grid(grid: GridConfig = GridConfig(), output: str | Path | None = None, 
 
     In a script, call it under `if __name__ == "__main__":`, because workers are fresh processes that import the script."""
     grid, output = check_grid(grid), str(output or f"runs/{grid.benchmark.lower()}")
+    if any(Path(output).glob("seed*/grid.json")):
+        raise OpenUnlearnError(f"{output} holds grids of several seeds; give --seeds, or another --output.")
     if jobs is not None and jobs < 1:
         raise OpenUnlearnError(f"--jobs must be 1 or more, not {jobs}.")
     claim(grid, output)  # reads all data: what is wrong with it is said here, before any worker starts
@@ -265,13 +271,15 @@ def run_seeds(grid: GridConfig, seeds: Sequence[int], output: str | Path | None 
     output, failed = Path(output or f"runs/{grid.benchmark.lower()}"), []
     if (output / "grid.json").exists():
         raise OpenUnlearnError(f"{output} holds a grid of one seed; give another --output for several.")
-    first, *others = [output / f"seed{seed}" for seed in dict.fromkeys(seeds)]
-    failed += run_grid(replace(grid, seed=seeds[0]), first, jobs, show)
-    for folder in others:
-        seeded = check_grid(replace(grid, seed=int(folder.name.removeprefix("seed"))))
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise OpenUnlearnError(f"--seeds takes different numbers, not {' '.join(map(str, seeds)) or 'none'}.")
+    grids = {output / f"seed{seed}": check_grid(replace(grid, seed=seed)) for seed in seeds}
+    for other in output.glob("seed*/grid.json"):  # all seeds of a folder are of one configuration
+        claim(check_grid(replace(grid, seed=int(other.parent.name.removeprefix("seed")))), other.parent)
+    for folder, seeded in grids.items():
         claim(seeded, folder)
         for split, row in cells(seeded):
-            here, there = cell_folder(first, split, row), cell_folder(folder, split, row)
+            here, there = cell_folder(next(iter(grids)), split, row), cell_folder(folder, split, row)
             if row in YARDSTICKS and finished(here, grid.benchmark) and not finished(there, grid.benchmark):
                 shutil.copytree(here, there, dirs_exist_ok=True)
         failed += run_grid(seeded, folder, jobs, show)

@@ -90,7 +90,7 @@ def method_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     merged = chosen.defaults | settings
     types = RETAIN_LOSS_TYPES if "module_regex" in merged else RETAIN_LOSS_TYPES[:2]
     check_choice(merged["retain_loss_type"], types, f"retain_loss_type of {chosen.name}")
-    if not (chosen.forget_term and merged["gamma"]) and not merged["alpha"]:
+    if not (chosen.forget_term and merged["gamma"]) and not (merged["alpha"] or merged.get("primal_dual")):
         raise OpenUnlearnError("alpha and gamma are both 0: there is nothing to train.")
     for key in ("beta", "beta1", "beta2", "dual_step_size", "dual_warmup_epochs"):
         if (value := merged.get(key, 1)) < 0 or key == "beta" and value == 0:
@@ -99,7 +99,8 @@ def method_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 def needs_reference(name: str, settings: dict[str, Any]) -> bool:
     "Whether a method with these settings needs the model before unlearning at every step."
-    return "ref_model" in get_method(name).needs or bool(settings["alpha"] and settings["retain_loss_type"] != "NLL")
+    keeps = settings["alpha"] or settings.get("primal_dual")
+    return "ref_model" in get_method(name).needs or bool(keeps and settings["retain_loss_type"] != "NLL")
 
 # %% ../nbs/12_methods.ipynb #c9a5d74a
 def retain_nll(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:

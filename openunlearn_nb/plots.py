@@ -78,7 +78,7 @@ def truth_ratio_ecdf(evaluations: dict[str, dict], ax: Axes | None = None, title
 # %% ../nbs/23_plots.ipynb #f0f213e1
 def metric_bars(rows: dict[str, dict], metrics: list[str], title: str = "") -> plt.Figure:
     "One panel a metric, one bar a row of `{row: {metric: value}}`; the retain model's value as a line across."
-    fig, axes = plt.subplots(1, len(metrics), figsize=(2.6 * len(metrics), 2.8), sharey=True)
+    fig, axes = plt.subplots(1, len(metrics), figsize=(2.6 * len(metrics), max(2.8, 0.8 + 0.22 * len(rows))), sharey=True)
     names = sorted(rows, key=row_order, reverse=True)
     for ax, metric in zip(np.atleast_1d(axes), metrics):
         values = [as_number(rows[n].get(metric)) for n in names]

@@ -134,10 +134,10 @@ def collate(examples: Sequence[dict], pad_id: int, side: str = "left") -> dict[s
 
 # %% ../nbs/01_prompts.ipynb #c330beb9
 def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    "What a causal LM's forward takes: ids, mask, and positions that do not depend on the padding side."
+    "What a causal LM's forward takes: ids, mask, and positions (if none are given, ones that do not depend on the padding side)."
     mask = batch["attention_mask"]
-    return {"input_ids": batch["input_ids"], "attention_mask": mask,
-            "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    positions = batch["position_ids"] if "position_ids" in batch else (mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": batch["input_ids"], "attention_mask": mask, "position_ids": positions}
 
 def kept_logits(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     "Logits `[rows, columns, vocabulary]` as the model gives them; row, column and id of each of the n labelled tokens, `[n]` each."

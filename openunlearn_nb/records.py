@@ -106,7 +106,7 @@ def _version_of(package: str) -> str | None:
 def environment() -> dict[str, Any]:
     "Versions and hardware of this process."
     import torch
-    packages = ("torch", "transformers", "accelerate", "datasets", "deepspeed", "bitsandbytes", "scipy", "rouge-score")
+    packages = ("torch", "transformers", "accelerate", "datasets", "deepspeed", "bitsandbytes", "scipy", "rouge-score", "lm_eval")
     return {"openunlearn_nb": __version__, "python": sys.version.split()[0],
             **{p: v for p in packages if (v := _version_of(p))}, "system": f"{platform.system()} {platform.machine()}",
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "cpu_threads": torch.get_num_threads()}

@@ -74,7 +74,7 @@ def score(model: PreTrainedModel, examples: Sequence[dict], pad_id: int, tokens:
 # %% ../nbs/10_scoring.ipynb #41e4a390
 @torch.enable_grad()
 def gradient_norms(model: PreTrainedModel, examples: Sequence[dict], pad_id: int) -> list[float | None]:
-    "For each example, the mean over parameters of the L2 norm of the gradient of its mean NLL; None without a labelled token."
+    "For each example, the mean over parameters of the L2 norm of the gradient of its mean NLL, last label left out; None where none is left."
     weights, norms = [p for p in model.parameters() if p.requires_grad], []
     for example in examples:
         part = {k: v.to(model.device) for k, v in collate([example], pad_id).items()}

@@ -92,6 +92,9 @@ def _privleak(e: list[Entry], beside: Beside) -> Entry:
     if not (known := _both_sides(beside.retain_eval, "mia_min_k")):
         warnings.warn("No retain log with mia_min_k given: privleak is taken against an AUC of 0.5.")
     auc = attack_entry(beside.retain_eval["mia_min_k"])["auc"] if known else 0.5
+    if auc is not None and auc > 0.99:
+        warnings.warn(f"The attack tells the retain log's forget rows from its holdout rows (AUC {auc:.3f}), as if it had been trained on them: "
+                      "privleak against it says nothing. Is it of a retain model?")
     return {"agg_value": mia.privleak(e[0]["agg_value"], auc)}
 
 def _reference(e: list[Entry], beside: Beside) -> Entry:
@@ -262,7 +265,10 @@ def recompute(evaluation: dict[str, Entry], retain_eval: dict | None = None, sui
         entry = evaluation.get(name)
         own = entry is not None and (not isinstance(metric, Derived) or metric.keeps_rows)
         if own and entry.get("value_by_index"):
-            out[name] = make_entry(rows_of(entry), metric.aggregate if isinstance(metric, Leaf) else mean_score)
+            rows = rows_of(entry)
+            if isinstance(metric, Derived) and "judge" not in entry:  # OpenUnlearning's: the probability of being clean
+                rows = [{**r, "score": None if r["score"] is None else 1 - r["score"]} for r in rows]
+            out[name] = make_entry(rows, metric.aggregate if isinstance(metric, Leaf) else mean_score)
         elif own and "forget" in entry:
             out[name] = attack_entry({d: make_entry(rows_of(entry[d]), mean_score) for d in ("forget", "holdout") if d in entry})
         elif isinstance(metric, Derived) and all(i in out for i in metric.inputs):

@@ -11,9 +11,11 @@ import copy
 import importlib.util
 import math
 import os
+import random
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,7 +26,7 @@ from transformers import (PreTrainedModel, PreTrainedTokenizerBase, PrinterCallb
                           TrainingArguments, set_seed)
 
 from .errors import OpenUnlearnError
-from .forwards import trained_parameters
+from .forwards import sequence_nll, trained_parameters
 from .losses import control_vector
 from .methods import get_method, method_loss, method_settings, needs_reference
 from .prompts import Encoder, collate, encode_all
@@ -99,14 +101,15 @@ class PairDataset(Dataset):
         return item
 
 # %% ../nbs/13_training.ipynb #62f359b2
-def collate_parts(items: list[dict[str, dict]], pad_id: int, mask_pads: bool = False) -> dict[str, dict[str, torch.Tensor]]:
-    "Collate each part on its own; `ref_nll` goes along where it was computed beforehand. `mask_pads`: hide every pad id, even a real one."
+def collate_parts(items: list[dict[str, dict]], pad_id: int, compat: str | None = None) -> dict[str, dict[str, torch.Tensor]]:
+    "Collate each part on its own; `ref_nll` goes along where it was computed beforehand. `compat`: as the reference code collates."
     batch = {}
     for part in items[0]:
         examples = [item[part] for item in items]
-        batch[part] = collate(examples, pad_id)
-        if mask_pads:
-            batch[part]["attention_mask"] = (batch[part]["input_ids"] != pad_id).long()
+        batch[part] = collate(examples, pad_id, side="right" if compat else "left")
+        if compat:  # every pad id is hidden, even a real eos that doubles as one, and positions are counted regardless
+            ids = batch[part]["input_ids"]
+            batch[part] |= {"attention_mask": (ids != pad_id).long(), "position_ids": torch.arange(ids.shape[1]).expand_as(ids)}
         if "ref_nll" in examples[0]:
             batch[part]["ref_nll"] = torch.tensor([e["ref_nll"] for e in examples], dtype=torch.float64)
     return batch
@@ -121,13 +124,16 @@ class UnlearnTrainer(Trainer):
         self.method, self.settings, self.ref_model, self.compat = method, settings, ref_model, compat
         self.retain_seen: list[torch.Tensor] = []  # retain losses since the multiplier was last moved
         if settings.get("primal_dual"):
-            self.add_callback(_Multiplier(self))
+            self.multiplier = _Multiplier(self)
+            self.add_callback(self.multiplier)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with self.accelerator.autocast():  # the reference's forward in the same precision as the model's
             loss, parts = method_loss(self.method, model, inputs, self.ref_model, self.compat, **self.settings)
         if self.settings.get("primal_dual"):
             self.retain_seen.append(parts["retain"].detach())
+            if self.compat:  # the reference code moves it with every forward
+                self.multiplier.move("step")
         return (loss, {}) if return_outputs else loss
 
 # %% ../nbs/13_training.ipynb #aab730c5
@@ -186,12 +192,17 @@ def training_arguments(config: TrainConfig, n_examples: int, output_dir: str) ->
     args._n_gpu = min(1, args.n_gpu)  # else a lone process wraps the model in DataParallel on a machine with several
     return args
 
-# %% ../nbs/13_training.ipynb #f668638e
-def with_ref_nll(model: PreTrainedModel, examples: list[dict], pad_id: int) -> list[dict]:
+# %% ../nbs/13_training.ipynb #0c9a8a9c
+@torch.no_grad()
+def with_ref_nll(model: PreTrainedModel, examples: list[dict], pad_id: int, compat: str | None = None) -> list[dict]:
     "The examples, each with the summed NLL of its labels under `model`."
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):  # as in training
-        scores = score(model, examples, pad_id)
-    return [{**e, "ref_nll": float(-s.logps.sum(dtype=np.float64))} for e, s in zip(examples, scores)]
+        if not compat:
+            nlls = [-s.logps.sum(dtype=np.float64) for s in score(model, examples, pad_id)]
+        else:  # what is hidden from the model must be hidden from its reference
+            parts = [collate_parts([{"one": e}], pad_id, compat)["one"] for e in examples]
+            nlls = [sequence_nll(model, {k: v.to(model.device) for k, v in part.items()})[0] for part in parts]
+    return [{**e, "ref_nll": float(nll)} for e, nll in zip(examples, nlls)]
 
 def alternate_examples(questions: Sequence[str], answers: Sequence[Sequence[str]], enc: Encoder, config: TrainConfig) -> list[list[dict]]:
     "For each epoch, each question with one of its other `answers` (a list a question) drawn for it, as examples."
@@ -205,7 +216,7 @@ def _labelled(example: dict) -> bool:
     return any(label != -100 for label in example["labels"][1:])
 
 def build_dataset(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], retain: list[dict],
-                  alternates: list[list[dict]] | None, seed: int, same_draws: bool = False) -> PairDataset:
+                  alternates: list[list[dict]] | None, seed: int, compat: str | None = None) -> PairDataset:
     "The data set of a method's parts; reference log-likelihoods are computed now, if the method needs them."
     needs = get_method(method).needs
     if "alternate" in needs and not alternates:
@@ -217,26 +228,41 @@ def build_dataset(model: PreTrainedModel, pad_id: int, method: str, forget: list
             raise OpenUnlearnError(f"None of the {len(given)} examples to {what} has a labelled token.")
     forget, alternates = [forget[i] for i in whole], alternates and [[epoch[i] for i in whole] for epoch in alternates]
     if "ref_nll" in needs:
-        forget = with_ref_nll(model, forget, pad_id)
+        forget = with_ref_nll(model, forget, pad_id, compat)
     if alternates and "ref_nll" in needs:
-        n, flat = len(forget), with_ref_nll(model, [e for epoch in alternates for e in epoch], pad_id)
+        n, flat = len(forget), with_ref_nll(model, [e for epoch in alternates for e in epoch], pad_id, compat)
         alternates = [flat[i:i + n] for i in range(0, len(flat), n)]
-    return PairDataset(forget, kept, alternates, seed, same_draws)
+    return PairDataset(forget, kept, alternates, seed, same_draws=bool(compat))
 
 # %% ../nbs/13_training.ipynb #f166ca7b
 def _run(trainer: UnlearnTrainer, model: PreTrainedModel) -> list[float]:
     "Train, and leave the model as it came: in evaluation mode, without what accelerate put around its forward."
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # take off the autocast around forward,
-    model.__dict__.pop("forward", None)  # which would stay for the evaluation and keep the model from being freed
-    model.eval()
+    try:
+        trainer.train()
+    finally:
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # take off the autocast around forward,
+        model.__dict__.pop("forward", None)  # which would stay for the evaluation and keep the model from being freed
+        model.eval()
     return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
-def _start_settings(method: str, settings: dict, hidden: int, seed: int) -> dict:
+@contextmanager
+def _still(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    "Keep parameters from being trained."
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+def _start_settings(method: str, settings: dict, hidden: int, config: TrainConfig) -> dict:
     settings = method_settings(method, settings)
     if "control_vec" in settings and settings["control_vec"] is None:
-        settings["control_vec"] = control_vector(hidden, seed)
+        settings["control_vec"] = control_vector(hidden, config.seed)
+    if settings.get("primal_dual") and settings["dual_warmup_epochs"] >= config.epochs and not config.max_steps:
+        warnings.warn(f"{method}'s warm-up of {settings['dual_warmup_epochs']:g} epochs is as long as the training: its multiplier never moves.")
     if settings.get("primal_dual") and settings["retain_loss_eps"] == 0:
         warnings.warn(f"{method} with retain_loss_eps 0: no retain loss is below that, so the retain term's weight only rises. Give a loss "
                       "that is good enough, such as 0.3.")
@@ -247,22 +273,20 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
           settings: dict | None = None, alternates: list[list[dict]] | None = None,
           progress: Callable[[float], None] = lambda share: None, compat: str | None = None) -> list[float]:
     "Train `model` in place on encoded examples (`Finetune`: on `retain` alone); returns the loss of every step."
-    settings = _start_settings(method, settings or {}, model.config.hidden_size, config.seed)
-    keeps = settings["alpha"] or settings.get("primal_dual")
-    data = build_dataset(model, pad_id, method, forget, retain if keeps else [], alternates, config.seed, same_draws=bool(compat))
+    settings = _start_settings(method, settings or {}, model.config.hidden_size, config)
+    keeps, enough = settings["alpha"] or settings.get("primal_dual"), config.max_steps and config.max_steps * config.effective_batch
+    some = lambda examples: random.Random(config.seed).sample(examples, min(enough or len(examples), len(examples)))  # no more than is drawn
+    forget, retain = (some(examples) if enough else examples for examples in (forget, retain))
+    data = build_dataset(model, pad_id, method, forget, retain if keeps else [], alternates, config.seed, compat)
     ref = copy.deepcopy(model).requires_grad_(False).eval() if needs_reference(method, settings) else None
     trained = set(trained_parameters(model, settings.get("trainable_params_regex", [".*"])))
     frozen = [p for name, p in model.named_parameters() if name not in trained and p.requires_grad]
     set_seed(config.seed)
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(), _still(frozen):
         warnings.filterwarnings("ignore", message=".*(pin_memory|lr_scheduler).*")
-        for p in frozen:
-            p.requires_grad_(False)
         losses = _run(UnlearnTrainer(method, settings, ref, compat, model=model, args=training_arguments(config, len(data), scratch),
                                      train_dataset=data, callbacks=[_Follow(data, progress)],
-                                     data_collator=partial(collate_parts, pad_id=pad_id, mask_pads=bool(compat))), model)
-    for p in frozen:
-        p.requires_grad_(True)
+                                     data_collator=partial(collate_parts, pad_id=pad_id, compat=compat)), model)
     if not np.isfinite(losses).all():
         warnings.warn(f"{method} diverged: its loss is not finite from step {int(np.argmin(np.isfinite(losses)))} on.")
     return losses

@@ -108,7 +108,8 @@ def test_every_method_trains_plainly_and_with_the_references_arithmetic(method, 
         losses[compat] = train(some, tokenizer.pad_token_id, method, forget, retain, TrainConfig(learning_rate=5e-3, epochs=4, **QUICK), settings,
                                [retain] * 4 if method == "AltPO" else None, compat=compat)
         assert len(losses[compat]) == 4 and any(not torch.equal(a, b) for a, b in zip(some.parameters(), model.parameters()))
-    assert (losses[None] == losses["open-unlearning"]) == (method in ("SatImp", "WGA", "CEU", "AltPO"))
+    same = losses[None] == pytest.approx(losses["open-unlearning"], rel=1e-5)  # padding on the other side shows in the last digit
+    assert same == (method in ("SatImp", "WGA", "CEU", "AltPO"))
 
 
 def test_rows_without_labels_are_left_out_of_training(world):
@@ -131,7 +132,7 @@ def test_alternates_are_made_read_and_used(tmp_path, capsys):
         assert len(texts) == 2 and all(t.strip() and t != truth for t in texts)
     out = str(tmp_path / "altpo")
     assert main(["train", "--method", "AltPO", *some, "--alternates", str(file), "--epochs", "1", "--output", out]) == 0
-    assert len(read_json(tmp_path / "altpo/train.json")["alternates"]) == 12
+    assert len(read_json(tmp_path / "altpo/train.json")["alternates"]) == 20
     file.write_text("\n".join(file.read_text().splitlines()[4:]))
     assert main(["train", "--method", "AltPO", *some, "--alternates", str(file), "--output", out + "2"]) == 2
     assert "has no alternate for 2 of 20 questions" in capsys.readouterr().err
@@ -143,9 +144,10 @@ def test_seeds_make_one_table(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "seeds 0, 1: mean ± standard deviation" in shown and "±" in next(line for line in shown.splitlines() if line.startswith("WGA"))
     assert main(["table", str(tmp_path), "--json"]) == 0
-    assert "±" in json.loads(capsys.readouterr().out)["TOFU"]["embedded"]["forget01"]["WGA"]["model_utility"]
-    assert main([*command, "--methods", "WGA"]) == 0 and main([*command, "--seeds", "0", "1"]) == 2  # one seed's grid is there now
-    assert "holds a grid of one seed" in capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)["TOFU"]["embedded"]["forget01"]["WGA"]["model_utility"]["seeds"] == 2
+    assert main(command) == 2 and "holds grids of several seeds" in capsys.readouterr().err
+    assert main([*command, "--seeds", "1", "1"]) == 2 and "different numbers, not 1 1" in capsys.readouterr().err
+    assert main([*command, "--seeds", "2", "--epochs", "2"]) == 2 and "another configuration" in capsys.readouterr().err
 
 
 def test_a_new_base_is_taught_the_benchmark(tmp_path, capsys):
