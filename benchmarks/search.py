@@ -80,8 +80,12 @@ if __name__ == "__main__":
     jobs = [(benchmark, m, lr, s) for m in names for s in space[m][1] for lr in space[m][0]]
     if not only:
         jobs.insert(0, (benchmark, "Finetuned", 0.0, {}))
+    head = columns(benchmark)
+    if only:  # the file's own columns
+        with open(out, encoding="utf-8") as f:
+            head = next(csv.reader(f))
     with multiprocessing.get_context("spawn").Pool(2) as pool, open(out, "a" if only else "w", newline="", encoding="utf-8") as f:
-        table = csv.DictWriter(f, columns(benchmark), lineterminator="\n")
+        table = csv.DictWriter(f, head, lineterminator="\n", extrasaction="ignore")
         if not only:
             table.writeheader()
         for row in pool.imap(run, jobs):

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, set_seed
 
 from .errors import OpenUnlearnError

@@ -97,7 +97,6 @@ def find_runs(folder: str | Path, pattern: str = "**/", suites: Iterable[str] = 
 
 # %% ../nbs/21_collect.ipynb #c275b8f5
 def _values(run: Run, yardstick: dict | None) -> dict[str, float | None]:
-    suite = SUITES[run.suite]
     try:
         entries = recompute(read_json(run.file, "evaluation"), yardstick, run.suite)
     except (AttributeError, KeyError, TypeError, ValueError) as e:  # somebody's file, of any shape

@@ -122,7 +122,7 @@ def model_path(config: RunConfig, split: str, retain: bool = False, progress: Pr
     "Where the Finetuned (or Retain) model of a split is; None where the user gave no retain model."
     taught = config.source.taught(split)[retain]
     if config.model == "embedded":
-        return str(embedded_model(taught, getattr(config.source, "taught_by", config.source), progress=progress))
+        return str(embedded_model(taught, config.source.taught_by, progress=progress))
     if config.model in PRESETS:
         preset = PRESETS[config.model]
         if config.benchmark not in preset.published:

@@ -16,7 +16,7 @@ from .errors import OpenUnlearnError
 from .losses import row_nll
 from .prompts import answer_logits, model_inputs
 
-Part = dict[str, Tensor]  # input_ids, attention_mask, labels; ref_nll where it was computed beforehand
+Part = dict[str, Tensor]  # input_ids, attention_mask, labels; ref_nll where it was computed beforehand, position_ids where not the usual
 Batch = dict[str, Part]  # by name: forget, retain, alternate
 
 # %% ../nbs/11_forwards.ipynb #94d66b80
@@ -72,10 +72,12 @@ class _LayerReached(Exception):
 
 def find_module(model: nn.Module, regex: str) -> nn.Module:
     "The one submodule whose whole name matches `regex`."
-    found = [name for name, _ in model.named_modules() if re.fullmatch(regex, name)]
+    names = [name for name, _ in model.named_modules()]
+    found = [name for name in names if re.fullmatch(regex, name)]
     if len(found) != 1:
-        raise OpenUnlearnError(f"module_regex {regex!r} matches {len(found) or 'no'} modules{': ' if found else ''}"
-                               f"{', '.join(found[:4])}; it must match one, such as model.layers.7.")
+        layers = [name for name in names if re.fullmatch(r".*\.\d+", name)]
+        raise OpenUnlearnError(f"module_regex {regex!r} matches {len(found) or 'no'} modules{': ' if found else ''}{', '.join(found[:4])}; "
+                               f"it must match one{f', such as {layers[-1]}' if layers else ''}.")
     return model.get_submodule(found[0])
 
 def layer_activations(model: nn.Module, part: Part, regex: str) -> Tensor:
@@ -92,7 +94,7 @@ def layer_activations(model: nn.Module, part: Part, regex: str) -> Tensor:
     finally:
         handle.remove()
     if not caught:
-        raise OpenUnlearnError(f"module_regex {regex!r} names a container, which computes nothing itself; name a layer, such as model.layers.7.")
+        raise OpenUnlearnError(f"module_regex {regex!r} names a container, which computes nothing itself; name one of its layers.")
     return caught[0]
 
 def trained_parameters(model: nn.Module, patterns: list[str]) -> list[str]:

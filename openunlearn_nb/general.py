@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from datasets.utils.logging import disable_progress_bar
+from transformers import PreTrainedModel
 
 from .config import RunConfig, check_config, model_path, open_model
-from .data import content_hash
+from .data import content_hash, miniature_seed
 from .embedded import cache_dir
 from .errors import OpenUnlearnError, check_choice
 from .muse import load_muse
+from .prompts import Encoder
 from .records import finite, run_record, write_json, write_text
 from .runs import check_output
-from .wmdp import Wmdp
 
 GENERAL = "LMEval"
 
@@ -92,6 +93,14 @@ def _tasks(names: Sequence[str], include: str | None, data: str):
     for name in names:
         check_choice(name, manager.all_tasks, "lm-eval task")
     return manager
+def _run(model: PreTrainedModel, enc: Encoder, config: RunConfig, **how) -> dict[str, Any]:
+    "lm-eval's results, its failures in one sentence."
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    try:
+        return simple_evaluate(HFLM(pretrained=model, tokenizer=enc.tokenizer, batch_size=config.batch_size), random_seed=config.seed, **how)
+    except Exception as e:  # a task's data out of reach, too many examples asked for, ...: lm-eval raises all kinds
+        raise OpenUnlearnError(f"lm-eval cannot run {', '.join(how['tasks'])}: {' '.join(str(e).split())[:300] or type(e).__name__}") from e
 
 # %% ../nbs/28_general.ipynb #10d71132
 def evaluate_general(config: RunConfig, tasks: Sequence[str], output: str | Path, limit: int | None = None, num_fewshot: int | None = None,
@@ -101,12 +110,11 @@ def evaluate_general(config: RunConfig, tasks: Sequence[str], output: str | Path
     check_config(config)
     if include and not Path(include).expanduser().is_dir():
         raise OpenUnlearnError(f"No folder with tasks {include!r}.")
-    data = config.data if isinstance(config.source, Wmdp) else "miniature"
     disable_progress_bar()  # of datasets; lm-eval has its own
     for name, value, low in (("--limit", limit, 1), ("--num-fewshot", num_fewshot, 0)):
         if value is not None and value < low:
             raise OpenUnlearnError(f"{name} must be {low} or more, not {value}.")
-    manager = _tasks(tasks, include, data)
+    manager = _tasks(tasks, include, config.data if miniature_seed(config.data) is not None else "miniature")
     what = {"config": config.fingerprint(), "tasks": sorted(tasks), "limit": limit, "num_fewshot": num_fewshot, "chat_template": chat,
             "trained_on": split, "include": include}
     check_output(folder, what)
@@ -114,13 +122,7 @@ def evaluate_general(config: RunConfig, tasks: Sequence[str], output: str | Path
     model, enc = open_model(config, path, for_training=False)
     if chat and not enc.tokenizer.chat_template:
         raise OpenUnlearnError(f"--chat asks through the chat template, and the tokenizer of {config.model} has none.")
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    try:
-        results = simple_evaluate(HFLM(pretrained=model, tokenizer=enc.tokenizer, batch_size=config.batch_size), tasks=list(tasks), limit=limit,
-                                  num_fewshot=num_fewshot, task_manager=manager, apply_chat_template=chat, random_seed=config.seed)
-    except Exception as e:  # a task's data out of reach, too many examples asked for, ...: lm-eval raises all kinds
-        raise OpenUnlearnError(f"lm-eval cannot run {', '.join(tasks)}: {' '.join(str(e).split())[:300] or type(e).__name__}") from e
+    results = _run(model, enc, config, tasks=list(tasks), limit=limit, num_fewshot=num_fewshot, task_manager=manager, apply_chat_template=chat)
     entries = finite(entries_of(results))
     values = {name: entry["agg_value"] for name, entry in entries.items()}
     what |= {"task_versions": results.get("versions"), "shots": results.get("n-shot")}

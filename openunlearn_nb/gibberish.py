@@ -98,8 +98,9 @@ class Classifier:
 
     def __init__(self, path: str):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
-        self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=not _reachable(path))
-        self.model = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True, local_files_only=not _reachable(path)).eval()
+        here = not _reachable(path)
+        self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=here)
+        self.model = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True, local_files_only=here).eval()
         labels = {label.lower(): i for i, label in self.model.config.id2label.items()}
         if "clean" not in labels:
             raise OpenUnlearnError(f"The classifier {path} has no class 'clean'; it has {', '.join(labels)}.")

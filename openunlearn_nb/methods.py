@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'ALIASES', 'RETAIN_LOSS_TYPES', 'COMPAT', 'RETAIN_TERMS', 'Method', 'declare', 'get_method',
-           'method_settings', 'needs_reference', 'retain_nll', 'retain_kl', 'retain_embed_diff', 'gradient_ascent',
-           'alternate_dpo', 'npo', 'simnpo', 'rmu', 'undial', 'satimp', 'wga', 'ceu', 'pdu', 'MethodLoss',
-           'method_loss']
+           'method_settings', 'keeps_retain', 'needs_reference', 'retain_nll', 'retain_kl', 'retain_embed_diff',
+           'gradient_ascent', 'alternate_dpo', 'npo', 'simnpo', 'rmu', 'undial', 'satimp', 'wga', 'ceu', 'pdu',
+           'MethodLoss', 'method_loss']
 
 # %% ../nbs/12_methods.ipynb #f9a026cd
 import math
@@ -90,17 +90,20 @@ def method_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     merged = chosen.defaults | settings
     types = RETAIN_LOSS_TYPES if "module_regex" in merged else RETAIN_LOSS_TYPES[:2]
     check_choice(merged["retain_loss_type"], types, f"retain_loss_type of {chosen.name}")
-    if not (chosen.forget_term and merged["gamma"]) and not (merged["alpha"] or merged.get("primal_dual")):
+    if not (chosen.forget_term and merged["gamma"]) and not keeps_retain(merged):
         raise OpenUnlearnError("alpha and gamma are both 0: there is nothing to train.")
     for key in ("beta", "beta1", "beta2", "dual_step_size", "dual_warmup_epochs"):
         if (value := merged.get(key, 1)) < 0 or key == "beta" and value == 0:
             raise OpenUnlearnError(f"{key} must be {'above 0' if key == 'beta' else '0 or more'}, not {value}.")
     return merged
 
+def keeps_retain(settings: dict[str, Any]) -> bool:
+    "Whether the retain loss is looked at: it is weighted, or (PDU) its weight may be 0 for a while."
+    return bool(settings["alpha"] or settings.get("primal_dual"))
+
 def needs_reference(name: str, settings: dict[str, Any]) -> bool:
     "Whether a method with these settings needs the model before unlearning at every step."
-    keeps = settings["alpha"] or settings.get("primal_dual")
-    return "ref_model" in get_method(name).needs or bool(keeps and settings["retain_loss_type"] != "NLL")
+    return "ref_model" in get_method(name).needs or keeps_retain(settings) and settings["retain_loss_type"] != "NLL"
 
 # %% ../nbs/12_methods.ipynb #c9a5d74a
 def retain_nll(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:
@@ -171,16 +174,13 @@ def rmu(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:
 def undial(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:
     "Become the model before unlearning, `beta` taken from the logits of the answers to forget."
     part = batch["forget"]
-    if s.compat:
-        logits = lambda m: every_logit(m, part)[:, :-1].flatten(0, 1)
-        labels = part["labels"][:, 1:].flatten()
-    else:
-        logits, labels = lambda m: answer_logits(m, part)[0], part["labels"][:, 1:][part["labels"][:, 1:] != -100]
+    def predicted(m) -> tuple[Tensor, Tensor]:
+        return (every_logit(m, part)[:, :-1].flatten(0, 1), part["labels"][:, 1:].flatten()) if s.compat else answer_logits(m, part)[:2]
     with torch.no_grad():
-        goal = logits(ref_model)
+        goal, labels = predicted(ref_model)
     if s.compat and goal.shape[-1] < 100:
         raise OpenUnlearnError(f"compat of UNDIAL needs a vocabulary of 100 tokens or more, not {goal.shape[-1]}: -100 indexes it.")
-    return undial_loss(logits(model), goal, labels, s.beta)
+    return undial_loss(predicted(model)[0], goal, labels, s.beta)
 
 @declare("SatImp", r"-\mathrm{mean}_t\,p_t^{\beta_1}(1-p_t)^{\beta_2}(-\log p_t)", "arXiv 2505.11953", beta1=5.0, beta2=1.0, gamma=0.1)
 def satimp(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:
@@ -219,19 +219,19 @@ def method_loss(method: str, model: nn.Module, batch: Batch, ref_model: nn.Modul
     "The loss of a batch and its parts (`forget`, `retain`), by the method's equation, or with `compat` by the reference code's arithmetic."
     chosen, merged = get_method(method), method_settings(method, settings)
     s = SimpleNamespace(**merged, compat=compat and check_choice(compat, COMPAT, "compat"))
-    bound = getattr(s, "retain_loss_eps", 0.0)
-    held = s.alpha or getattr(s, "primal_dual", False)  # PDU must see the retain loss, even where it weighs nothing for a while
-    asked = ["forget"] * bool(chosen.forget_term) + ["alternate"] * ("alternate" in chosen.needs) + ["retain"] * bool(held)
-    for name in asked:
+    used = {"forget": chosen.forget_term is not None, "alternate": "alternate" in chosen.needs, "retain": keeps_retain(merged)}
+    for name in (part for part in used if used[part]):
         check_part(batch, name)
     if ref_model is not None:
         check_reference(model, ref_model)
     elif needs_reference(method, merged):
         what = chosen.name if "ref_model" in chosen.needs else f"retain_loss_type {s.retain_loss_type}"
         raise OpenUnlearnError(f"{what} needs the model before unlearning: give ref_model.")
-    parts = {"forget": chosen.forget_term(model, batch, ref_model, s)} if chosen.forget_term else {}
-    if held:
-        parts["retain"] = RETAIN_TERMS[s.retain_loss_type](model, batch, ref_model, s)
-    parts = {name: part.float() for name, part in parts.items()}
-    loss = s.gamma * parts["forget"] if "forget" in parts else 0.0
-    return MethodLoss(loss + s.alpha * (parts["retain"] - bound) if held else loss, parts)
+    loss, parts = 0.0, {}
+    if used["forget"]:
+        parts["forget"] = chosen.forget_term(model, batch, ref_model, s).float()
+        loss = s.gamma * parts["forget"]
+    if used["retain"]:
+        parts["retain"] = RETAIN_TERMS[s.retain_loss_type](model, batch, ref_model, s).float()
+        loss = loss + s.alpha * (parts["retain"] - merged.get("retain_loss_eps", 0.0))
+    return MethodLoss(loss, parts)

@@ -216,6 +216,11 @@ class Muse(MuseQuestions):
     name, splits = "MUSE", SPLITS
     methods = ["GradAscent", "GradDiff", "NPO", "SimNPO", "RMU"]
 
+    @property
+    def taught_by(self) -> "Muse":
+        "The benchmark whose embedded model is its own: itself."
+        return self
+
     def taught(self, split: str) -> tuple[str, str]:
         "Names of what the Finetuned and the Retain model of a split are taught."
         corpus = corpus_of(check_choice(split, SPLITS, "corpus"))

@@ -6,10 +6,9 @@
 __all__ = ['YARDSTICKS', 'other_answers', 'unlearn', 'check_method', 'check_asked', 'learnable', 'start_of', 'train_model',
            'check_output', 'evaluate_model', 'cell_folder', 'finished', 'home_of', 'measure', 'run_cell']
 
-# %% ../nbs/26_runs.ipynb #b131551a
+# %% ../nbs/26_runs.ipynb #30eaba95
 import shutil
 import time
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -181,15 +180,12 @@ def home_of(config: RunConfig, split: str) -> str:
 # %% ../nbs/26_runs.ipynb #7266d781
 def measure(config: RunConfig, passes: Passes, split: str, row: str, output: str, progress: Progress) -> dict[str, dict]:
     "A cell's evaluation, against the Retain cell's where there is one."
+    if row == "Retain":  # the others will be measured against these two
+        metrics = [*config.wanted, config.suite.counted, config.suite.quoted]
+        return evaluate(passes, split, None, metrics, progress, config.classifier, against_itself=True)
     retain = cell_folder(output, home_of(config, split), "Retain")
-    measures_others = [config.suite.counted, config.suite.quoted] if row == "Retain" else []
-    measured = lambda yardstick: evaluate(passes, split, yardstick, [*config.wanted, *measures_others], progress, config.classifier)
-    with warnings.catch_warnings():
-        if row == "Retain":
-            warnings.filterwarnings("ignore", message="(No retain log|mia_reference is null)")
-            return measured(measured(None))
-        known = finished(retain, config.benchmark)
-        return measured(read_retain_log(retain, config.suite, config.source.truths(split)) if known else None)
+    known = read_retain_log(retain, config.suite, config.source.truths(split)) if finished(retain, config.benchmark) else None
+    return evaluate(passes, split, known, config.metrics, progress, config.classifier)
 
 # %% ../nbs/26_runs.ipynb #d413a73c
 def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Progress) -> dict[str, float]:

@@ -93,9 +93,10 @@ ROW = 256  # tokens of an ordinary row, prompt and answer
 @torch.no_grad()
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]],
              max_new_tokens: int = 200, batch_size: int = 64, stop: Sequence[str] = (), temperature: float = 0.0) -> list[str]:
-    "The greedy continuation of every prompt (token ids), decoded without special tokens, in order; cut before any of `stop`."
-    eos, sampled = model.generation_config.eos_token_id, {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    config = GenerationConfig(**(sampled if temperature else {"do_sample": False}), repetition_penalty=1.0, max_new_tokens=max_new_tokens, stop_strings=list(stop) or None,
+    "The greedy (with a temperature: sampled) continuation of every prompt, decoded without special tokens, in order; cut before any of `stop`."
+    eos = model.generation_config.eos_token_id
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    config = GenerationConfig(**how, repetition_penalty=1.0, max_new_tokens=max_new_tokens, stop_strings=list(stop) or None,
                               pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id if eos is None else eos)
     out = [""] * len(prompts)
     for group in batches([len(p) + max_new_tokens for p in prompts], batch_size * ROW, batch_size):

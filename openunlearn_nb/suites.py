@@ -231,8 +231,9 @@ def run_passes(passes: Passes, metrics: Sequence[Metric], sets: dict[str, str], 
 
 # %% ../nbs/19_suites.ipynb #b83c4108
 def evaluate(passes: Passes, split: str, retain_eval: dict | None = None, metrics: Sequence[str] | None = None,
-             progress: Callable[[float], None] = lambda share: None, classifier: str = CLASSIFIER) -> dict[str, Entry]:
-    "The evaluation of a model on a split, in the shape of `TOFU_EVAL.json` or `MUSE_EVAL.json`."
+             progress: Callable[[float], None] = lambda share: None, classifier: str = CLASSIFIER,
+             against_itself: bool = False) -> dict[str, Entry]:
+    "The evaluation of a model on a split, in the shape of `TOFU_EVAL.json` or `MUSE_EVAL.json`; a retain model is measured `against_itself`."
     suite, sets = SUITES[passes.benchmark.name], passes.benchmark.sets(split)
     table = {name: suite.metrics[name] for name in needed(suite, wanted(suite, metrics))}
     run_passes(passes, list(table.values()), sets, progress)
@@ -247,7 +248,8 @@ def evaluate(passes: Passes, split: str, retain_eval: dict | None = None, metric
                      for d in ("forget", "holdout") if d in sets}
             out[name] = attack_entry(sides)
         else:
-            out[name] = metric.combine([out[i] for i in metric.inputs], Beside(retain_eval, classifier))
+            beside = Beside(out if against_itself else retain_eval, classifier)  # inputs come first, so that out has them
+            out[name] = metric.combine([out[i] for i in metric.inputs], beside)
         if not isinstance(metric, Derived) and out[name]["agg_value"] is None and (isinstance(metric, Leaf) or "holdout" in sets):
             warnings.warn(f"{name} is null: no row of its data could be scored.")
     return dict(sorted(out.items()))

@@ -155,6 +155,11 @@ class Tofu(TofuQuestions):
     name, splits = "TOFU", list(SPLITS)
     methods = ["GradAscent", "GradDiff", "IdkDPO", "NPO", "SimNPO", "RMU"]
 
+    @property
+    def taught_by(self) -> "Tofu":
+        "The benchmark whose embedded model is its own: itself."
+        return self
+
     def own_splits(self) -> list[str]:
         "The splits that the data can have."
         return self.splits

@@ -11,7 +11,6 @@ import copy
 import importlib.util
 import math
 import os
-import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +21,12 @@ from functools import partial
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import (PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback,
-                          TrainingArguments, set_seed)
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from .errors import OpenUnlearnError
 from .forwards import sequence_nll, trained_parameters
 from .losses import control_vector
-from .methods import get_method, method_loss, method_settings, needs_reference
+from .methods import get_method, keeps_retain, method_loss, method_settings, needs_reference
 from .prompts import Encoder, collate, encode_all
 from .scoring import score
 
@@ -200,8 +198,8 @@ def with_ref_nll(model: PreTrainedModel, examples: list[dict], pad_id: int, comp
         if not compat:
             nlls = [-s.logps.sum(dtype=np.float64) for s in score(model, examples, pad_id)]
         else:  # what is hidden from the model must be hidden from its reference
-            parts = [collate_parts([{"one": e}], pad_id, compat)["one"] for e in examples]
-            nlls = [sequence_nll(model, {k: v.to(model.device) for k, v in part.items()})[0] for part in parts]
+            some = (collate_parts([{"all": e} for e in examples[i:i + 8]], pad_id, compat)["all"] for i in range(0, len(examples), 8))
+            nlls = [nll for part in some for nll in sequence_nll(model, {k: v.to(model.device) for k, v in part.items()})[0]]
     return [{**e, "ref_nll": float(nll)} for e, nll in zip(examples, nlls)]
 
 def alternate_examples(questions: Sequence[str], answers: Sequence[Sequence[str]], enc: Encoder, config: TrainConfig) -> list[list[dict]]:
@@ -274,10 +272,7 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
           progress: Callable[[float], None] = lambda share: None, compat: str | None = None) -> list[float]:
     "Train `model` in place on encoded examples (`Finetune`: on `retain` alone); returns the loss of every step."
     settings = _start_settings(method, settings or {}, model.config.hidden_size, config)
-    keeps, enough = settings["alpha"] or settings.get("primal_dual"), config.max_steps and config.max_steps * config.effective_batch
-    some = lambda examples: random.Random(config.seed).sample(examples, min(enough or len(examples), len(examples)))  # no more than is drawn
-    forget, retain = (some(examples) if enough else examples for examples in (forget, retain))
-    data = build_dataset(model, pad_id, method, forget, retain if keeps else [], alternates, config.seed, compat)
+    data = build_dataset(model, pad_id, method, forget, retain if keeps_retain(settings) else [], alternates, config.seed, compat)
     ref = copy.deepcopy(model).requires_grad_(False).eval() if needs_reference(method, settings) else None
     trained = set(trained_parameters(model, settings.get("trainable_params_regex", [".*"])))
     frozen = [p for name, p in model.named_parameters() if name not in trained and p.requires_grad]

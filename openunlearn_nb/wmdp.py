@@ -47,7 +47,7 @@ def read_texts(file: Path) -> list[str]:
 class Wmdp:
     "WMDP's corpora, from a folder, a Hub data set or the miniature; what unlearning reads of it."
     data: str = "miniature"
-    max_rows: int | None = None  # no use here; the other benchmarks have it
+    max_rows: int | None = None  # documents of each of the miniature's sets that the embedded model is taught
     name = "WMDP"
     splits = SPLITS
     methods = ["GradAscent", "GradDiff", "NPO", "SimNPO", "RMU"]
@@ -55,12 +55,12 @@ class Wmdp:
     @property
     def taught_by(self) -> Muse:
         "The benchmark whose embedded model stands in."
-        return Muse(self.data)
+        return Muse(self.data, self.max_rows)
 
     def corpus(self, split: str, side: str) -> list[str]:
         "The texts to `forget` or to `retain`."
         if miniature_seed(self.data) is not None:
-            return Muse(self.data).documents(_LIKE[split], {"forget": "forget", "retain": "retain1"}[side])
+            return self.taught_by.documents(_LIKE[split], {"forget": "forget", "retain": "retain1"}[side])
         name = f"{check_choice(split, SPLITS, 'WMDP corpus')}-{side}-corpus"
         if (folder := local_folder(self.data)) is None:
             return [row["text"] for row in load_rows(self.data, name)]

@@ -14,7 +14,7 @@ import pytest
 from openunlearn_nb.cli import main
 from openunlearn_nb.data import load_rows
 from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.grid import GridConfig, check_grid, claim, plan, run_grid
+from openunlearn_nb.grid import GridConfig, claim, plan, run_grid
 from openunlearn_nb.metrics import prob_row
 from openunlearn_nb.miniature_tofu import make_tofu
 from openunlearn_nb.records import read_json

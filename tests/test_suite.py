@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import openunlearn_nb
 from openunlearn_nb import scoring
@@ -63,7 +64,12 @@ def test_metrics_do_not_depend_on_batches_order_or_padding(benchmark, prompt, sp
 
     whole, others = all_of(), {"one at a time": all_of(1), "in reverse": all_of(step=-1)}
     generate, collate = scoring.generate, scoring.collate
-    generated = lambda *args, **kwargs: scoring.__dict__.update(collate=collate) or generate(*args, **kwargs)  # generation pads on the left
+
+    def generated(*args, **kwargs):  # generation alone pads on the left as ever
+        with monkeypatch.context() as patch:
+            patch.setattr(scoring, "collate", collate)
+            return generate(*args, **kwargs)
+
     monkeypatch.setattr("openunlearn_nb.passes.generate", generated)
     monkeypatch.setattr(scoring, "collate", partial(collate, side="right"))
     others["padded on the right"] = all_of()
@@ -181,6 +187,9 @@ def test_wmdp_and_general_ability(tmp_path, capsys):
     assert main([*train_, "--data", corpora(tmp_path), "--output", str(tmp_path / "rmu")]) == 0
     record = read_json(tmp_path / "rmu/train.json")
     assert "RMU on cyber, 80 steps" in capsys.readouterr().out and record["training"]["max_steps"] == 80
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in (base, tmp_path / "rmu"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)}
     for model, out in ((base, "a"), (str(tmp_path / "rmu"), "b")):
         assert main(["eval", "lm", "--model", model, "--tasks", "mini_bio,mini_bio_mmlu", "--limit", "8", "--output", str(tmp_path / "lm" / out)]) == 0
     capsys.readouterr()
