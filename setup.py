@@ -8,7 +8,7 @@ here = Path(__file__).parent
 cfg = ConfigParser(delimiters=["="], interpolation=None)
 cfg.read(here / "settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("gpu", "lm", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("gpu", "lm", "smollm2", "dev")}
 
 setup(
     name=cfg["lib_name"],
@@ -23,7 +23,7 @@ setup(
     license_files=["LICENSE"],
     keywords=cfg["keywords"],
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
-    package_data={cfg["lib_path"]: ["py.typed", "published/*.csv"]},
+    package_data={cfg["lib_path"]: ["py.typed", "published/*.csv", "configs/*.yaml"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

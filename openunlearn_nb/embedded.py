@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'SOME_DOCUMENTS', 'LARGE', 'TOFU_RECIPES', 'MUSE_LEARNING_RATE', 'MUSE_SETTINGS', 'WMDP_LEARNING_RATE',
-           'WMDP_SETTINGS', 'EmbeddedConfig', 'taught_part', 'cache_dir', 'embedded_model', 'embedded_recipe']
+           'WMDP_SETTINGS', 'EmbeddedConfig', 'taught_part', 'embedded_model', 'embedded_recipe']
 
-# %% ../nbs/19_embedded.ipynb #8b8f9c21
-import os
+# %% ../nbs/19_embedded.ipynb #2be87a8c
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -15,11 +14,13 @@ from pathlib import Path
 
 from .data import content_hash, miniature_seed
 from .errors import OpenUnlearnError
-from .models import save_model, tiny_llama, train_tokenizer
+from .models import cache_dir, save_model, tiny_llama, train_tokenizer
 from .muse import Muse, corpora_in
+from .pairs import PUBLISHED_RECIPES, TrainConfig
+from .processes import alone, gathered, world
 from .prompts import PROMPTS, Encoder
 from .tofu import Tofu
-from .training import PUBLISHED_RECIPES, TrainConfig, train
+from .training import train
 
 # %% ../nbs/19_embedded.ipynb #ca5bad9d
 @dataclass(frozen=True)
@@ -47,12 +48,7 @@ def taught_part(benchmark: Tofu | Muse) -> int | None:
     size = max(sum(map(len, benchmark.documents(corpus, "forget"))) for corpus in corpora_in(benchmark.data))
     return SOME_DOCUMENTS if size > LARGE else None
 
-# %% ../nbs/19_embedded.ipynb #fcb8ee79
-def cache_dir() -> Path:
-    "Where trained embedded models are kept: `$OPENUNLEARN_CACHE`, or `openunlearn_nb` in the user's cache folder."
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "openunlearn_nb"
-    return Path(os.environ.get("OPENUNLEARN_CACHE", default)).expanduser()
-
+# %% ../nbs/19_embedded.ipynb #f77d7a62
 def embedded_model(taught: str = "full", benchmark: Tofu | Muse = Tofu(), recipe: EmbeddedConfig | None = None,
                    progress: Callable[[float], None] = lambda share: None) -> Path:
     "Folder of the embedded model `taught` (full, retain90, News_target, ...); trained now if it is not in the cache."
@@ -62,7 +58,10 @@ def embedded_model(taught: str = "full", benchmark: Tofu | Muse = Tofu(), recipe
     if benchmark.name == "MUSE" and benchmark.max_rows:
         warnings.warn(f"The embedded {taught} is taught at most {benchmark.max_rows} documents of each set of {benchmark.data}, those first "
                       "whose continuation is asked for; --train-rows says how many.")
-    if folder.is_dir():
+    if all(gathered(folder.is_dir())):
+        return folder
+    if world() > 1:  # too small to share
+        alone(embedded_model, taught, benchmark, recipe)
         return folder
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)  # now, rather than fail after the training
@@ -73,8 +72,8 @@ def embedded_model(taught: str = "full", benchmark: Tofu | Muse = Tofu(), recipe
     model = tiny_llama(tokenizer, recipe.hidden, recipe.layers, recipe.seed)
     how = TrainConfig(recipe.learning_rate, recipe.epochs, recipe.batch_size, recipe.batch_size, weight_decay=0.0, seed=recipe.seed,
                       gradient_checkpointing=False)
-    train(model, tokenizer.pad_token_id, "Finetune", [], examples, how, progress=progress)
-    return save_model(model, tokenizer, folder)
+    trained = train(model, tokenizer.pad_token_id, "Finetune", [], examples, how, progress=progress)
+    return save_model(trained.model, tokenizer, folder)
 
 # %% ../nbs/19_embedded.ipynb #95bd970e
 TOFU_RECIPES: dict[str, tuple[float, dict]] = {  # method: (learning rate, settings that differ from the published ones)

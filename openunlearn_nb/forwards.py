@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Part', 'Batch', 'check_part', 'check_reference', 'sequence_nll', 'reference_nll', 'every_logit', 'without_first',
-           'find_module', 'layer_activations', 'trained_parameters']
+           'bare', 'is_sharded', 'find_module', 'layer_activations', 'trained_parameters']
 
 # %% ../nbs/13_forwards.ipynb #96eb5fa2
 import re
@@ -66,12 +66,22 @@ def without_first(part: Part, n: int) -> Part:
     labelled = part["labels"] != -100
     return {**part, "labels": part["labels"].masked_fill(labelled & (labelled.cumsum(1) <= n), -100)}
 
-# %% ../nbs/13_forwards.ipynb #ed0e298c
+# %% ../nbs/13_forwards.ipynb #59b9486d
 class _LayerReached(Exception):
     "Ends a forward at the layer whose output was wanted."
 
+def bare(model: nn.Module) -> nn.Module:
+    "The model itself, out of what DeepSpeed and PEFT put around it."
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+def is_sharded(model: nn.Module) -> bool:
+    "Whether ZeRO-3 keeps the weights in shards."
+    return any(hasattr(p, "ds_id") for p in bare(model).parameters())
+
 def find_module(model: nn.Module, regex: str) -> nn.Module:
     "The one submodule whose whole name matches `regex`."
+    model = bare(model)
     names = [name for name, _ in model.named_modules()]
     found = [name for name in names if re.fullmatch(regex, name)]
     if len(found) != 1:
@@ -83,12 +93,14 @@ def find_module(model: nn.Module, regex: str) -> nn.Module:
 def layer_activations(model: nn.Module, part: Part, regex: str) -> Tensor:
     "Output `[rows, length, hidden]` of the module named by `regex`, its forward stopped there."
     caught: list[Tensor] = []
+    to_the_end = is_sharded(model)  # ZeRO-3 has fetched weights ahead, and waits for each to be used
     def take(module, args, output):
         caught.append(output[0] if isinstance(output, tuple) else output)
-        raise _LayerReached
+        if not to_the_end:
+            raise _LayerReached
     handle = find_module(model, regex).register_forward_hook(take)
     try:
-        model(**model_inputs(part), use_cache=False)
+        model(**model_inputs(part), use_cache=False, logits_to_keep=1)
     except _LayerReached:
         pass
     finally:

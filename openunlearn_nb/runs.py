@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['YARDSTICKS', 'other_answers', 'unlearn', 'check_method', 'check_asked', 'learnable', 'start_of', 'train_model',
-           'check_output', 'evaluate_model', 'cell_folder', 'finished', 'home_of', 'measure', 'run_cell']
+           'data_of', 'check_output', 'evaluate_model', 'cell_folder', 'finished', 'home_of', 'measure', 'Course',
+           'save_best', 'load_best', 'run_cell', 'check_run', 'check_runs']
 
-# %% ../nbs/32_runs.ipynb #30eaba95
+# %% ../nbs/32_runs.ipynb #459d5c10
 import shutil
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,19 @@ from .data import content_hash
 from .errors import OpenUnlearnError, check_choice
 from .gibberish import CLASSIFIER, load_judge
 from .methods import get_method, method_settings
-from .models import PRESETS, save_model
+from .models import PRESETS, load_model, save_model
 from .muse import corpus_of
+from .pairs import alternate_examples, published_recipe
 from .passes import Passes
+from .processes import begin, gathered, is_main, wait_for_all
 from .prompts import Encoder
-from .records import read_json, read_retain_log, run_record, write_json, write_run
-from .suites import SUITES, data_sets, evaluate, summary
-from .training import alternate_examples, published_recipe, train
+from .provenance import changes, model_card, origin_of
+from .records import read_json, read_retain_log, run_record, to_json, write_json, write_run
+from .smollm2 import resolve
+from .suites import BETTER, SUITES, data_sets, evaluate, summary
+from .training import train
 
-# %% ../nbs/32_runs.ipynb #54343a69
+# %% ../nbs/32_runs.ipynb #fcbabf55
 def other_answers(config: RunConfig, method: str, split: str, model: PreTrainedModel, enc: Encoder) -> list[list[str]] | None:
     "For every question to forget, the answers that the method would rather hear; None where it wants none."
     if "alternate" not in get_method(method).needs:
@@ -40,12 +46,14 @@ def other_answers(config: RunConfig, method: str, split: str, model: PreTrainedM
         return [config.source.refusals()] * len(pairs)
     if config.alternates:
         return read_alternates(config.alternates, [q for q, _ in pairs])
-    return make_alternates(model, enc, pairs, instruct=config.model != "embedded", seed=config.seed, batch_size=config.batch_size)
+    made = make_alternates(model, enc, pairs, instruct=config.model != "embedded", seed=config.seed, batch_size=config.batch_size)
+    return gathered(made)[0]  # one set of answers for all processes
 
-# %% ../nbs/32_runs.ipynb #ca23559f
+# %% ../nbs/32_runs.ipynb #91094303
 def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, enc: Encoder, settings: dict | None = None,
-            on: str | None = None, progress: Progress = lambda share: None) -> dict[str, Any]:
-    "Unlearn `split` in place (`Finetune`: train on `on`); returns what a record says about the training."
+            on: str | None = None, progress: Progress = lambda share: None, look: Callable | None = None,
+            keep: Path | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    "Unlearn `split` (`Finetune`: train on `on`); returns the model and what a record says about the training. `look`, `keep`: as in `train`."
     recipe, own = recipe_of(config, method)
     settings, source = method_settings(method, own | (settings or {})), config.source
     enc, told = enc._replace(max_length=recipe.max_length), {}
@@ -56,13 +64,16 @@ def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, 
     if others := other_answers(config, method, split, model, enc):
         told["alternates"] = others if method == "AltPO" else content_hash(others)  # sampled ones cannot be had again
         others = alternate_examples([q for q, _ in source.pairs(split)], others, enc, recipe)
-    losses = train(model, enc.tokenizer.pad_token_id, method, forget, retain, recipe, settings, others, progress, config.compat)
+    what = {"config": config.fingerprint(), "method": method, "split": split, "on": on, "settings": _as_json(settings)}
+    model, losses = train(model, enc.tokenizer.pad_token_id, method, forget, retain, recipe, settings, others, progress, config.compat, look, keep, what)
     if torch.cuda.is_available():  # trained in fp32, evaluated and saved as the published models are
         for p in model.parameters():  # and not model.to: the rotary frequencies are buffers, and stay fp32
             p.data = p.data.to(torch.bfloat16)
     published = {"training": asdict(published_recipe(config.benchmark, method)), "settings": get_method(method).defaults}
-    settings = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in settings.items()}
-    return {"training": asdict(recipe), "settings": settings, "losses": losses, "published": published, **told}
+    return model, {"training": asdict(recipe), "settings": _as_json(settings), "losses": losses, "published": published, **told}
+
+def _as_json(settings: dict) -> dict:
+    return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in settings.items()}
 
 def check_method(config: RunConfig, method: str, split: str) -> None:
     "Raise where a method cannot be run on a benchmark's split, before anything is loaded."
@@ -81,7 +92,7 @@ def check_asked(config: RunConfig, split: str) -> None:
     for where in (sets[name] for name in data_sets(config.suite, config.wanted) if name in sets):
         config.source.check_rows(where)
 
-# %% ../nbs/32_runs.ipynb #d4624b12
+# %% ../nbs/32_runs.ipynb #818859ee
 def learnable(config: RunConfig) -> list[str]:
     "What Finetune can learn of a benchmark, by name."
     if config.benchmark == "WMDP":
@@ -93,7 +104,7 @@ def start_of(config: RunConfig, method: str, split: str) -> str:
     if method == "Finetune" and config.model == "embedded":
         raise OpenUnlearnError("The embedded model is taught by the package itself; give Finetune a --model to start from.")
     if method == "Finetune" and config.model in PRESETS:
-        return PRESETS[config.model].base
+        return resolve(PRESETS[config.model].base)
     if method != "Finetune":
         check_method(config, method, split)
         if (earlier := config.source.before(split)) and config.model in ("embedded", *PRESETS):
@@ -101,7 +112,7 @@ def start_of(config: RunConfig, method: str, split: str) -> str:
                                    "--study sustainability.")
     return model_path(config, split)
 
-# %% ../nbs/32_runs.ipynb #f7e10150
+# %% ../nbs/32_runs.ipynb #a01f32d8
 def train_model(config: RunConfig, method: str, split: str, on: str | None, settings: dict, output: str | Path,
                 progress: Progress = lambda share: None) -> dict[str, Any]:
     "Train by a method and save the model with its record, `train.json`, in a new folder. `on`: what Finetune learns."
@@ -111,16 +122,30 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
         raise OpenUnlearnError(f"--alternates is for AltPO; {method} has no use for it.")
     if method == "Finetune":
         on = check_choice(on or config.source.taught(split)[0], learnable(config), f"{config.benchmark} data to learn")
+    if config.eval_each or config.best:
+        raise OpenUnlearnError("An evaluation after each epoch belongs to a grid, whose Retain row it is measured against: openunlearn "
+                               f"{'muse' if config.benchmark == 'MUSE' else 'tofu'} --methods {method} --eval-each epoch.")
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise OpenUnlearnError(f"{output} exists and is not empty; give a new folder for the model.")
-    path = start_of(config, method, split)
+    begin()
+    path, kept = start_of(config, method, split), output.with_name(f"{output.name}.checkpoint") if config.save_each else None
     model, enc = open_model(config, path, for_training=True)
-    trained = unlearn(config, method, split, model, enc, settings, on, progress)
-    save_model(model, enc.tokenizer, output)
+    model, trained = unlearn(config, method, split, model, enc, settings, on, progress, keep=kept)
     record = run_record(started, benchmark=config.benchmark, method=method, split=on if method == "Finetune" else split, model_path=path,
-                        prompt=asdict(enc.fmt), config=config.fingerprint(), **trained)
-    write_json(output / "train.json", record)
+                        start=origin_of(path), prompt=asdict(enc.fmt), config=config.fingerprint(), data=data_of(config, split), **trained)
+    save_model(model, enc.tokenizer, output, {"train.json": to_json(record), "README.md": model_card(record)})
+    _discard(kept)
     return record
+
+def data_of(config: RunConfig, split: str) -> dict[str, str]:
+    "Hashes of the rows that a run on a split reads; none for a benchmark that is only trained on."
+    return config.source.hashes(split) if config.benchmark in SUITES else {}
+
+def _discard(folder: Path | None) -> None:
+    "Remove what a finished run does not need any more."
+    if folder and is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+    wait_for_all()
 
 # %% ../nbs/32_runs.ipynb #f33d351f
 def check_output(folder: Path, what: dict[str, Any]) -> None:
@@ -133,11 +158,12 @@ def check_output(folder: Path, what: dict[str, Any]) -> None:
     if changed := [k for k in what if there.get(k) != what[k]]:
         raise OpenUnlearnError(f"{folder} holds an evaluation of another {changed[0]}; give another --output.")
 
-# %% ../nbs/32_runs.ipynb #2858f3ad
+# %% ../nbs/32_runs.ipynb #6e496af7
 def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log: str | None = None,
                    progress: Progress = lambda share: None) -> dict[str, float]:
     "Evaluate a model on a split into a folder; returns the summary."
     started, suite = time.time(), config.suite
+    begin()
     check_config(config), config.wanted, check_split(config, split)  # all that can be wrong, before a model is loaded
     source = config.source
     check_asked(config, split)
@@ -154,7 +180,8 @@ def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log
                           lambda share: progress(teaching + (1 - teaching) * share), config.classifier)
     values = summary(evaluation, config.wanted)
     write_run(output, suite, evaluation, values, run_record(
-        started, benchmark=suite.name, model=config.label, row="Evaluated", model_path=path, prompt=asdict(enc.fmt), **what))
+        started, benchmark=suite.name, model=config.label, row="Evaluated", model_path=path, start=origin_of(path), prompt=asdict(enc.fmt), **what))
+    wait_for_all()
     return values
 
 # %% ../nbs/32_runs.ipynb #804ec41d
@@ -187,24 +214,99 @@ def measure(config: RunConfig, passes: Passes, split: str, row: str, output: str
     known = read_retain_log(retain, config.suite, config.source.truths(split)) if finished(retain, config.benchmark) else None
     return evaluate(passes, split, known, config.metrics, progress, config.classifier)
 
-# %% ../nbs/32_runs.ipynb #d413a73c
+# %% ../nbs/32_runs.ipynb #b56d02c7
+class Course:
+    "The evaluations after each epoch, and the best model so far."
+
+    def __init__(self, config: RunConfig, folder: Path, judge: Callable[[PreTrainedModel], dict[str, dict]]):
+        self.config, self.judge, self.file, self.best = config, judge, folder / "epochs.json", folder / "checkpoint/best"
+        wanted = config.eval_each or config.best
+        self.look = self._look if wanted else None
+        resumed = config.save_each and any((folder / "checkpoint").glob("step-*"))
+        self.epochs: dict[str, dict] = read_json(self.file, "course of an evaluation") if resumed and self.file.exists() else {}
+
+    def _score(self, values: dict) -> float:
+        value = values.get(self.config.best)
+        return float("-inf") if value is None else BETTER[self.config.best](value)
+
+    def _look(self, epoch: int, model: PreTrainedModel) -> None:
+        evaluation = self.judge(model)
+        values = summary(evaluation, self.config.wanted)
+        if self.config.best and all(self._score(values) > self._score(v) for k, v in self.epochs.items() if int(k) < epoch):
+            _discard(self.best)
+            save_best(model, evaluation, self.best)
+        self.epochs = {k: v for k, v in self.epochs.items() if int(k) < epoch} | {str(epoch): values}
+        write_json(self.file, self.epochs)
+        wait_for_all()
+
+    def end(self, model: PreTrainedModel, evaluation: dict, epoch: int) -> tuple[PreTrainedModel, dict, dict | None]:
+        "The model and evaluation of the best epoch (without `best`: of the last), and the summaries of all."
+        if not self.look:
+            return model, evaluation, None
+        last = summary(evaluation, self.config.wanted)
+        if self.config.best and self.epochs and max(map(self._score, self.epochs.values())) > self._score(last):
+            model, evaluation = load_best(model, self.best)
+        self.epochs[str(epoch)] = last
+        write_json(self.file, self.epochs)
+        return model, evaluation, self.epochs
+
+def save_best(model: PreTrainedModel, evaluation: dict, folder: Path) -> None:
+    "Keep a model and its evaluation."
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder)
+        write_json(folder / "evaluation.json", evaluation)
+    wait_for_all()
+
+def load_best(like: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, dict]:
+    "The model and evaluation that `save_best` kept."
+    return load_model(str(folder), like.dtype), read_json(folder / "evaluation.json", "evaluation")
+
+# %% ../nbs/32_runs.ipynb #50ba54e1
 def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Progress) -> dict[str, float]:
     "Make one row of one split: load, unlearn, evaluate, write. Returns the summary."
     started, folder, source, trained = time.time(), cell_folder(output, split, row), config.source, {}
     earlier = source.before(split) if row not in YARDSTICKS else None
     path = str(cell_folder(output, earlier, row) / "model") if earlier else model_path(config, split, retain=row == "Retain")
     model, enc = open_model(config, path, for_training=row not in YARDSTICKS)
-    if row not in YARDSTICKS:
-        trained = unlearn(config, row, split, model, enc, progress=lambda share: progress(0.7 * share))
+    judge = lambda model, progress: measure(config, Passes(model, enc, source, config.batch_size), split, row, output, progress)
+    if row in YARDSTICKS:
+        evaluation = judge(model, progress)
+    else:
+        course, kept = Course(config, folder, lambda model: judge(model, lambda share: None)), folder / "checkpoint" if config.save_each else None
+        model, trained = unlearn(config, row, split, model, enc, None, None, lambda share: progress(0.7 * share), course.look, kept)
+        model, evaluation, trained["epochs"] = course.end(model, judge(model, lambda share: progress(0.7 + 0.3 * share)), trained["training"]["epochs"])
         if any(source.before(s) == split for s in source.splits):
-            shutil.rmtree(folder / "model", ignore_errors=True)  # of a run that did not finish
-            save_model(model, enc.tokenizer, folder / "model")
-            write_json(folder / "model/train.json", {"prompt": asdict(enc.fmt)})
+            _discard(folder / "model")  # of a run that did not finish
+            save_model(model, enc.tokenizer, folder / "model", {"train.json": to_json({"prompt": asdict(enc.fmt)})})
             trained["model_kept"] = True
-    passes, rest = Passes(model, enc, source, config.batch_size), 0.3 if trained else 1.0
-    evaluation = measure(config, passes, split, row, output, lambda share: progress(1 - rest + rest * share))
     values = summary(evaluation, config.wanted)
     write_run(folder, config.suite, evaluation, values, run_record(
-        started, benchmark=config.benchmark, model=config.label, split=split, row=row, model_path=path, prompt=asdict(enc.fmt),
-        config=config.fingerprint(), data=source.hashes(split), max_rows=source.max_rows, **trained))
+        started, benchmark=config.benchmark, model=config.label, split=split, row=row, model_path=path, start=origin_of(path),
+        prompt=asdict(enc.fmt), config=config.fingerprint(), data=source.hashes(split), max_rows=source.max_rows, **trained))
+    (folder / "failed.json").unlink(missing_ok=True)  # of an earlier attempt
+    _discard(folder / "checkpoint")
     return values
+
+# %% ../nbs/32_runs.ipynb #f0ce9979
+def check_run(folder: Path) -> list[str]:
+    "How a run's record differs from what is there now: its evaluation, the model it started from, its rows. Or why the cell failed."
+    if (folder / "failed.json").exists():
+        return [f"failed: {read_json(folder / 'failed.json').get('error')}"]
+    record = read_json(folder / "run.json", "run record")
+    found, known = changes(record, folder), {f.name for f in fields(RunConfig)}
+    try:
+        config = RunConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items() if k in known})
+        now = config.source.hashes(record["split"]) if record.get("data") else {}
+        found += [f"the rows of {name} have changed" for name, digest in (record.get("data") or {}).items() if now.get(name) != digest]
+    except OpenUnlearnError as e:
+        found.append(f"its data cannot be read: {e}")
+    except (KeyError, TypeError, AttributeError) as e:  # somebody's file, of any shape
+        found.append(f"the record is not in the shape of this version ({type(e).__name__}: {e})")
+    return found
+
+def check_runs(folder: str | Path) -> dict[str, list[str]]:
+    "`check_run` of every run below a folder, by its path there; an empty list is a run that still matches."
+    if not (found := sorted({f.parent for name in ("run.json", "failed.json") for f in Path(folder).expanduser().rglob(name)})):
+        raise OpenUnlearnError(f"No run (run.json) below {str(folder)!r}.")
+    return {str(place.relative_to(Path(folder).expanduser())): check_run(place) for place in found}

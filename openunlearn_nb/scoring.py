@@ -6,7 +6,7 @@
 __all__ = ['SLICE', 'NOTHING', 'ROW', 'TokenScores', 'batches', 'slice_scores', 'batch_scores', 'score', 'gradient_norms',
            'generate']
 
-# %% ../nbs/12_scoring.ipynb #21611477
+# %% ../nbs/12_scoring.ipynb #e0e51dfb
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .processes import merged, mine
 from .prompts import answer_logits, collate, kept_logits
 
 # %% ../nbs/12_scoring.ipynb #b7729745
@@ -57,37 +58,37 @@ def batch_scores(model: PreTrainedModel, batch: dict[str, torch.Tensor], moments
     edges = np.searchsorted(rows.cpu().numpy(), range(len(batch["labels"]) + 1))
     return [TokenScores(*(c[a:b] for c in columns)) if b > a else NOTHING for a, b in zip(edges, edges[1:])]
 
-# %% ../nbs/12_scoring.ipynb #0ac0b7a7
+# %% ../nbs/12_scoring.ipynb #2f6d2b94
 NOTHING = TokenScores(*(np.empty(0, kind) for kind in (np.float32, bool, np.float32, np.float32)))  # of a row without labels
 
 @torch.no_grad()
 def score(model: PreTrainedModel, examples: Sequence[dict], pad_id: int, tokens: int = 4096, moments: bool = False) -> list[TokenScores]:
     "`TokenScores` of every example, in order; `tokens` bounds a batch, `moments` asks for means and variances."
-    out = [NOTHING] * len(examples)
+    found: dict[int, TokenScores] = {}
     asked = [i for i, e in enumerate(examples) if any(label != -100 for label in e["labels"])]
-    for group in ([asked[k] for k in g] for g in batches([len(examples[i]["input_ids"]) for i in asked], tokens)):
+    for group in ([asked[k] for k in g] for g in mine(batches([len(examples[i]["input_ids"]) for i in asked], tokens))):
         batch = {k: v.to(model.device) for k, v in collate([examples[i] for i in group], pad_id).items()}
-        for i, scores in zip(group, batch_scores(model, batch, moments)):
-            out[i] = scores
-    return out
+        found |= zip(group, batch_scores(model, batch, moments))
+    found = merged(found)
+    return [found.get(i, NOTHING) for i in range(len(examples))]
 
-# %% ../nbs/12_scoring.ipynb #41e4a390
+# %% ../nbs/12_scoring.ipynb #656a07be
 @torch.enable_grad()
 def gradient_norms(model: PreTrainedModel, examples: Sequence[dict], pad_id: int) -> list[float | None]:
     "For each example, the mean over parameters of the L2 norm of the gradient of its mean NLL, last label left out; None where none is left."
-    weights, norms = [p for p in model.parameters() if p.requires_grad], []
-    for example in examples:
-        part = {k: v.to(model.device) for k, v in collate([example], pad_id).items()}
+    weights, norms = [p for p in model.parameters() if p.requires_grad], {}
+    for i in mine(range(len(examples))):
+        part = {k: v.to(model.device) for k, v in collate([examples[i]], pad_id).items()}
         logits, labels, _ = answer_logits(model, part)
         if len(labels) < 2:
-            norms.append(None)
             continue
         grads = torch.autograd.grad(torch.nn.functional.cross_entropy(logits[:-1], labels[:-1]), weights, allow_unused=True)
         norm = float(torch.stack([g.float().norm() for g in grads if g is not None]).mean())
-        norms.append(norm if np.isfinite(norm) else None)
-    return norms
+        norms[i] = norm if np.isfinite(norm) else None
+    norms = merged(norms)
+    return [norms.get(i) for i in range(len(examples))]
 
-# %% ../nbs/12_scoring.ipynb #3b0fad57
+# %% ../nbs/12_scoring.ipynb #9206439f
 ROW = 256  # tokens of an ordinary row, prompt and answer
 
 @torch.no_grad()
@@ -98,11 +99,11 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     config = GenerationConfig(**how, repetition_penalty=1.0, max_new_tokens=max_new_tokens, stop_strings=list(stop) or None,
                               pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id if eos is None else eos)
-    out = [""] * len(prompts)
-    for group in batches([len(p) + max_new_tokens for p in prompts], batch_size * ROW, batch_size):
+    groups, found = batches([len(p) + max_new_tokens for p in prompts], batch_size * ROW, batch_size), {}
+    for group in groups if temperature else mine(groups):  # what is sampled depends on what was sampled before
         rows = [{"input_ids": prompts[i], "labels": prompts[i]} for i in group]
         batch = {k: v.to(model.device) for k, v in collate(rows, tokenizer.pad_token_id).items() if k != "labels"}
-        ids = model.generate(**batch, generation_config=config, tokenizer=tokenizer)[:, batch["input_ids"].shape[1]:]
-        for i, text in zip(group, tokenizer.batch_decode(ids, skip_special_tokens=True)):
-            out[i] = text[:min((k for s in stop if (k := text.find(s)) >= 0), default=None)]
-    return out
+        ids = model.generate(**batch, generation_config=config, tokenizer=tokenizer, synced_gpus=False)[:, batch["input_ids"].shape[1]:]
+        found |= zip(group, tokenizer.batch_decode(ids, skip_special_tokens=True))
+    end = lambda text: min((k for s in stop if (k := text.find(s)) >= 0), default=None)
+    return [text[:end(text)] for _, text in sorted((found if temperature else merged(found)).items())]

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Entry', 'mean_prob', 'mean_score', 'mean_recall', 'mean_f1', 'UTILITY', 'Metric', 'ATTACKS', 'TOFU_METRICS',
-           'MUSE_METRICS', 'SUITES', 'Leaf', 'Attack', 'Beside', 'Derived', 'rows_of', 'make_entry', 'attack_entry',
-           'Suite', 'needed', 'wanted', 'parts_read', 'data_sets', 'run_passes', 'evaluate', 'summary', 'recompute']
+           'MUSE_METRICS', 'SUITES', 'BETTER', 'Leaf', 'Attack', 'Beside', 'Derived', 'rows_of', 'make_entry',
+           'attack_entry', 'Suite', 'needed', 'wanted', 'parts_read', 'data_sets', 'run_passes', 'evaluate', 'summary',
+           'recompute']
 
 # %% ../nbs/24_suites.ipynb #4e1a6ab9
 import warnings
@@ -188,7 +189,14 @@ SUITES = {
                   "mia_min_k", "forget_verbmem_ROUGE"),
 }
 
-# %% ../nbs/24_suites.ipynb #f5e26ac3
+# %% ../nbs/24_suites.ipynb #837daa5a
+BETTER = {  # of two values of a metric, the one with the larger key is the better
+    **dict.fromkeys(["forget_quality", "model_utility", "retain_knowmem_ROUGE", "retain_Q_A_Prob", "retain_Q_A_ROUGE"], lambda v: v),
+    **dict.fromkeys(["forget_knowmem_ROUGE", "forget_verbmem_ROUGE", "forget_Q_A_Prob", "forget_Q_A_ROUGE", "extraction_strength",
+                     "exact_memorization"], lambda v: -v),
+    "privleak": lambda v: -abs(v),
+}
+
 def needed(suite: Suite, metrics: Sequence[str]) -> list[str]:
     "The metrics and all that they are made of, inputs first."
     order: dict[str, None] = {}
