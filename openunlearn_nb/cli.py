@@ -380,7 +380,8 @@ def is_later_process() -> bool:
 def _hush_imports() -> None:
     "Keep bitsandbytes and DeepSpeed from announcing that there is no GPU."
     import torch
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "accelerate.accelerator", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

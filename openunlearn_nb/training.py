@@ -161,10 +161,13 @@ def sharded_reference(ref: PreTrainedModel, accelerator) -> nn.Module:
     engine.eval()
     return engine
 
-def _check_launch(args: TrainingArguments, quantized: bool) -> None:
-    "Raise for a launch that cannot train, and say what DeepSpeed will change."
+def _check_launch(args: TrainingArguments, quantized: bool, n_examples: int) -> None:
+    "Raise for a launch that cannot train, and say what will be otherwise than in one process."
     if launched() == 1:
         return
+    if extra := -n_examples % (args.per_device_train_batch_size * launched()):
+        warnings.warn(f"{n_examples} rows cannot be dealt out evenly, {args.per_device_train_batch_size} to each of {launched()} processes: {extra} "
+                      "of an epoch's first are seen twice in it (Accelerate's way). A --per-device-batch that divides them avoids it.")
     if (plugin := getattr(args, "deepspeed_plugin", None)) is None:
         raise OpenUnlearnError("Several processes need DeepSpeed: accelerate launch --config_file with one of the files that openunlearn configs names.")
     if quantized and plugin.zero_stage == 3:
@@ -257,7 +260,7 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
     set_seed(config.seed)
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(), _still(frozen), _fresh_accelerator():
         warnings.filterwarnings("ignore", message=".*(pin_memory|lr_scheduler|all_gather_into|reduce_scatter_t).*")
-        _check_launch(args := training_arguments(config, len(data), scratch), quantized)
+        _check_launch(args := training_arguments(config, len(data), scratch), quantized, len(data))
         trainer = UnlearnTrainer(method, settings, ref, compat, model=model, args=args, train_dataset=data, callbacks=[_Follow(data, progress)],
                                  data_collator=partial(collate_parts, pad_id=pad_id, compat=compat))
         trainer.remove_callback(PrinterCallback)

@@ -31,7 +31,7 @@ def values_of(folder):
     found = {}
     for file in sorted(folder.rglob("*.json")):
         value = read_json(file)
-        for key in ("date", "seconds", "environment"):
+        for key in ("date", "seconds", "environment", "peak_memory_gb"):
             value.pop(key, None)
         found[str(file.relative_to(folder))] = value
     return found

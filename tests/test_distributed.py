@@ -1,0 +1,157 @@
+"""Two processes with ZeRO-3 on a CPU, launched as on GPUs, against one process.
+
+DeepSpeed compiles a communication operation at its first use (about a minute, then cached)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from openunlearn_nb.cli import main
+from openunlearn_nb.methods import METHODS
+from openunlearn_nb.processes import config_file, launch_environment
+from openunlearn_nb.records import read_json
+
+pytest.importorskip("deepspeed", reason='needs the extra: pip install -e ".[gpu]"')
+SCRIPT = str(Path(__file__).with_name("distributed_run.py"))
+OPTIONS = ["NPO-KL", "NPO-LoRA", "RMU-LoRA", "RMU-checkpointing", "NPO-interrupted", "PDU-interrupted"]
+
+
+def launch(*command: str, config: str = "zero3", **env: str) -> subprocess.CompletedProcess:
+    """`accelerate launch` with a shipped configuration; only the precision is the CPU's."""
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file(config)), "--mixed_precision", "no",
+            "--main_process_port", "0", *command]
+    done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **env}, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Folders with what one process and what two have made."""
+    one, two, what = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two"), [*METHODS, *OPTIONS]
+    subprocess.run([sys.executable, SCRIPT, str(one), *what], check=True, capture_output=True, timeout=600)
+    launch(SCRIPT, str(two), *what)
+    return one, two
+
+
+def assert_same(one: Path, two: Path, what: str) -> None:
+    """The loss of every step and every weight within 1e-4."""
+    losses = [json.loads((folder / f"{what}.json").read_text()) for folder in (one, two)]
+    assert len(losses[0]) == len(losses[1]) == 20
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4, abs=1e-4)
+    weights = [load_file(folder / f"{what}.safetensors") for folder in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-4
+
+
+@pytest.mark.parametrize("what", [*METHODS, *OPTIONS])
+def test_zero3_equals_one_process(both, what):
+    assert_same(*both, what)
+
+
+def test_the_weights_really_move(both):
+    """Else equal weights would show nothing."""
+    one, _ = both
+    npo, finetune = load_file(one / "NPO.safetensors"), load_file(one / "Finetune.safetensors")
+    assert max(float((npo[name] - finetune[name]).abs().max()) for name in npo) > 1e-2
+
+
+def test_an_interrupted_run_ends_like_a_whole_one(both):
+    for folder in both:
+        assert_same(folder, folder, "NPO")
+        losses = [json.loads((folder / f"{what}.json").read_text()) for what in ("NPO", "NPO-interrupted")]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+        assert [f.name for f in (folder / "NPO-interrupted-kept").iterdir()] == ["step-15"]
+
+
+@pytest.mark.slow
+def test_zero2_equals_one_process(both, tmp_path):
+    what = ["NPO", "RMU", "UNDIAL", "NPO-LoRA", "PDU-interrupted"]
+    launch(SCRIPT, str(tmp_path), *what, config="zero2")
+    for name in what:
+        assert_same(both[0], tmp_path, name)
+
+
+def test_evaluation_of_two_equals_that_of_one(small_grid, tmp_path):
+    """Every metric: aggregates and each row's values within 1e-6, texts the same."""
+    folder, grid = small_grid
+    command = ["eval", "tofu", "--train-rows", str(grid.train_rows), "--split", "forget01", "--metrics", "all", "--classifier", "characters",
+               "--retain-log", str(folder / "forget01/Retain"), "--output"]
+    assert main([*command, str(tmp_path / "one")]) == 0
+    launch("-m", "openunlearn_nb", *command, str(tmp_path / "two"))
+    one, two = (read_json(tmp_path / n / "TOFU_EVAL.json") for n in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) > 30
+    compare(one, two)
+    assert read_json(tmp_path / "two/run.json")["environment"]["processes"] == 2
+
+
+def compare(one, two, tolerance: float = 1e-6, path: str = "") -> None:
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), path
+        for key in one:
+            compare(one[key], two[key], tolerance, f"{path}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(two), path
+        for i, (a, b) in enumerate(zip(one, two)):
+            compare(a, b, tolerance, f"{path}/{i}")
+    elif isinstance(one, float):
+        assert two == pytest.approx(one, rel=tolerance, abs=tolerance), path
+    else:
+        assert one == two, path
+
+
+def test_a_grid_of_two_processes(small_grid, tmp_path):
+    """The embedded models are in the cache or taught aside; a row of the table equals one process's on the same batches."""
+    _, grid = small_grid
+    command = ["tofu", "--train-rows", str(grid.train_rows), "--splits", "forget01", "--methods", "NPO", "--epochs", "2", "--per-device-batch", "2",
+               "--eval-each", "epoch", "--quiet", "--output"]
+    assert main([*command, str(tmp_path / "one"), "--jobs", "1"]) == 0
+    done = launch("-m", "openunlearn_nb", *command, str(tmp_path / "two"))
+    assert done.stdout.count("measured") == 1  # the main process alone prints
+    for row in ("Finetuned", "Retain", "NPO"):
+        one, two = (read_json(tmp_path / n / "forget01" / row / "TOFU_SUMMARY.json") for n in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-6 if row != "NPO" else 1e-3, abs=1e-6)
+    epochs = [read_json(tmp_path / n / "forget01/NPO/epochs.json") for n in ("one", "two")]
+    assert set(epochs[0]) == {"1", "2"} and all(epochs[1][e] == pytest.approx(epochs[0][e], rel=1e-3, abs=1e-6) for e in epochs[0])
+
+
+def test_the_embedded_model_is_taught_by_one(tmp_path):
+    """In an empty cache, by a process of its own: the same model as without a launcher."""
+    command = ["eval", "tofu", "--train-rows", "60", "--split", "forget01", "--metrics", "forget_Q_A_Prob", "--output"]
+    launch("-m", "openunlearn_nb", *command, str(tmp_path / "two"), OPENUNLEARN_CACHE=str(tmp_path / "cache"))
+    made, = (tmp_path / "cache").glob("tofu-*")
+    assert main([*command, str(tmp_path / "one")]) == 0
+    known = Path(os.environ["OPENUNLEARN_CACHE"]) / made.name
+    assert (known / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+
+
+def test_several_processes_without_deepspeed(tmp_path):
+    """One sentence, and what would be right."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m", "openunlearn_nb", "train", "--method",
+            "GradAscent", "--split", "forget01", "--train-rows", "60", "--output", str(tmp_path / "out")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "Several processes need DeepSpeed" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_from_a_notebook(both, tmp_path):
+    """`notebook_launcher` starts its processes so (on a machine without GPUs it starts none), with the environment from `launch_environment`."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(Path(SCRIPT).parent)!r})
+from accelerate.utils import PrepareForLaunch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from pathlib import Path
+from distributed_run import main
+os.environ |= {launch_environment("zero3")!r} | {{"ACCELERATE_MIXED_PRECISION": "no"}}
+config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="x", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", start_method="fork")
+elastic_launch(config, PrepareForLaunch(main, distributed_type="MULTI_GPU"))(Path({str(tmp_path)!r}), ["NPO"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(both[0], tmp_path, "NPO")
