@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHOD_NAMES', 'MUSE_DATA', 'parser', 'print_tables', 'table_command', 'grid_command', 'parse_settings',
-           'train_command', 'eval_command', 'eval_lm_command', 'alternates_command', 'configs_command',
+           'train_command', 'eval_command', 'eval_lm_command', 'alternates_command', 'configs_command', 'plan_command',
            'is_later_process', 'main']
 
 # %% ../nbs/37_cli.ipynb #d0364fab
@@ -133,6 +133,21 @@ def _alternates_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampling (default: %(default)s)")
     p.add_argument("--output", required=True, help="file for the answers, a JSON object a line")
 
+def _plan_parser(p: argparse.ArgumentParser) -> None:
+    add = p.add_argument
+    add("--model", required=True, help="a preset, a folder with a config.json, or a Hub id; no weights are read")
+    add("--method", default="NPO", help=f"{METHOD_NAMES}, or Finetune (default: %(default)s)")
+    add("--benchmark", choices=("TOFU", "MUSE", "WMDP"), default="TOFU", type=str.upper, help="whose published recipe (default: %(default)s)")
+    add("--gpus", type=int, default=1, metavar="N", help="GPUs of the machine, 0 for its CPU (default: %(default)s)")
+    add("--gpu-memory", type=float, default=48.0, metavar="GB", help="memory of each GPU, or with --gpus 0 of the machine (default: %(default)g)")
+    add("--per-device-batch", type=int, metavar="N", help="rows per GPU and forward (default: as published)")
+    add("--length", type=int, metavar="N", help="tokens of the longest row (default: where the benchmark cuts, 512 or 2048)")
+    add("--labelled", type=int, metavar="N", help="of these, tokens with a label (default: all)")
+    add("--optim", help="paged_adamw_32bit (default on a GPU), adamw_torch, adamw_bnb_8bit or paged_adamw_8bit")
+    add("--rank", type=int, default=8, metavar="N", help="rank of LoRA's adapters (default: %(default)s)")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method (repeatable)")
+    add("--json", action="store_true", help="print the plan as JSON, in bytes")
+
 def _table_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("folder", help="folder of runs or of published logs, or a Hub data set (open-unlearning/eval)")
     style = p.add_mutually_exclusive_group()
@@ -172,6 +187,8 @@ def parser() -> argparse.ArgumentParser:
             "alternates --model Llama-3.2-1B-Instruct --data locuslab/TOFU --split forget10 --output alternates.jsonl")
     command(commands, "configs", configs_command, _configs_parser, "list the configurations for several GPUs",
             "configs zero3")
+    command(commands, "plan", plan_command, _plan_parser, "plan memory: what fits on which GPUs, and what to type",
+            "plan --model Llama-2-7b-chat --method NPO --gpus 2 --gpu-memory 48")
     command(commands, "table", table_command, _table_parser, "rebuild a table from records or published logs",
             "table runs/tofu --markdown")
     return top
@@ -362,7 +379,7 @@ def alternates_command(args: argparse.Namespace) -> int:
     print(f"{args.output}: {sum(map(len, found))} other answers to {len(pairs)} questions of {args.split}")
     return 0
 
-# %% ../nbs/37_cli.ipynb #42ebf28d
+# %% ../nbs/37_cli.ipynb #9fad7d93
 def configs_command(args: argparse.Namespace) -> int:
     if args.name:
         print(config_file(args.name))
@@ -372,6 +389,35 @@ def configs_command(args: argparse.Namespace) -> int:
     print('\naccelerate launch --config_file "$(openunlearn configs zero3)" -m openunlearn_nb tofu --model Llama-3.2-1B-Instruct --data locuslab/TOFU')
     return 0
 
+def plan_command(args: argparse.Namespace) -> int:
+    from openunlearn_nb import memory as m
+    from openunlearn_nb.methods import get_method
+    from openunlearn_nb.models import quiet
+    from openunlearn_nb.pairs import published_recipe
+    quiet()
+    method = get_method(args.method).name
+    recipe = published_recipe(args.benchmark, method)
+    given = lambda value, default: default if value is None else value
+    rows = given(args.per_device_batch, recipe.batch_size)
+    plan = m.check_plan(m.Plan(
+        m.model_sizes(m.model_config(args.model)), method, "lora", args.gpus, args.gpu_memory, rows, given(args.length, recipe.max_length),
+        args.labelled, accumulates=recipe.effective_batch > rows * max(1, args.gpus), optim=args.optim, rank=args.rank, settings=parse_settings(args.set)))
+    table = m.plan_table(plan)
+    best = m.recommend(table)
+    line = best and m.launch_line(args.model, plan, best, args.benchmark)
+    if args.json:
+        print(json.dumps({"table": table, "recommended": best and best["layout"], "command": line}, indent=1))
+        return 0
+    on = f"{args.gpus} x {args.gpu_memory:g} GB" if args.gpus else f"a CPU with {args.gpu_memory:g} GB"
+    print(f"{args.model} ({plan.model.parameters / 1e9:.2f}e9 parameters), {method}, {on}: {plan.rows} rows of {plan.length} tokens a forward, "
+          f"{plan.labelled} of them labelled\n\nGB {'per GPU' if args.gpus else 'of memory'}; rows: the most that fit\n\n{m.plan_text(table)}\n")
+    if not args.gpus:
+        print("This is what is alive; set MALLOC_MMAP_THRESHOLD_=65536, or the process keeps up to as much again that it has freed.\n")
+    label = best and m.LAYOUTS[best["layout"]].label
+    print(f"Nothing fits: not even one row of {plan.length} tokens." if best is None else f"Take {label}:\n\n{line}")
+    return 0
+
+# %% ../nbs/37_cli.ipynb #73a19fe1
 def is_later_process() -> bool:
     "Whether a launcher started this process beside a main one."
     return os.environ.get("RANK", "0") != "0"

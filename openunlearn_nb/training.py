@@ -161,8 +161,8 @@ def sharded_reference(ref: PreTrainedModel, accelerator) -> nn.Module:
     engine.eval()
     return engine
 
-def _check_launch(args: TrainingArguments, quantized: bool, n_examples: int) -> None:
-    "Raise for a launch that cannot train, and say what will be otherwise than in one process."
+def _set_up_launch(args: TrainingArguments, quantized: bool, n_examples: int) -> None:
+    "Set up a launch of several processes: raise where it cannot train, and say what will be otherwise than in one."
     if launched() == 1:
         return
     if extra := -n_examples % (args.per_device_train_batch_size * launched()):
@@ -170,6 +170,7 @@ def _check_launch(args: TrainingArguments, quantized: bool, n_examples: int) -> 
                       "of an epoch's first are seen twice in it (Accelerate's way). A --per-device-batch that divides them avoids it.")
     if (plugin := getattr(args, "deepspeed_plugin", None)) is None:
         raise OpenUnlearnError("Several processes need DeepSpeed: accelerate launch --config_file with one of the files that openunlearn configs names.")
+    plugin.deepspeed_config["zero_optimization"].setdefault("reduce_bucket_size", "auto")  # hidden size squared, in place of 1 GB
     if quantized and plugin.zero_stage == 3:
         raise OpenUnlearnError("ZeRO-3 cannot shard four-bit weights; use ZeRO-2 with --qlora, or --lora.")
     offload = plugin.deepspeed_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
@@ -260,7 +261,7 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
     set_seed(config.seed)
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(), _still(frozen), _fresh_accelerator():
         warnings.filterwarnings("ignore", message=".*(pin_memory|lr_scheduler|all_gather_into|reduce_scatter_t).*")
-        _check_launch(args := training_arguments(config, len(data), scratch), quantized, len(data))
+        _set_up_launch(args := training_arguments(config, len(data), scratch), quantized, len(data))
         trainer = UnlearnTrainer(method, settings, ref, compat, model=model, args=args, train_dataset=data, callbacks=[_Follow(data, progress)],
                                  data_collator=partial(collate_parts, pad_id=pad_id, compat=compat))
         trainer.remove_callback(PrinterCallback)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from openunlearn_nb.miniature_tofu import make_tofu
 from openunlearn_nb.models import quiet, tiny_llama, train_tokenizer
 from openunlearn_nb.pairs import TrainConfig
-from openunlearn_nb.processes import begin, is_main, launched, wait_for_all
+from openunlearn_nb.processes import begin, is_main, wait_for_all
 from openunlearn_nb.prompts import PROMPTS, Encoder, encode_all
 from openunlearn_nb.training import train
 
@@ -41,7 +41,7 @@ def main(out: Path, whats: list[str]) -> None:
     for what in whats:
         name, _, option = what.partition("-")
         recipe = TrainConfig(learning_rate=1e-3, epochs=4, effective_batch=16, gradient_checkpointing=option == "checkpointing",
-                             batch_size=4 if launched() == 2 else 4, max_steps=STEPS, lora=4 if option == "LoRA" else None)
+                             batch_size=4, max_steps=STEPS, lora=4 if option == "LoRA" else None)
         settings = SETTINGS.get(what, SETTINGS.get(name, {}))
         run = lambda **how: train(copy.deepcopy(model), tokenizer.pad_token_id, name, [] if name == "Finetune" else examples[:80],
                                   examples[80:120], recipe, settings, alternates=[e + e for e in alternates], **how)

@@ -18,7 +18,7 @@ from openunlearn_nb.records import read_json
 
 pytest.importorskip("deepspeed", reason='needs the extra: pip install -e ".[gpu]"')
 SCRIPT = str(Path(__file__).with_name("distributed_run.py"))
-OPTIONS = ["NPO-KL", "NPO-LoRA", "RMU-LoRA", "RMU-checkpointing", "NPO-interrupted", "PDU-interrupted"]
+OPTIONS = ["NPO-KL", "NPO-LoRA", "RMU-LoRA", "RMU-checkpointing", "NPO-checkpointing", "IdkDPO-checkpointing", "NPO-interrupted", "PDU-interrupted"]
 
 
 def launch(*command: str, config: str = "zero3", **env: str) -> subprocess.CompletedProcess:
@@ -132,7 +132,7 @@ def test_the_embedded_model_is_taught_by_one(tmp_path):
 
 def test_several_processes_without_deepspeed(tmp_path):
     """One sentence, and what would be right."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m", "openunlearn_nb", "train", "--method",
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "openunlearn_nb", "train", "--method",
             "GradAscent", "--split", "forget01", "--train-rows", "60", "--output", str(tmp_path / "out")]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "Several processes need DeepSpeed" in done.stderr and not (tmp_path / "out").exists()

@@ -23,7 +23,8 @@ from openunlearn_nb.scoring import TokenScores
 from openunlearn_nb.suites import UTILITY, recompute
 from openunlearn_nb.collect import find_runs, measured
 from openunlearn_nb.tofu import write_tofu
-from openunlearn_nb.training import TrainConfig, training_arguments
+from openunlearn_nb.pairs import TrainConfig
+from openunlearn_nb.training import training_arguments
 
 
 def values_of(folder):

@@ -14,12 +14,13 @@ from openunlearn_nb.alternates import read_alternates
 from openunlearn_nb.cli import main
 from openunlearn_nb.models import save_model, tiny_llama, train_tokenizer
 from openunlearn_nb.muse import Muse
+from openunlearn_nb.pairs import TrainConfig
 from openunlearn_nb.passes import Passes
 from openunlearn_nb.prompts import PROMPTS, Encoder, encode_all
 from openunlearn_nb.records import read_json
 from openunlearn_nb.suites import SUITES, evaluate
 from openunlearn_nb.tofu import Tofu, load_tofu
-from openunlearn_nb.training import TrainConfig, train
+from openunlearn_nb.training import train
 from openunlearn_nb.wmdp import Wmdp
 
 QUICK = {"gradient_checkpointing": False, "effective_batch": 8, "batch_size": 8}
@@ -111,8 +112,8 @@ def test_every_method_trains_plainly_and_with_the_references_arithmetic(method, 
     for compat in (None, "open-unlearning"):
         some = copy.deepcopy(model)
         settings = {"retain_loss_type": "KL"} if method == "NPO" else {"retain_loss_eps": 0.3} if method == "PDU" else {}
-        losses[compat] = train(some, tokenizer.pad_token_id, method, forget, retain, TrainConfig(learning_rate=5e-3, epochs=4, **QUICK), settings,
-                               [retain] * 4 if method == "AltPO" else None, compat=compat)
+        _, losses[compat] = train(some, tokenizer.pad_token_id, method, forget, retain, TrainConfig(learning_rate=5e-3, epochs=4, **QUICK), settings,
+                                  [retain] * 4 if method == "AltPO" else None, compat=compat)
         assert len(losses[compat]) == 4 and any(not torch.equal(a, b) for a, b in zip(some.parameters(), model.parameters()))
     same = losses[None] == pytest.approx(losses["open-unlearning"], rel=1e-5)  # padding on the other side shows in the last digit
     assert same == (method in ("SatImp", "WGA", "CEU", "AltPO"))
@@ -122,7 +123,7 @@ def test_rows_without_labels_are_left_out_of_training(world):
     tokenizer, model, forget, retain = world
     blank = {"input_ids": [5, 6], "labels": [-100, -100]}
     config = TrainConfig(learning_rate=1e-3, epochs=1, **QUICK)
-    with_blank, without = (train(copy.deepcopy(model), tokenizer.pad_token_id, "NPO", f, retain, config) for f in ([blank, *forget], forget))
+    with_blank, without = (train(copy.deepcopy(model), tokenizer.pad_token_id, "NPO", f, retain, config).losses for f in ([blank, *forget], forget))
     assert with_blank == without
     with pytest.raises(openunlearn_nb.errors.OpenUnlearnError, match="None of the 1 examples to forget has a labelled token"):
         train(copy.deepcopy(model), tokenizer.pad_token_id, "NPO", [blank], retain, config)
