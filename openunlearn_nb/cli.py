@@ -45,7 +45,7 @@ def _training_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--alternates", metavar="FILE", help="other answers for AltPO, made by openunlearn alternates (default: the model is asked)")
     small = p.add_mutually_exclusive_group()
     small.add_argument("--lora", type=int, nargs="?", const=8, metavar="RANK", help="train an adapter in place of the weights (rank: 8), at ten "
-                       "times the learning rate")
+                       "times the learning rate; 0: the weights (default: an adapter for 100M parameters or more on a CPU)")
     small.add_argument("--qlora", type=int, nargs="?", const=8, metavar="RANK", help="the same, with the weights in four bits (needs bitsandbytes)")
     p.add_argument("--optim", metavar="NAME", help="optimizer, such as paged_adamw_8bit (default: paged_adamw_32bit on a GPU, adamw_torch on a CPU)")
     p.add_argument("--per-device-batch", type=int, metavar="N", help="rows per device and forward (default: 4, or less); the effective batch stays")
