@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'CHAT_TEMPLATE', 'PIECES', 'Preset', 'preset_of', 'load_tokenizer', 'load_model', 'four_bits', 'quiet',
            'train_tokenizer', 'tiny_llama', 'save_model', 'cache_dir']
 
-# %% ../nbs/09_models.ipynb #220fba4c
+# %% ../nbs/09_models.ipynb #82736da2
 import importlib.util
 import os
 import tempfile
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel,
                           PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed)
 
@@ -54,7 +55,7 @@ def preset_of(path: str) -> Preset | None:
     of = lambda template: path.startswith(template.removesuffix("{taught}"))
     return next((p for p in PRESETS.values() if path == p.base or any(map(of, p.published.values()))), None)
 
-# %% ../nbs/09_models.ipynb #a13d835d
+# %% ../nbs/09_models.ipynb #018e3bdb
 def _load(loader, path: str, what: str, **kwargs):
     "Load from a folder or the Hub, every failure turned into one sentence."
     folder = Path(path).expanduser()
@@ -63,7 +64,9 @@ def _load(loader, path: str, what: str, **kwargs):
                                f"preset ({', '.join(PRESETS)}).")
     try:
         return loader(str(folder) if folder.is_dir() else path, **kwargs)
-    except Exception as e:  # OSError, ValueError, safetensors and hub errors: the user needs the one line that matters
+    except SafetensorError as e:
+        raise OpenUnlearnError(f"Cannot load the {what} {path!r}: a file of weights is damaged or incomplete, fetch it again: {e}.") from e
+    except Exception as e:  # OSError, ValueError, hub errors: the user needs the one line that matters
         raise OpenUnlearnError(f"Cannot load the {what} {path!r}: {' '.join(str(e).split())[:300]}") from e
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -184,7 +184,7 @@ def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log
     wait_for_all()
     return values
 
-# %% ../nbs/32_runs.ipynb #804ec41d
+# %% ../nbs/32_runs.ipynb #0562e07b
 YARDSTICKS = ("Finetuned", "Retain")
 
 def cell_folder(output: str | Path, split: str, row: str) -> Path:
@@ -192,11 +192,11 @@ def cell_folder(output: str | Path, split: str, row: str) -> Path:
     return Path(output) / split / row
 
 def finished(folder: Path, suite: str = "TOFU") -> bool:
-    "Whether a folder holds a whole run; one whose record, evaluation or kept model is missing or broken is made again."
+    "Whether a folder holds a whole run; one with a record, evaluation or kept model missing or broken is made again."
     try:
         record = read_json(folder / "run.json")
         whole = not record.get("model_kept") or (folder / "model/train.json").exists() and any((folder / "model").glob("*.safetensors"))
-        return whole and bool(read_json(folder / SUITES[suite].file("EVAL")))
+        return whole and all(read_json(folder / SUITES[suite].file(part)) for part in ("EVAL", "SUMMARY"))
     except OpenUnlearnError:
         return False
 

@@ -49,7 +49,7 @@ def load_tofu(config: str, data: str = "miniature") -> list[dict]:
         return _miniature(seed)[config]
     return check_rows(load_rows(data, config), columns(config), f"config {config!r} of {data}")
 
-# %% ../nbs/05_tofu.ipynb #41c07cf9
+# %% ../nbs/05_tofu.ipynb #b54d8477
 def load_refusals(data: str = "miniature") -> list[str]:
     "The refusals (`idontknow.jsonl`, plain text, one a line) that IdkDPO prefers to the answer."
     if miniature_seed(data) is not None:
@@ -66,7 +66,10 @@ def load_refusals(data: str = "miniature") -> list[str]:
     if file is None or not file.exists():
         warnings.warn(f"{data} has no idontknow.jsonl: IdkDPO takes this package's own {len(REFUSALS)} refusals.")
         return REFUSALS
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    refusals = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not refusals:
+        raise OpenUnlearnError(f"{file} holds no refusal; one a line is expected.")
+    return refusals
 
 # %% ../nbs/05_tofu.ipynb #7d52414d
 def write_tofu(folder: str | Path, configs: dict[str, list[dict]], refusals: list[str] = REFUSALS) -> Path:
