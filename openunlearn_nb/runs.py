@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['YARDSTICKS', 'other_answers', 'unlearn', 'check_method', 'check_asked', 'learnable', 'start_of', 'train_model',
-           'data_of', 'check_output', 'evaluate_model', 'cell_folder', 'finished', 'home_of', 'measure', 'Course',
-           'save_best', 'load_best', 'run_cell', 'check_run', 'check_runs']
+           'check_output', 'evaluate_model', 'cell_folder', 'finished', 'home_of', 'measure', 'Course', 'save_best',
+           'load_best', 'run_cell', 'check_run', 'check_runs']
 
 # %% ../nbs/32_runs.ipynb #459d5c10
 import shutil
@@ -49,7 +49,7 @@ def other_answers(config: RunConfig, method: str, split: str, model: PreTrainedM
     made = make_alternates(model, enc, pairs, instruct=config.model != "embedded", seed=config.seed, batch_size=config.batch_size)
     return gathered(made)[0]  # one set of answers for all processes
 
-# %% ../nbs/32_runs.ipynb #91094303
+# %% ../nbs/32_runs.ipynb #ee0c2fdc
 def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, enc: Encoder, settings: dict | None = None,
             on: str | None = None, progress: Progress = lambda share: None, look: Callable | None = None,
             keep: Path | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -61,6 +61,7 @@ def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, 
         forget, retain = [], source.to_learn(on, enc)
     else:
         forget, retain = source.to_forget(split, enc), source.to_keep(split, enc)
+    told["examples"] = {name: content_hash(examples) for name, examples in (("forget", forget), ("retain", retain)) if examples}
     if others := other_answers(config, method, split, model, enc):
         told["alternates"] = others if method == "AltPO" else content_hash(others)  # sampled ones cannot be had again
         others = alternate_examples([q for q, _ in source.pairs(split)], others, enc, recipe)
@@ -112,7 +113,7 @@ def start_of(config: RunConfig, method: str, split: str) -> str:
                                    "--study sustainability.")
     return model_path(config, split)
 
-# %% ../nbs/32_runs.ipynb #a01f32d8
+# %% ../nbs/32_runs.ipynb #fac8ee4f
 def train_model(config: RunConfig, method: str, split: str, on: str | None, settings: dict, output: str | Path,
                 progress: Progress = lambda share: None) -> dict[str, Any]:
     "Train by a method and save the model with its record, `train.json`, in a new folder. `on`: what Finetune learns."
@@ -132,14 +133,10 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
     model, enc = open_model(config, path, for_training=True)
     model, trained = unlearn(config, method, split, model, enc, settings, on, progress, keep=kept)
     record = run_record(started, benchmark=config.benchmark, method=method, split=on if method == "Finetune" else split, model_path=path,
-                        start=origin_of(path), prompt=asdict(enc.fmt), config=config.fingerprint(), data=data_of(config, split), **trained)
+                        start=origin_of(path), prompt=asdict(enc.fmt), config=config.fingerprint(), **trained)
     save_model(model, enc.tokenizer, output, {"train.json": to_json(record), "README.md": model_card(record)})
     _discard(kept)
     return record
-
-def data_of(config: RunConfig, split: str) -> dict[str, str]:
-    "Hashes of the rows that a run on a split reads; none for a benchmark that is only trained on."
-    return config.source.hashes(split) if config.benchmark in SUITES else {}
 
 def _discard(folder: Path | None) -> None:
     "Remove what a finished run does not need any more."
