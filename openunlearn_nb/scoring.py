@@ -88,7 +88,7 @@ def gradient_norms(model: PreTrainedModel, examples: Sequence[dict], pad_id: int
     norms = merged(norms)
     return [norms.get(i) for i in range(len(examples))]
 
-# %% ../nbs/12_scoring.ipynb #9206439f
+# %% ../nbs/12_scoring.ipynb #8b7a0c49
 ROW = 256  # tokens of an ordinary row, prompt and answer
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
     "The greedy (with a temperature: sampled) continuation of every prompt, decoded without special tokens, in order; cut before any of `stop`."
     eos = model.generation_config.eos_token_id
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    config = GenerationConfig(**how, repetition_penalty=1.0, max_new_tokens=max_new_tokens, stop_strings=list(stop) or None,
+    config = GenerationConfig(**how, repetition_penalty=1.0, use_cache=True, max_new_tokens=max_new_tokens, stop_strings=list(stop) or None,
                               pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id if eos is None else eos)
     groups, found = batches([len(p) + max_new_tokens for p in prompts], batch_size * ROW, batch_size), {}
     for group in groups if temperature else mine(groups):  # what is sampled depends on what was sampled before
