@@ -1,7 +1,12 @@
 """Make a language model forget, and know whether it did."""
+import logging
+
 __version__ = "0.1.0"
 
 _API = {"method_loss": "methods", "METHODS": "methods", "evaluate": "suites", "RunConfig": "config", "GridConfig": "grid", "run_grid": "grid"}
+
+# transformers imports it unasked where it is installed, and on a CPU it complains of kernels that nothing here needs
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str):

@@ -422,11 +422,11 @@ def is_later_process() -> bool:
     "Whether a launcher started this process beside a main one."
     return os.environ.get("RANK", "0") != "0"
 
-# %% ../nbs/37_cli.ipynb #ecd268e2
+# %% ../nbs/37_cli.ipynb #11adb7c0
 def _hush_imports() -> None:
-    "Keep bitsandbytes and DeepSpeed from announcing that there is no GPU."
+    "Keep DeepSpeed from announcing that there is no GPU."
     import torch
-    for name in ("bitsandbytes", "accelerate.accelerator", "DeepSpeed"):
+    for name in ("accelerate.accelerator", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
