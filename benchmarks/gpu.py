@@ -110,7 +110,7 @@ def scoring(model, pad_id: int, examples: list[dict], sizes) -> dict:
 
 
 def generation(model, tokenizer, examples: list[dict], new_tokens: int) -> dict:
-    from openunlearn_nb.scoring import generate
+    from openunlearn_nb.generation import generate
 
     prompts = [[i for i, label in zip(e["input_ids"], e["labels"]) if label == -100] for e in examples]
     generate(model, tokenizer, prompts[:4], 4)

@@ -16,7 +16,7 @@ from itertools import pairwise
 from .data import check_rows, content_hash, load_rows, miniature_seed, split_names
 from .errors import OpenUnlearnError, check_choice
 from .miniature_muse import make_muse
-from .prompts import Encoder, Prompts, conversation_ids, encode_passage, encode_passages
+from .prompts import Encoder, Prompts, all_conversation_ids, encode_passage, encode_passages
 
 # %% ../nbs/07_muse.ipynb #40a79b46
 CORPORA = ("News", "Books")
@@ -152,7 +152,7 @@ STOPS = ("\n\n", "\nQuestion", "Question:")
 def few_shot(enc: Encoder, rows: list[dict], shots: list[dict], what: str) -> list[list[int] | None]:
     "Ids of each question after the worked examples; None where they are longer than `max_length`."
     pairs, limit = [(s["question"], s["answer"]) for s in shots], min(enc.max_length, (enc.positions or enc.max_length + 32) - 32)
-    ids = [conversation_ids(enc.tokenizer, row["question"], None, enc.fmt, pairs) for row in rows]
+    ids = all_conversation_ids(enc.tokenizer, [(row["question"], None) for row in rows], enc.fmt, pairs)
     if long := [len(i) for i in ids if len(i) > limit]:
         warnings.warn(f"{len(long)} of {len(ids)} few-shot prompts of {what} have more than {limit} tokens (up to {max(long)}) and "
                       "would lose their question: they are not asked and score null. A larger --max-length (if the model reads as "

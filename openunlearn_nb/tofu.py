@@ -16,7 +16,7 @@ from typing import NamedTuple
 from .data import check_rows, content_hash, load_rows, local_folder, miniature_seed, write_folder
 from .errors import OpenUnlearnError, check_choice
 from .miniature_tofu import REFUSALS, make_tofu
-from .prompts import Encoder, Prompts, conversation_ids, encode_all
+from .prompts import Encoder, Prompts, all_conversation_ids, encode_all
 
 # %% ../nbs/05_tofu.ipynb #17d36a05
 TOFU_ID = "locuslab/TOFU"
@@ -146,7 +146,7 @@ class TofuQuestions(TofuRows):
     def asked(self, config: str, enc: Encoder) -> Prompts:
         "The questions of a config as prompts."
         pairs = question_pairs(config, self.data)
-        return Prompts([conversation_ids(enc.tokenizer, q, None, enc.fmt) for q, _ in pairs], [a for _, a in pairs])
+        return Prompts(all_conversation_ids(enc.tokenizer, [(q, None) for q, _ in pairs], enc.fmt), [a for _, a in pairs])
 
     def truths(self, split: str) -> list[str]:
         "The true answers of a split's forget rows."

@@ -1,0 +1,127 @@
+"""The plain way, a baseline and nothing else: nothing of the package uses it.
+
+What the usual implementations do, in as few lines as possible: in training a live reference model, and logits at every position of
+padded rows; in evaluation a forward for each metric, rows in the order of the data set, tokenised anew each time, each wrong answer
+with its question once more, and generation in batches of 32 that run until the last row is done. It gives the same numbers as the
+package; benchmarks/speed.py measures both in one run.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+
+from openunlearn_nb.forwards import find_module
+from openunlearn_nb.losses import activation_mse, control_vector, dpo_loss, npo_loss, simnpo_loss
+from openunlearn_nb.methods import MethodLoss
+from openunlearn_nb.passes import Passes
+from openunlearn_nb.prompts import collate, encode
+from openunlearn_nb.scoring import NOTHING, TokenScores
+from openunlearn_nb.suites import SUITES, Beside, Derived, evaluate, needed, wanted
+
+ROWS = 32  # a batch of evaluation, as in the reference code
+
+
+def every_position(model, part: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """NLL and number of each row's labels, from logits `[rows, length, vocabulary]`."""
+    logits = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False).logits.float()
+    labels = part["labels"][:, 1:]
+    nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100).view_as(labels)
+    return nll.sum(1), (labels != -100).sum(1)
+
+
+def activations(model, part: dict, regex: str) -> torch.Tensor:
+    """The layer's output, caught from a whole forward."""
+    caught = []
+    handle = find_module(model, regex).register_forward_hook(lambda module, args, output: caught.append(output))
+    model(input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False)
+    handle.remove()
+    return caught[0]
+
+
+def plain_loss(method: str, model, batch: dict, ref_model=None, compat=None, **s) -> MethodLoss:
+    """As `method_loss`, for the five methods of the benchmark."""
+    nll, n = {}, {}
+    with torch.no_grad():
+        before = {part: every_position(ref_model, batch[part])[0] for part in batch if part != "retain"} if method in ("NPO", "IdkDPO") else {}
+    if method == "RMU":
+        mask = {part: batch[part]["labels"] != -100 for part in batch}
+        h = {part: activations(model, batch[part], s["module_regex"]) for part in batch}
+        with torch.no_grad():
+            goal = activations(ref_model, batch["retain"], s["module_regex"])
+        u = s["control_vec"] if s["control_vec"] is not None else control_vector(h["forget"].shape[-1])
+        forget = activation_mse(h["forget"], s["steering_coeff"] * u.to(h["forget"]), mask["forget"])
+        retain = activation_mse(h["retain"], goal, mask["retain"])
+    else:
+        for part in batch:
+            nll[part], n[part] = every_position(model, batch[part])
+        retain = nll["retain"].sum() / n["retain"].sum()
+        forget = {"GradDiff": lambda: -nll["forget"].sum() / n["forget"].sum(), "NPO": lambda: npo_loss(nll["forget"], before["forget"], s["beta"]),
+                  "SimNPO": lambda: simnpo_loss(nll["forget"], n["forget"], s["beta"], s["delta"]),
+                  "IdkDPO": lambda: dpo_loss(nll["alternate"], before["alternate"], nll["forget"], before["forget"], s["beta"])}[method]()
+    return MethodLoss(s["gamma"] * forget + s["alpha"] * retain, {"forget": forget, "retain": retain})
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """In this context `train` trains the plain way; everything else about a run, its batches too, is the same."""
+    with (patch("openunlearn_nb.training.method_loss", plain_loss),
+          patch("openunlearn_nb.training.needs_reference", lambda method, settings: method in ("NPO", "IdkDPO", "RMU")),
+          patch("openunlearn_nb.pairs.with_ref_nll", lambda model, examples, *_: examples),
+          patch("openunlearn_nb.pairs.collate", lambda examples, pad_id, side: collate(examples, pad_id, "right"))):
+        yield
+
+
+@torch.no_grad()
+def plain_scores(model, examples: list[dict], pad_id: int, moments: bool) -> Iterator[TokenScores]:
+    """Batches of 32 rows in their order, logits at every position."""
+    for start in range(0, len(examples), ROWS):
+        batch = {k: v.to(model.device) for k, v in collate(examples[start:start + ROWS], pad_id, "right").items()}
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1].float()
+        labels = batch["labels"][:, 1:]
+        logps, hits = logits.log_softmax(-1), logits.argmax(-1) == labels
+        columns = [logps.gather(2, labels.clamp(min=0)[..., None])[..., 0], hits]
+        if moments:
+            mean = (logps.exp() * logps).sum(-1)
+            columns += [mean, (logps.exp() * (logps - mean[..., None]).square()).sum(-1)]
+        for i, labelled in enumerate(labels != -100):
+            yield TokenScores(*(column[i][labelled].cpu().numpy() for column in columns)) if labelled.any() else NOTHING
+
+
+@torch.no_grad()
+def plain_generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, batch_size: int, stop: tuple[str, ...]) -> list[str]:
+    """Batches of 32 prompts in their order, by transformers' generate."""
+    texts, device = [], model.device
+    for start in range(0, len(prompts), ROWS):
+        batch = collate([{"input_ids": p, "labels": p} for p in prompts[start:start + ROWS]], tokenizer.pad_token_id)
+        ids = model.generate(batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), do_sample=False, use_cache=True,
+                             max_new_tokens=max_new_tokens, stop_strings=list(stop) or None, tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id)
+        texts += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
+    return [text[:min((k for s in stop if (k := text.find(s)) >= 0), default=None)] for text in texts]
+
+
+class PlainPasses(Passes):
+    """Passes of the plain way; wrong answers one column after the other."""
+
+    def _score(self, where: str, parts: set[str], moments: bool) -> None:
+        for part in parts:
+            rows = self.benchmark.scored(where, part, self.enc)
+            columns = [list(plain_scores(self.model, list(column), self.enc.tokenizer.pad_token_id, moments)) for column in zip(*rows)]
+            self.results[where, part] = [(list(row),) if part == "perturbed" else tuple(row) for row in zip(*columns)]
+        if moments:
+            self.results[where, "moments"] = self.results[where, "answer"]
+
+
+def plain_evaluate(model, enc, benchmark, split: str, retain_eval: dict | None, metrics: list[str], classifier: str) -> dict[str, dict]:
+    """As `evaluate`, with passes of its own for every metric."""
+    suite, out = SUITES[benchmark.name], {}
+    one_by_one = lambda enc, pairs: [{k: v for k, v in encode(enc.tokenizer, q, a, enc.fmt, enc.max_length).items() if k != "n"} for q, a in pairs]
+    with patch("openunlearn_nb.tofu.encode_all", one_by_one), patch("openunlearn_nb.passes.generate", plain_generate):
+        for name in needed(suite, wanted(suite, metrics)):
+            if isinstance(metric := suite.metrics[name], Derived):
+                out[name] = metric.combine([out[i] for i in metric.inputs], Beside(retain_eval, classifier))
+            else:
+                out[name] = evaluate(PlainPasses(model, enc, benchmark), split, metrics=[name])[name]
+    return dict(sorted(out.items()))
