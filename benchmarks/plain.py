@@ -12,11 +12,12 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from transformers import Trainer
 
 from openunlearn_nb.forwards import find_module
 from openunlearn_nb.losses import activation_mse, control_vector, dpo_loss, npo_loss, simnpo_loss
 from openunlearn_nb.methods import MethodLoss
-from openunlearn_nb.passes import Passes
+from openunlearn_nb.passes import Passes, Spent
 from openunlearn_nb.prompts import collate, encode
 from openunlearn_nb.scoring import NOTHING, TokenScores
 from openunlearn_nb.suites import SUITES, Beside, Derived, evaluate, needed, wanted
@@ -41,7 +42,7 @@ def activations(model, part: dict, regex: str) -> torch.Tensor:
     return caught[0]
 
 
-def plain_loss(method: str, model, batch: dict, ref_model=None, compat=None, **s) -> MethodLoss:
+def plain_loss(method: str, model, batch: dict, ref_model=None, compat=None, terms=None, **s) -> MethodLoss:
     """As `method_loss`, for the five methods of the benchmark."""
     nll, n = {}, {}
     with torch.no_grad():
@@ -68,6 +69,7 @@ def plain_loss(method: str, model, batch: dict, ref_model=None, compat=None, **s
 def plainly() -> Iterator[None]:
     """In this context `train` trains the plain way; everything else about a run, its batches too, is the same."""
     with (patch("openunlearn_nb.training.method_loss", plain_loss),
+          patch("openunlearn_nb.training.UnlearnTrainer.training_step", Trainer.training_step),
           patch("openunlearn_nb.training.needs_reference", lambda method, settings: method in ("NPO", "IdkDPO", "RMU")),
           patch("openunlearn_nb.pairs.with_ref_nll", lambda model, examples, *_: examples),
           patch("openunlearn_nb.pairs.collate", lambda examples, pad_id, side: collate(examples, pad_id, "right"))):
@@ -107,14 +109,16 @@ class PlainPasses(Passes):
 
     def _score(self, where: str, parts: set[str], moments: bool) -> None:
         for part in parts:
-            rows = self.benchmark.scored(where, part, self.enc)
-            columns = [list(plain_scores(self.model, list(column), self.enc.tokenizer.pad_token_id, moments)) for column in zip(*rows)]
+            with self.spent.on("tokenising"):
+                rows = self.benchmark.scored(where, part, self.enc)
+            with self.spent.on("scoring"):
+                columns = [list(plain_scores(self.model, list(column), self.enc.tokenizer.pad_token_id, moments)) for column in zip(*rows)]
             self.results[where, part] = [(list(row),) if part == "perturbed" else tuple(row) for row in zip(*columns)]
         if moments:
             self.results[where, "moments"] = self.results[where, "answer"]
 
 
-def plain_evaluate(model, enc, benchmark, split: str, retain_eval: dict | None, metrics: list[str], classifier: str) -> dict[str, dict]:
+def plain_evaluate(model, enc, benchmark, split: str, retain_eval: dict | None, metrics: list[str], classifier: str, spent: Spent) -> dict[str, dict]:
     """As `evaluate`, with passes of its own for every metric."""
     suite, out = SUITES[benchmark.name], {}
     one_by_one = lambda enc, pairs: [{k: v for k, v in encode(enc.tokenizer, q, a, enc.fmt, enc.max_length).items() if k != "n"} for q, a in pairs]
@@ -123,5 +127,5 @@ def plain_evaluate(model, enc, benchmark, split: str, retain_eval: dict | None, 
             if isinstance(metric := suite.metrics[name], Derived):
                 out[name] = metric.combine([out[i] for i in metric.inputs], Beside(retain_eval, classifier))
             else:
-                out[name] = evaluate(PlainPasses(model, enc, benchmark), split, metrics=[name])[name]
+                out[name] = evaluate(PlainPasses(model, enc, benchmark, spent=spent), split, metrics=[name])[name]
     return dict(sorted(out.items()))

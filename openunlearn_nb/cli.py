@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHOD_NAMES', 'MUSE_DATA', 'parser', 'print_tables', 'table_command', 'grid_command', 'parse_settings',
-           'train_command', 'eval_command', 'eval_lm_command', 'alternates_command', 'configs_command', 'plan_command',
-           'is_later_process', 'main']
+           'train_command', 'eval_command', 'eval_lm_command', 'alternates_command', 'configs_command', 'bench_command',
+           'plan_command', 'is_later_process', 'main']
 
 # %% ../nbs/41_cli.ipynb #d0364fab
 import argparse
@@ -149,6 +149,14 @@ def _plan_parser(p: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method (repeatable)")
     add("--json", action="store_true", help="print the plan as JSON, in bytes")
 
+def _bench_parser(p: argparse.ArgumentParser) -> None:
+    _model_options(p), _training_options(p), _shots(p), _metrics(p)
+    p.add_argument("--benchmark", choices=("TOFU", "MUSE"), default="TOFU", type=str.upper, help="default: %(default)s")
+    p.add_argument("--method", default="NPO", help=f"{METHOD_NAMES} (default: %(default)s)")
+    p.add_argument("--split", help="what to forget and to evaluate (default: forget10, or the corpus of --data)")
+    p.add_argument("--steps", type=int, default=10, metavar="N", help="steps of training (default: %(default)s)")
+    p.add_argument("--output", default="runs/bench.json", help="file of the record (default: %(default)s)")
+
 def _table_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("folder", help="folder of runs or of published logs, or a Hub data set (open-unlearning/eval)")
     style = p.add_mutually_exclusive_group()
@@ -190,6 +198,8 @@ def parser() -> argparse.ArgumentParser:
             "configs zero3")
     command(commands, "plan", plan_command, _plan_parser, "plan memory: what fits on which GPUs, and what to type",
             "plan --model Llama-2-7b-chat --method NPO --gpus 2 --gpu-memory 48")
+    command(commands, "bench", bench_command, _bench_parser, "measure speed: seconds and tokens of each phase, against the least",
+            "bench --method NPO --split forget01 --metrics all --classifier characters")
     command(commands, "table", table_command, _table_parser, "rebuild a table from records or published logs",
             "table runs/tofu --markdown")
     return top
@@ -388,6 +398,19 @@ def configs_command(args: argparse.Namespace) -> int:
     for name, what in CONFIGS.items():
         print(f"{name:<14} {what}")
     print('\naccelerate launch --config_file "$(openunlearn configs zero3)" -m openunlearn_nb tofu --model Llama-3.2-1B-Instruct --data locuslab/TOFU')
+    return 0
+
+def bench_command(args: argparse.Namespace) -> int:
+    from openunlearn_nb.bench import bench, bench_text
+    from openunlearn_nb.config import RunConfig
+    from openunlearn_nb.models import quiet
+    from openunlearn_nb.records import write_json
+    quiet()
+    if args.steps < 2:
+        raise OpenUnlearnError(f"--steps must be 2 or more, not {args.steps}: the first one is not measured.")
+    record = bench(_config(RunConfig, args.benchmark, args), _default_split(args.benchmark, args), args.method, args.steps)
+    memory = ", ".join(f"{k} {v:g} GB" for k, v in record["peak_memory_gb"].items())
+    print(f"{bench_text(record['phases'])}\n\npeak memory: {memory}\nrecord: {write_json(args.output, record)}")
     return 0
 
 def plan_command(args: argparse.Namespace) -> int:

@@ -95,7 +95,8 @@ def plan(grid: GridConfig, output: str) -> list[Task]:
             add_cell(before, row)
         if grid.model == "embedded" and not before:
             add(taught)
-        add(split, row, [(taught, ""), *([] if row == "Retain" else [(home_of(grid, split), "Retain")]), *([(before, row)] if before else [])])
+        first = [key for key in tasks if key[1] == row == "Finetuned" and source.taught(key[0])[0] == taught][:1]  # whose utility rows are kept
+        add(split, row, [(taught, ""), *([] if row == "Retain" else [(home_of(grid, split), "Retain")]), *([(before, row)] if before else []), *first])
     for split, row in cells(grid):
         if not done((split, row)):
             add_cell(split, row)

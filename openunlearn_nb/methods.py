@@ -214,8 +214,10 @@ class MethodLoss(NamedTuple):
     parts: dict[str, Tensor]  # forget and retain, before they are weighted
 
 def method_loss(method: str, model: nn.Module, batch: Batch, ref_model: nn.Module | None = None, compat: str | None = None,
-                **settings) -> MethodLoss:
-    "The loss of a batch and its parts (`forget`, `retain`), by the method's equation, or with `compat` by the reference code's arithmetic."
+                terms: tuple[str, ...] = ("forget", "retain"), **settings) -> MethodLoss:
+    """The loss of a batch and its parts (`forget`, `retain`), by the method's equation, or with `compat` by the reference code's arithmetic.
+
+    `terms`: only some of the sum's terms, for a backward of each; they add up to the loss."""
     chosen, merged = get_method(method), method_settings(method, settings)
     s = SimpleNamespace(**merged, compat=compat and check_choice(compat, COMPAT, "compat"))
     used = {"forget": chosen.forget_term is not None, "alternate": "alternate" in chosen.needs, "retain": keeps_retain(merged)}
@@ -227,10 +229,10 @@ def method_loss(method: str, model: nn.Module, batch: Batch, ref_model: nn.Modul
         what = chosen.name if "ref_model" in chosen.needs else f"retain_loss_type {s.retain_loss_type}"
         raise OpenUnlearnError(f"{what} needs the model before unlearning: give ref_model.")
     loss, parts = 0.0, {}
-    if used["forget"]:
+    if used["forget"] and "forget" in terms:
         parts["forget"] = chosen.forget_term(model, batch, ref_model, s).float()
         loss = s.gamma * parts["forget"]
-    if used["retain"]:
+    if used["retain"] and "retain" in terms:
         parts["retain"] = RETAIN_TERMS[s.retain_loss_type](model, batch, ref_model, s).float()
         loss = loss + s.alpha * (parts["retain"] - merged.get("retain_loss_eps", 0.0))
     return MethodLoss(loss, parts)

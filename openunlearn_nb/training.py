@@ -28,7 +28,7 @@ from .checkpoints import last_checkpoint, load_checkpoint, save_checkpoint, unsh
 from .errors import OpenUnlearnError
 from .forwards import trained_parameters
 from .losses import control_vector
-from .methods import keeps_retain, method_loss, method_settings, needs_reference
+from .methods import get_method, keeps_retain, method_loss, method_settings, needs_reference
 from .pairs import PairDataset, TrainConfig, build_dataset, collate_parts
 from .processes import launched
 
@@ -41,18 +41,30 @@ class UnlearnTrainer(Trainer):
         super().__init__(**kwargs)
         self.method, self.settings, self.ref_model, self.compat = method, settings, ref_model, compat
         self.retain_seen: list[torch.Tensor] = []  # retain losses since the multiplier was last moved
+        self.all_terms = [term for term, there in (("retain", keeps_retain(settings)), ("forget", get_method(method).forget_term)) if there]
+        self.terms = tuple(self.all_terms)
         if settings.get("primal_dual"):
             self.multiplier = _Multiplier(self)
             self.add_callback(self.multiplier)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with self.accelerator.autocast():  # the reference's forward in the same precision as the model's
-            loss, parts = method_loss(self.method, model, inputs, self.ref_model, self.compat, **self.settings)
-        if self.settings.get("primal_dual"):
+            loss, parts = method_loss(self.method, model, inputs, self.ref_model, self.compat, self.terms, **self.settings)
+        if self.settings.get("primal_dual") and "retain" in parts:
             self.retain_seen.append(parts["retain"].detach())
             if self.compat:  # the reference code moves it with every forward
                 self.multiplier.move("step")
         return (loss, {}) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        "A backward for each term, so that what one keeps for it is gone before the other's forward; DeepSpeed wants one for both."
+        if self.is_deepspeed_enabled:
+            return super().training_step(model, inputs, num_items_in_batch)
+        loss = 0.0
+        for term in self.all_terms:
+            self.terms = (term,)
+            loss = loss + super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     def _prepare_input(self, data):
         return send_to_device(data, self.args.device)  # and no cast: under DeepSpeed transformers would round ref_nll to bf16

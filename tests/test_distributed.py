@@ -81,7 +81,7 @@ def test_evaluation_of_two_equals_that_of_one(small_grid, tmp_path):
     """Every metric: aggregates and each row's values within 1e-6, texts the same."""
     folder, grid = small_grid
     command = ["eval", "tofu", "--train-rows", str(grid.train_rows), "--split", "forget01", "--metrics", "all", "--classifier", "characters",
-               "--retain-log", str(folder / "forget01/Retain"), "--output"]
+               "--retain-log", str(folder / "forget01/Retain"), "--no-reuse", "--output"]
     assert main([*command, str(tmp_path / "one")]) == 0
     launch("-m", "openunlearn_nb", *command, str(tmp_path / "two"))
     one, two = (read_json(tmp_path / n / "TOFU_EVAL.json") for n in ("one", "two"))
@@ -109,7 +109,7 @@ def test_a_grid_of_two_processes(small_grid, tmp_path):
     """The embedded models are in the cache or taught aside; a row of the table equals one process's on the same batches."""
     _, grid = small_grid
     command = ["tofu", "--train-rows", str(grid.train_rows), "--splits", "forget01", "--methods", "NPO", "--epochs", "2", "--per-device-batch", "2",
-               "--eval-each", "epoch", "--quiet", "--output"]
+               "--eval-each", "epoch", "--no-reuse", "--quiet", "--output"]
     assert main([*command, str(tmp_path / "one"), "--jobs", "1"]) == 0
     done = launch("-m", "openunlearn_nb", *command, str(tmp_path / "two"))
     assert done.stdout.count("measured") == 1  # the main process alone prints
@@ -122,7 +122,7 @@ def test_a_grid_of_two_processes(small_grid, tmp_path):
 
 def test_the_embedded_model_is_taught_by_one(tmp_path):
     """In an empty cache, by a process of its own: the same model as without a launcher."""
-    command = ["eval", "tofu", "--train-rows", "60", "--split", "forget01", "--metrics", "forget_Q_A_Prob", "--output"]
+    command = ["eval", "tofu", "--train-rows", "60", "--split", "forget01", "--metrics", "forget_Q_A_Prob", "--no-reuse", "--output"]
     launch("-m", "openunlearn_nb", *command, str(tmp_path / "two"), OPENUNLEARN_CACHE=str(tmp_path / "cache"))
     made, = (tmp_path / "cache").glob("tofu-*")
     assert main([*command, str(tmp_path / "one")]) == 0
@@ -133,7 +133,7 @@ def test_the_embedded_model_is_taught_by_one(tmp_path):
 def test_several_processes_without_deepspeed(tmp_path):
     """One sentence, and what would be right."""
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "openunlearn_nb", "train", "--method",
-            "GradAscent", "--split", "forget01", "--train-rows", "60", "--output", str(tmp_path / "out")]
+            "GradAscent", "--split", "forget01", "--train-rows", "250", "--output", str(tmp_path / "out")]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "Several processes need DeepSpeed" in done.stderr and not (tmp_path / "out").exists()
 

@@ -74,7 +74,8 @@ def test_goes_on_after_an_interruption(small_grid, tmp_path):
     whole, grid = small_grid
     command = [sys.executable, "-m", "openunlearn_nb", "tofu", "--train-rows", str(grid.train_rows), "--splits", "forget01",
                "--methods", "NPO,IdkDPO", "--epochs", "2", "--output", str(tmp_path), "--jobs", "2"]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore it
     deadline = time.time() + 120
     while not finished(cell_folder(tmp_path, "forget01", "Retain")) and run.poll() is None and time.time() < deadline:
         time.sleep(0.05)
