@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['LOOK', 'KEPT_BYTES', 'greedy', 'together', 'generate']
 
-# %% ../nbs/15_generation.ipynb #b902970c
+# %% ../nbs/15_generation.ipynb #045c0b98
 from collections.abc import Callable, Sequence
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .prefixes import Read, can_share, common_length, going_on, read
+from .prefixes import Read, batches, can_share, common_length, going_on, read
 from .processes import merged, mine
 from .prompts import collate
-from .scoring import batches
 
-# %% ../nbs/15_generation.ipynb #f8a94440
+# %% ../nbs/15_generation.ipynb #164db527
 LOOK = 4  # steps from one look for stop strings to the next
 
 @torch.no_grad()
@@ -37,7 +36,7 @@ def greedy(model: PreTrainedModel, prompts: Sequence[list[int]], pad_id: int, en
                     live.remove(i)
         if not live:
             break
-        if len(live) <= 0.9 * len(places):
+        if len(live) <= 0.95 * len(places):
             kept = [k for k, i in enumerate(places) if i in live]
             before.cache.batch_select_indices(torch.tensor(kept, device=model.device))
             before, places, last = Read(before.cache, before.mask[kept]), [places[k] for k in kept], [last[k] for k in kept]

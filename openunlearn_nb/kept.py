@@ -57,7 +57,7 @@ class Kept:
         except OSError:
             pass  # a full disk costs a later call its time, not this one its result
 
-# %% ../nbs/25_kept.ipynb #1e6cd116
+# %% ../nbs/25_kept.ipynb #f2d0bb56
 FIELDS = TokenScores._fields
 
 def _pack(scores: list[TokenScores], moments: bool) -> bytes:
@@ -71,15 +71,14 @@ def _unpack(data: bytes) -> list[TokenScores]:
     return [TokenScores(*row) for row in zip(*(np.split(columns[name], ends) for name in FIELDS if name in columns))]
 
 def scores_of(parts: dict[str, list[dict]], ask: Callable[[list[dict]], list[TokenScores]], kept: Kept | None, moments: bool) -> dict[str, list[TokenScores]]:
-    "Scores of the examples of each part: kept ones, and the others asked for all at once."
-    names = {part: ["scores", moments, examples] for part, examples in parts.items()}
-    found = {part: scores for part, name in names.items() if kept and (scores := kept.read(name, _unpack)) is not None}
-    missing = {part: examples for part, examples in parts.items() if part not in found}
-    new = iter(ask([e for examples in missing.values() for e in examples]) if missing else [])
-    for part, examples in missing.items():
-        found[part] = [next(new) for _ in examples]
-        if kept and examples:
-            kept.write(names[part], _pack(found[part], moments))
+    "Scores of the examples of each part: kept ones, or, where one part is not kept, all asked for at once."
+    names = {part: ["scores", moments, examples] for part, examples in parts.items() if examples}
+    if kept and None not in (known := {part: kept.read(name, _unpack) for part, name in names.items()}).values():
+        return {part: known.get(part, []) for part in parts}
+    new = iter(ask([e for examples in parts.values() for e in examples]))
+    found = {part: [next(new) for _ in examples] for part, examples in parts.items()}
+    for part, name in names.items() if kept else ():
+        kept.write(name, _pack(found[part], moments))
     return found
 
 def texts_of(asked: Any, ask: Callable[[], list[str]], kept: Kept | None) -> list[str]:

@@ -59,7 +59,8 @@ class Passes:
         "Ask the model what was not asked yet."
         new = {p for p in parts if (where, p) not in self.results}
         scored = {"answer" if p in ("text", "moments") else p for p in new - {"gradient", "generation"}}
-        self._score(where, {p for p in scored if (where, p) not in self.results or "moments" in new}, "moments" in new)
+        if parts := {p for p in scored if (where, p) not in self.results or "moments" in new}:
+            self._score(where, parts, "moments" in new)
         for part in new & {"text", "gradient", "generation"}:
             self.results[where, part] = getattr(self, f"_{part}")(where)
 
