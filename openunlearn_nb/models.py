@@ -98,8 +98,10 @@ def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 # %% ../nbs/09_models.ipynb #c06d5c90
 def quiet() -> None:
-    "Silence transformers' own progress bars and notices; ours say what the user needs."
+    "Silence transformers' own progress bars and notices, and DeepSpeed's that there is no GPU; ours say what the user needs."
     from transformers.utils import logging
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
