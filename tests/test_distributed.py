@@ -144,13 +144,12 @@ def test_from_a_notebook(both, tmp_path):
     code = f"""
 import os, sys
 sys.path.insert(0, {str(Path(SCRIPT).parent)!r})
-from accelerate.utils import PrepareForLaunch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from pathlib import Path
 from distributed_run import main
 os.environ |= {launch_environment("zero3")!r} | {{"ACCELERATE_MIXED_PRECISION": "no"}}
 config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="x", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", start_method="fork")
-elastic_launch(config, PrepareForLaunch(main, distributed_type="MULTI_GPU"))(Path({str(tmp_path)!r}), ["NPO"])
+elastic_launch(config, main)(Path({str(tmp_path)!r}), ["NPO"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, env={**os.environ, "DS_ACCELERATOR": "cpu"})
     assert done.returncode == 0, done.stderr[-3000:]
