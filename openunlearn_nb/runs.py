@@ -272,8 +272,8 @@ def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Pro
     earlier = source.before(split) if row not in YARDSTICKS else None
     path = str(cell_folder(output, earlier, row) / "model") if earlier else model_path(config, split, retain=row == "Retain")
     model, enc = open_model(config, path, for_training=row not in YARDSTICKS)
-    kept = kept_rows(config, path, model) if row in YARDSTICKS else None  # an unlearned model is asked once
-    judge = lambda model, progress: measure(config, Passes(model, enc, source, config.batch_size, kept), split, row, output, progress)
+    known = kept_rows(config, path, model) if row in YARDSTICKS else None  # an unlearned model is asked once
+    judge = lambda model, progress: measure(config, Passes(model, enc, source, config.batch_size, known), split, row, output, progress)
     if row in YARDSTICKS:
         evaluation = judge(model, progress)
     else:
