@@ -61,7 +61,7 @@ class Passes:
         scored = {"answer" if p in ("text", "moments") else p for p in new - {"gradient", "generation"}}
         if parts := {p for p in scored if (where, p) not in self.results or "moments" in new}:
             self._score(where, parts, "moments" in new)
-        for part in new & {"text", "gradient", "generation"}:
+        for part in (p for p in ("text", "gradient", "generation") if p in new):  # in one order on all processes
             self.results[where, part] = getattr(self, f"_{part}")(where)
 
     def _score(self, where: str, parts: set[str], moments: bool) -> None:
