@@ -81,7 +81,7 @@ def train_child(args, method: str, mode: str, rows: int = 40, words: int | None 
 
     path = model_folder("hidden 256", args)
     model, enc = load_model(path), Encoder(load_tokenizer(path), PROMPTS["chat"])
-    cut = lambda pairs: [(q, " ".join((a + " ") .split(" ")[:words] if words else [a])) for q, a in pairs]
+    cut = lambda pairs: [(q, " ".join(a.split()[:words]) if words else a) for q, a in pairs]
     forget, retain = question_pairs("forget10", args.data)[:rows], question_pairs("retain90", args.data)[:400]
     refusals, ends = load_refusals(args.data), []
     alternates = encode_all(enc, [(q, refusals[i % len(refusals)]) for i, (q, _) in enumerate(forget)])

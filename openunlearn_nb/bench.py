@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 
 from .config import RunConfig, check_config, check_split, model_path, open_model, recipe_of
 from .methods import get_method, method_settings
+from .pairs import alternate_examples
 from .passes import Passes, Spent
+from .prefixes import shared
 from .prompts import Encoder
 from .provenance import origin_of
 from .records import run_record
 from .runs import check_method, other_answers
-from .pairs import alternate_examples
 from .suites import SUITES, evaluate, needed, parts_read, wanted
 from .training import train
 
@@ -28,8 +29,7 @@ from .training import train
 def tree_size(rows: Iterable[Sequence[int]]) -> int:
     "How many tokens must be read of rows, what they begin with in common counted once."
     ordered = sorted(map(tuple, rows))
-    common = lambda a, b: next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-    return sum(len(row) - common(before, row) for before, row in zip([(), *ordered], ordered))
+    return sum(len(row) - shared(before, row) for before, row in zip([(), *ordered], ordered))
 
 def distinct_tokens(examples: Sequence[dict], prompts: Sequence[Sequence[int]] = ()) -> int:
     "Tokens of the prompts' tree (those of the examples, and others), and of distinct answers."
@@ -71,7 +71,7 @@ class _Steps:
     "Counts tokens of training forwards and of the reference's, with and without padding."
 
     def __init__(self, model: PreTrainedModel):
-        self.read, self.useful, self.ends = {"reference": 0, "steps": 0}, 0, []
+        self.read, self.useful, self.times = {"reference": 0, "steps": 0}, 0, {}  # times: by the share of the steps done
         self.handle = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, model, args, kwargs) -> None:
@@ -79,7 +79,7 @@ class _Steps:
         self.useful += int(kwargs["attention_mask"].sum()) if model.training else 0
 
     def step(self, share: float) -> None:
-        self.ends.append(time.perf_counter())
+        self.times[share] = time.perf_counter()
 
 def bench_training(config: RunConfig, method: str, split: str, model: PreTrainedModel, enc: Encoder, steps: int) -> list[dict]:
     "Rows of the table: the reference's pass and the steps."
@@ -94,11 +94,12 @@ def bench_training(config: RunConfig, method: str, split: str, model: PreTrained
         train(model, enc.tokenizer.pad_token_id, method, forget, source.to_keep(split, enc), recipe, settings, alternates, counted.step)
     finally:
         counted.handle.remove()
-    a_step = (counted.ends[-1] - counted.ends[0]) / max(1, len(counted.ends) - 1)
-    prepared = counted.ends[0] - begin - a_step
+    first, last = min(counted.times), max(counted.times)  # of many steps, not each is told
+    a_step = (counted.times[last] - counted.times[first]) / (last - first) / steps
+    prepared = counted.times[first] - begin - a_step * first * steps
     least = sum(_read_of(e) for part in [forget, *(alternates or [])] for e in part) if "ref_nll" in get_method(method).needs else 0
     return [{"phase": "set-up and reference", "seconds": prepared, "tokens": counted.read["reference"], "least": least},
-            {"phase": f"{len(counted.ends)} steps of {method}", "seconds": a_step * len(counted.ends), "tokens": counted.read["steps"],
+            {"phase": f"{steps} steps of {method}", "seconds": a_step * steps, "tokens": counted.read["steps"],
              "least": counted.useful, "steps/s": 1 / a_step}]
 
 # %% ../nbs/40_bench.ipynb #107411ab

@@ -52,14 +52,16 @@ def together(model: PreTrainedModel) -> int:
     each = 2 * c.num_hidden_layers * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) * width * model.dtype.itemsize
     return int(KEPT_BYTES.get(model.device.type, 1e9) / each)
 
-def _by_transformers(model: PreTrainedModel, prompts: Sequence[list[int]], pad_id: int, ends: set[int], max_new_tokens: int,
-                     temperature: float) -> list[list[int]]:
+def _by_transformers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], ends: set[int],
+                     max_new_tokens: int, stop: Sequence[str], temperature: float) -> list[list[int]]:
     "Continuations of a batch by transformers."
+    pad_id = tokenizer.pad_token_id
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    config = GenerationConfig(**how, repetition_penalty=1.0, use_cache=True, max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=sorted(ends))
+    config = GenerationConfig(**how, repetition_penalty=1.0, use_cache=True, max_new_tokens=max_new_tokens, stop_strings=list(stop) or None,
+                              pad_token_id=pad_id, eos_token_id=sorted(ends))
     batch = collate([{"input_ids": p, "labels": p} for p in prompts], pad_id)
     asked = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask")}
-    return model.generate(**asked, generation_config=config, synced_gpus=False)[:, batch["input_ids"].shape[1]:].tolist()
+    return model.generate(**asked, generation_config=config, tokenizer=tokenizer, synced_gpus=False)[:, batch["input_ids"].shape[1]:].tolist()
 
 @torch.no_grad()
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]],
@@ -75,7 +77,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
     for group in spread if temperature else mine(spread):  # what is sampled depends on what was sampled before
         some = [prompts[i] for i in group]
         said = (greedy(model, some, pad_id, ends, max_new_tokens, stem, stopped) if share
-                else _by_transformers(model, some, pad_id, ends, max_new_tokens, temperature))
+                else _by_transformers(model, tokenizer, some, ends, max_new_tokens, stop, temperature))
         found |= zip(group, tokenizer.batch_decode(said, skip_special_tokens=True))
     end = lambda text: min((k for s in stop if (k := text.find(s)) >= 0), default=None)
     return [text[:end(text)] for _, text in sorted((found if temperature else merged(found)).items())]

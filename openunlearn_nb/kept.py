@@ -7,9 +7,8 @@ __all__ = ['FIELDS', 'Kept', 'scores_of', 'texts_of']
 
 # %% ../nbs/25_kept.ipynb #f104c866
 import json
-import os
-import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +20,33 @@ from transformers import __version__ as transformers_version
 
 from . import __version__
 from .data import content_hash
-from .processes import gathered, is_main
+from .errors import OpenUnlearnError
+from .processes import gathered, write_bytes
 from .scoring import TokenScores
 
 # %% ../nbs/25_kept.ipynb #842fdf69
 class Kept:
-    "Files of a model's rows in a folder; every process reads, the main one writes."
+    "Names the files of a model's rows in a folder; every process reads them, the main one writes."
 
     def __init__(self, folder: Path, origin: dict[str, str], model: PreTrainedModel):
         self.folder = folder
         self.of = [origin, str(model.dtype), model.device.type, model.config._attn_implementation, __version__, transformers_version]
 
-    def path(self, asked: Any) -> Path:
+    def file(self, asked: Any) -> Path:
+        "Where the answer to what is `asked` belongs."
         return self.folder / content_hash([self.of, asked])
 
-    def read(self, asked: Any, parse: Callable[[bytes], Any]) -> Any:
-        "What was found when `asked`; None where it is not kept, or one of the processes cannot read it."
-        try:
-            found = parse(self.path(asked).read_bytes())
-        except (OSError, ValueError, KeyError, SafetensorError):
-            found = None
-        return found if all(gathered(found is not None)) else None
+def _read(file: Path, parse: Callable[[bytes], Any]) -> Any:
+    "What a file holds; None where one of the processes cannot read it."
+    try:
+        found = parse(file.read_bytes())
+    except (OSError, ValueError, KeyError, SafetensorError):
+        found = None
+    return found if all(gathered(found is not None)) else None
 
-    def write(self, asked: Any, data: bytes) -> None:
-        if not is_main():
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".writing-", delete=False) as file:
-                try:
-                    file.write(data), file.flush()
-                    os.replace(file.name, self.path(asked))
-                except OSError:
-                    Path(file.name).unlink(missing_ok=True)
-        except OSError:
-            pass  # a full disk costs a later call its time, not this one its result
+def _keep(file: Path, data: bytes) -> None:
+    with suppress(OpenUnlearnError):  # a full disk costs a later call its time, not this one its result
+        write_bytes(file, data)
 
 # %% ../nbs/25_kept.ipynb #f2d0bb56
 FIELDS = TokenScores._fields
@@ -72,20 +63,21 @@ def _unpack(data: bytes) -> list[TokenScores]:
 
 def scores_of(parts: dict[str, list[dict]], ask: Callable[[list[dict]], list[TokenScores]], kept: Kept | None, moments: bool) -> dict[str, list[TokenScores]]:
     "Scores of the examples of each part: kept ones, or, where one part is not kept, all asked for at once."
-    names = {part: ["scores", moments, examples] for part, examples in parts.items() if examples}
-    if kept and None not in (known := {part: kept.read(name, _unpack) for part, name in names.items()}).values():
+    files = {part: kept.file(["scores", moments, examples]) for part, examples in parts.items() if examples} if kept else {}
+    known = {part: _read(file, _unpack) for part, file in files.items()}
+    if kept and None not in known.values():
         return {part: known.get(part, []) for part in parts}
     new = iter(ask([e for examples in parts.values() for e in examples]))
     found = {part: [next(new) for _ in examples] for part, examples in parts.items()}
-    for part, name in names.items() if kept else ():
-        kept.write(name, _pack(found[part], moments))
+    for part, file in files.items():
+        _keep(file, _pack(found[part], moments))
     return found
 
 def texts_of(asked: Any, ask: Callable[[], list[str]], kept: Kept | None) -> list[str]:
     "Generations: kept ones, or asked for now."
-    name = ["generations", asked]
-    if kept is None or (texts := kept.read(name, json.loads)) is None:
+    file = kept and kept.file(["generations", asked])
+    if file is None or (texts := _read(file, json.loads)) is None:
         texts = ask()
-        if kept:
-            kept.write(name, json.dumps(texts).encode())
+        if file:
+            _keep(file, json.dumps(texts).encode())
     return texts

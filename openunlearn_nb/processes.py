@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['T', 'WAIT', 'CONFIGS', 'launched', 'begin', 'end', 'rank', 'world', 'is_main', 'config_file', 'launch_environment',
-           'gathered', 'wait_for_all', 'mine', 'merged', 'alone']
+           'gathered', 'wait_for_all', 'mine', 'merged', 'write_bytes', 'alone']
 
 # %% ../nbs/01_processes.ipynb #e60095f9
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -100,6 +101,25 @@ def mine(items: Iterable[T]) -> Iterator[T]:
 def merged(found: Mapping[Any, T]) -> dict[Any, T]:
     "What all processes found, each under its own keys."
     return {key: value for part in gathered(dict(found)) for key, value in part.items()}
+
+# %% ../nbs/01_processes.ipynb #5afe0002
+def write_bytes(path: str | Path, data: bytes) -> Path:
+    "Write a file, by the main process: to a temporary file, then renamed into place."
+    path, scratch = Path(path).expanduser(), None
+    if not is_main():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
+            scratch = file.name
+            file.write(data)
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except OSError as e:
+        if scratch:
+            Path(scratch).unlink(missing_ok=True)
+        raise OpenUnlearnError(f"Cannot write {path}: {e.strerror}. Nothing half-written was left behind.") from e
+    return path
 
 # %% ../nbs/01_processes.ipynb #c4378d1c
 _LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "TORCHINDUCTOR_", "ACCELERATE_", "FORK_LAUNCHED")

@@ -10,11 +10,9 @@ __all__ = ['finite', 'write_text', 'text_hash', 'to_json', 'write_json', 'read_j
 import hashlib
 import json
 import math
-import os
 import platform
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +21,7 @@ from typing import Any
 
 from . import __version__
 from .errors import OpenUnlearnError
-from .processes import is_main, world
+from .processes import world, write_bytes
 from .suites import SUITES, Suite
 
 # %% ../nbs/28_records.ipynb #62c1462f
@@ -36,23 +34,8 @@ def finite(value: Any) -> Any:
     return [finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 def write_text(path: str | Path, text: str) -> Path:
-    "Write a text, by the main process: to a temporary file, then renamed into place."
-    path = Path(path).expanduser()
-    scratch = None
-    if not is_main():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".writing-", delete=False) as f:
-            scratch = f.name
-            f.write(text)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except OSError as e:
-        if scratch:
-            Path(scratch).unlink(missing_ok=True)
-        raise OpenUnlearnError(f"Cannot write {path}: {e.strerror}. Nothing half-written was left behind.") from e
-    return path
+    "Write a text in UTF-8 (see `write_bytes`)."
+    return write_bytes(path, text.encode("utf-8"))
 
 def text_hash(text: str) -> str:
     "Of a text's UTF-8 bytes, 16 hexadecimal digits of SHA-256."

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from openunlearn_nb import models, records, tofu
+from openunlearn_nb import models, processes, records, tofu
 from openunlearn_nb.cli import main
 from openunlearn_nb.errors import OpenUnlearnError
 from openunlearn_nb.miniature_tofu import make_tofu
@@ -200,7 +200,7 @@ def test_no_disk_space(monkeypatch, tmp_path):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(records.os, "replace", full)
+    monkeypatch.setattr(processes.os, "replace", full)
     with pytest.raises(OpenUnlearnError, match="No space left on device"):
         records.write_json(tmp_path / "x.json", {})
     assert list(tmp_path.iterdir()) == []
