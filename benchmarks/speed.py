@@ -4,7 +4,7 @@
 
 Training: a Llama of hidden 256, 8 layers and a vocabulary of 32,000, real TOFU rows, batch 8. Evaluation: TOFU's forget10 on the
 embedded model and on that Llama, MUSE's miniature and its real News on the embedded model. What both have computed is compared number
-by number. `--growth` measures time and memory against the number of rows to forget and the length of their answers instead.
+by number. Turns are added to those that the record has already: delete it, or name another, when the code has changed. `--growth` measures time and memory against the number of rows to forget and the length of their answers instead.
 """
 
 import argparse
@@ -144,13 +144,15 @@ def distance(a, b) -> float:
     return 0.0 if a == b else float("inf")
 
 
-def compared(args, kind: str, name: str) -> dict:
-    """Both ways in turns, and the ratio of each turn."""
-    turns = []
-    for turn in range(args.repeats):
-        both = {mode: child(args, kind, name, mode) for mode in ("plain", "ours")[::1 if turn % 2 else -1]}
-        turns.append({"distance": distance(both["plain"].pop("numbers"), both["ours"].pop("numbers")), **both})
-        print(f"{name}: {both['plain']['seconds']:.2f} s and {both['ours']['seconds']:.2f} s", file=sys.stderr, flush=True)
+def one_turn(args, kind: str, name: str, turn: int) -> dict:
+    """Both ways, one after the other; which is first changes from turn to turn."""
+    both = {mode: child(args, kind, name, mode) for mode in ("plain", "ours")[::1 if turn % 2 else -1]}
+    print(f"{name}: {both['plain']['seconds']:.2f} s and {both['ours']['seconds']:.2f} s", file=sys.stderr, flush=True)
+    return {"distance": distance(both["plain"].pop("numbers"), both["ours"].pop("numbers")), **both}
+
+
+def compared(turns: list[dict]) -> dict:
+    """Medians of the turns' ratios."""
     ratio = lambda key: statistics.median(t["plain"][key] / t["ours"][key] for t in turns)
     return {"times faster": ratio("seconds"), "memory": 1 / ratio("memory"), "distance": max(t["distance"] for t in turns), "turns": turns}
 
@@ -184,20 +186,26 @@ def main() -> None:
         kind, name, mode, more = json.loads(args.child)
         print(json.dumps({"train": train_child, "evaluate": evaluate_child}[kind](args, name, mode, **more)))
         return
-    from openunlearn_nb.records import run_record, write_json
+    from openunlearn_nb.records import read_json, run_record, write_json
 
     started = time.time()
     for which in ("hidden 256", "embedded", "embedded MUSE", "embedded MUSE real"):  # taught now, not in somebody's time
         model_folder(which, args)
+    record = lambda found: run_record(started, benchmark="speed", threads=args.threads, found=found)
     if args.growth:
-        found = growth(args)
-    else:
-        names = {**dict.fromkeys(METHODS, "train"), **dict.fromkeys(EVALUATIONS, "evaluate")}
-        wanted = args.only.split(";") if args.only else names
-        found = {name: compared(args, names[name], name) for name in wanted}
-        for name, of in found.items():
-            print(f"{name:<28} {of['times faster']:.2f} times faster, {of['memory']:.2f} of the memory, numbers within {of['distance']:.1e}")
-    print("Record:", write_json(args.output, run_record(started, benchmark="speed", threads=args.threads, repeats=args.repeats, found=found)))
+        print("Record:", write_json(args.output, record(growth(args))))
+        return
+    before = read_json(args.output) if Path(args.output).exists() else {"threads": args.threads, "found": {}}
+    if before["threads"] != args.threads:
+        sys.exit(f"{args.output} was measured with {before['threads']} threads, not {args.threads}; give another --output.")
+    found, names = before["found"], {**dict.fromkeys(METHODS, "train"), **dict.fromkeys(EVALUATIONS, "evaluate")}
+    for name in args.only.split(";") if args.only else names:
+        for turn in range(args.repeats):
+            found[name] = compared([*found.get(name, {"turns": []})["turns"], one_turn(args, names[name], name, turn)])
+            write_json(args.output, record(found))  # an hour's turns are not lost with the last one
+        of = found[name]
+        print(f"{name:<28} {of['times faster']:.2f} times faster, {of['memory']:.2f} of the memory, numbers within {of['distance']:.1e}")
+    print("Record:", args.output)
 
 
 if __name__ == "__main__":
