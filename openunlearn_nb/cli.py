@@ -27,10 +27,13 @@ def _names(text: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError("needs at least one name")
     return names
 
-def _model_options(p: argparse.ArgumentParser, shape: str = "locuslab/TOFU") -> None:
+def _model_options(p: argparse.ArgumentParser, shape: str = "locuslab/TOFU", own: bool = False) -> None:
     add = p.add_argument
     add("--model", default="embedded", help="'embedded', a preset, a model folder or a Hub id (default: %(default)s)")
-    add("--data", default="miniature", help=f"'miniature', a folder shaped like {shape}, or a Hub id (default: %(default)s)")
+    if own:
+        add("--data", required=True, help="folder with forget.csv and retain.csv (question, answer or text), or .jsonl, .txt, or folders of .txt files")
+    else:
+        add("--data", default="miniature", help=f"'miniature', a folder shaped like {shape}, or a Hub id (default: %(default)s)")
     add("--prompt", help="chat, llama-2, llama-3 or plain (default: the preset's; chat where the tokenizer has a template)")
     add("--seed", type=int, help="seed of unlearning (default: 0)")
     add("--train-rows", type=int, metavar="N", help="teach the embedded model only N rows (MUSE: N documents of each set)")
@@ -89,10 +92,15 @@ def _muse_parser(p: argparse.ArgumentParser) -> None:
     what.add_argument("--study", choices=("scalability", "sustainability"), help="growing forget sets, or four requests in a row (News)")
     _grid_options(p, "runs/muse", "the five of the table")
 
+def _own_parser(p: argparse.ArgumentParser) -> None:
+    _model_options(p, own=True), _training_options(p)
+    p.add_argument("--retain-model", metavar="ID", help="a model of yours that never saw what is to be forgotten")
+    _grid_options(p, "runs/own", "GradAscent, GradDiff, NPO, SimNPO, RMU")
+
 # %% ../nbs/41_cli.ipynb #097bb3b0
 def _train_parser(p: argparse.ArgumentParser) -> None:
     _model_options(p, "the benchmark's data set"), _training_options(p)
-    p.add_argument("--benchmark", choices=("TOFU", "MUSE", "WMDP"), default="TOFU", type=str.upper, help="default: %(default)s")
+    p.add_argument("--benchmark", choices=("TOFU", "MUSE", "WMDP", "OWN"), default="TOFU", type=str.upper, help="default: %(default)s; OWN: your own data")
     p.add_argument("--method", required=True, help=f"{METHOD_NAMES}, or Finetune")
     p.add_argument("--split", help="what to forget (default: forget10, the corpus of --data, or bio)")
     p.add_argument("--on", type=_names, metavar="A,B", help="what Finetune learns: full (default), retain90, ...; News_target (default for MUSE), "
@@ -109,6 +117,9 @@ def _eval_options(p: argparse.ArgumentParser, suite: str) -> None:
 def _eval_tofu_parser(p: argparse.ArgumentParser) -> None:
     _model_options(p), _eval_options(p, "TOFU")
     p.add_argument("--split", default="forget10", help="forget split (default: %(default)s)")
+
+def _eval_own_parser(p: argparse.ArgumentParser) -> None:
+    _model_options(p, own=True), _eval_options(p, "OWN")
 
 def _eval_muse_parser(p: argparse.ArgumentParser) -> None:
     _model_options(p, MUSE_DATA), _shots(p), _eval_options(p, "MUSE")
@@ -183,6 +194,8 @@ def parser() -> argparse.ArgumentParser:
             "tofu --data locuslab/TOFU --splits forget01 --train-rows 1600")
     command(commands, "muse", grid_command("MUSE"), _muse_parser, "run the MUSE grid, or one of its studies, and print the table",
             "muse --study sustainability --methods GradDiff,NPO --output runs/muse-sust")
+    command(commands, "own", grid_command("OWN"), _own_parser, "unlearn your own data, by several methods, and print the table",
+            "own --data FOLDER --methods NPO,RMU --output runs/mine")
     command(commands, "train", train_command, _train_parser, "unlearn by one method, or fine-tune, and keep the model",
             "train --method NPO --split forget10 --set beta=0.05 --output runs/npo")
     suites = commands.add_parser("eval", help="evaluate one model").add_subparsers(dest="suite", required=True, metavar="SUITE")
@@ -190,6 +203,8 @@ def parser() -> argparse.ArgumentParser:
             "eval tofu --model runs/npo --split forget10 --retain-log runs/tofu/forget10/Retain")
     command(suites, "muse", eval_command("MUSE"), _eval_muse_parser, "evaluate a model on a MUSE corpus",
             "eval muse --model Llama-2-7b --data muse-bench/MUSE-News")
+    command(suites, "own", eval_command("OWN"), _eval_own_parser, "evaluate a model on your own data",
+            "eval own --model DIR --data FOLDER")
     command(suites, "lm", eval_lm_command, _eval_lm_parser, "evaluate general ability with lm-eval",
             "eval lm --model runs/rmu --tasks mmlu,wmdp_bio --output runs/rmu-lm")
     command(commands, "alternates", alternates_command, _alternates_parser, "make other answers for AltPO",
@@ -236,9 +251,9 @@ def print_tables(suites: dict[str, dict], style: str = "text", what: str = "reco
 def _print_published(suite: str, model: str, values: dict, form, columns: list[str]) -> None:
     "The printed page's numbers of the same splits; of another model where this one has none."
     from openunlearn_nb import tables as t
-    other = {"TOFU": "Llama-3.2-1B-Instruct", "MUSE": "Llama-2-7b"}[suite]
+    other = {"TOFU": "Llama-3.2-1B-Instruct", "MUSE": "Llama-2-7b"}.get(suite)
     printed = model if t.PUBLISHED.get(model, ("",))[0] == suite else other
-    if shown := {split: rows for split, rows in t.published(printed).items() if split in values}:
+    if printed and (shown := {split: rows for split, rows in t.published(printed).items() if split in values}):
         orientation = "" if printed == model else ": another model and benchmark, for orientation only"
         print(f"{suite}, {printed}, as published by OpenUnlearning{orientation}\n\n{form(shown, columns)}\n")
 
@@ -315,7 +330,7 @@ def _progress(name: str):
 
 def _default_split(benchmark: str, args: argparse.Namespace) -> str:
     from openunlearn_nb.muse import corpora_in
-    return args.split or {"TOFU": "forget10", "MUSE": corpora_in(args.data)[0], "WMDP": "bio"}[benchmark]
+    return args.split or {"TOFU": "forget10", "MUSE": corpora_in(args.data)[0], "WMDP": "bio", "OWN": "own"}[benchmark]
 
 # %% ../nbs/41_cli.ipynb #9ea625ec
 def train_command(args: argparse.Namespace) -> int:

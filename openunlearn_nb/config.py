@@ -24,6 +24,7 @@ from .gibberish import CLASSIFIER
 from .methods import COMPAT
 from .models import PRESETS, load_model, load_tokenizer, preset_of
 from .muse import Muse, corpus_of
+from .own import Own
 from .pairs import TrainConfig, published_recipe
 from .processes import launched
 from .prompts import Encoder, PromptFormat, prompt_format
@@ -33,8 +34,8 @@ from .suites import BETTER, SUITES, Suite, wanted
 from .tofu import Tofu
 from .wmdp import Wmdp
 
-BENCHMARKS = {"TOFU": Tofu, "MUSE": Muse, "WMDP": Wmdp}
-Benchmark = Tofu | Muse | Wmdp
+BENCHMARKS = {"TOFU": Tofu, "MUSE": Muse, "WMDP": Wmdp, "OWN": Own}
+Benchmark = Tofu | Muse | Wmdp | Own
 Progress = Callable[[float], None]  # told the share of the work done, 0 to 1
 
 # %% ../nbs/33_config.ipynb #60040d27
@@ -100,7 +101,8 @@ class RunConfig:
 
 # %% ../nbs/33_config.ipynb #66671082
 PLACEHOLDERS = {"TOFU": {"retain_model": "{retain}", "model": None, "data": None},
-                "MUSE": dict.fromkeys(["retain_model", "model", "data"], "{corpus}"), "WMDP": dict.fromkeys(["model", "data"])}
+                "MUSE": dict.fromkeys(["retain_model", "model", "data"], "{corpus}"), "WMDP": dict.fromkeys(["model", "data"]),
+                "OWN": dict.fromkeys(["retain_model", "model", "data"])}
 
 def check_config(config: RunConfig) -> None:
     "Raise for values that cannot work, before anything is loaded."
@@ -192,6 +194,6 @@ def recipe_of(config: RunConfig, method: str) -> tuple[TrainConfig, dict]:
     recipe, settings = embedded_recipe(method, config.benchmark) if config.model == "embedded" else published
     if rank := adapter_rank(config):
         recipe = replace(recipe, lora=rank, learning_rate=LORA_RATE * recipe.learning_rate)
-    names = ("epochs", "learning_rate", "optim", "gradient_checkpointing", *(("max_length",) if config.benchmark == "TOFU" else ()))
+    names = ("epochs", "learning_rate", "optim", "gradient_checkpointing", *(("max_length",) if config.benchmark in ("TOFU", "OWN") else ()))
     given = {k: v for k in names if (v := getattr(config, k)) is not None} | ({"max_steps": None} if config.epochs else {})
     return replace(recipe, seed=config.seed, batch_size=config.per_device_batch or recipe.batch_size, **given), settings

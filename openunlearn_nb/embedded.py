@@ -16,6 +16,7 @@ from .data import content_hash, miniature_seed
 from .errors import OpenUnlearnError
 from .models import cache_dir, save_model, tiny_llama, train_tokenizer
 from .muse import Muse, corpora_in
+from .own import Own
 from .pairs import PUBLISHED_RECIPES, TrainConfig
 from .processes import alone, gathered, world
 from .prompts import PROMPTS, Encoder
@@ -36,20 +37,21 @@ class EmbeddedConfig:
     prompt: str = "chat"
     seed: int = 0
 
-EMBEDDED = {"TOFU": EmbeddedConfig(), "MUSE": EmbeddedConfig(epochs=25, batch_size=4, learning_rate=1.5e-3, prompt="plain")}
+EMBEDDED = {"TOFU": EmbeddedConfig(), "MUSE": EmbeddedConfig(epochs=25, batch_size=4, learning_rate=1.5e-3, prompt="plain"),
+            "OWN": EmbeddedConfig()}
 
 # %% ../nbs/21_embedded.ipynb #0e2a6f1e
 SOME_DOCUMENTS, LARGE = 16, 200_000  # documents of each set; characters of a forget set
 
-def taught_part(benchmark: Tofu | Muse) -> int | None:
+def taught_part(benchmark: Tofu | Muse | Own) -> int | None:
     "How many rows (of each set, in MUSE) an embedded model is taught; None: all."
-    if benchmark.name == "TOFU" or benchmark.max_rows or miniature_seed(benchmark.data) is not None:
+    if benchmark.name != "MUSE" or benchmark.max_rows or miniature_seed(benchmark.data) is not None:
         return benchmark.max_rows
     size = max(sum(map(len, benchmark.documents(corpus, "forget"))) for corpus in corpora_in(benchmark.data))
     return SOME_DOCUMENTS if size > LARGE else None
 
 # %% ../nbs/21_embedded.ipynb #f77d7a62
-def embedded_model(taught: str = "full", benchmark: Tofu | Muse = Tofu(), recipe: EmbeddedConfig | None = None,
+def embedded_model(taught: str = "full", benchmark: Tofu | Muse | Own = Tofu(), recipe: EmbeddedConfig | None = None,
                    progress: Callable[[float], None] = lambda share: None) -> Path:
     "Folder of the embedded model `taught` (full, retain90, News_target, ...); trained now if it is not in the cache."
     recipe, texts = recipe or EMBEDDED[benchmark.name], benchmark.texts()
@@ -105,4 +107,5 @@ def embedded_recipe(method: str, benchmark: str = "TOFU") -> tuple[TrainConfig, 
         muse = replace(PUBLISHED_RECIPES["MUSE"], learning_rate=MUSE_LEARNING_RATE, effective_batch=8, batch_size=8, max_length=128, **plain)
         return muse, MUSE_SETTINGS.get(method, {})
     learning_rate, settings = TOFU_RECIPES.get(method, (1e-3, {}))  # of a method of one's own, a rate to begin with
-    return TrainConfig(learning_rate=learning_rate, batch_size=32, **plain), settings
+    rows = 8 if benchmark == "OWN" else 32  # a user's file may hold a dozen rows
+    return TrainConfig(learning_rate=learning_rate, effective_batch=rows, batch_size=rows, **plain), settings

@@ -29,7 +29,6 @@ from .muse import corpora_in
 from .processes import begin, is_main, launched, wait_for_all
 from .records import read_json, write_json
 from .runs import YARDSTICKS, cell_folder, check_asked, check_method, finished, home_of, run_cell
-from .tofu import Tofu
 from .workers import Task, hold, run_all
 
 # %% ../nbs/37_grid.ipynb #edf767f6
@@ -42,7 +41,7 @@ class GridConfig(RunConfig):
 def check_grid(grid: GridConfig) -> GridConfig:
     "The grid with its values checked, defaults filled in, aliases of methods resolved."
     check_config(grid)
-    splits = grid.splits or (corpora_in(grid.data) if grid.benchmark == "MUSE" else tuple(Tofu.splits))
+    splits = grid.splits or (corpora_in(grid.data) if grid.benchmark == "MUSE" else tuple(grid.source.splits))
     splits = tuple(check_split(grid, split) for split in splits)
     methods = tuple(get_method(m).name for m in grid.methods or grid.source.methods)
     if grid.alternates and "AltPO" not in methods:

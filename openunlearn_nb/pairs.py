@@ -53,11 +53,12 @@ class TrainConfig:
 
 PUBLISHED_RECIPES = {
     "TOFU": TrainConfig(),
+    "OWN": TrainConfig(),
     "MUSE": TrainConfig(effective_batch=64, warmup_epochs=0.0, weight_decay=0.0, schedule="constant", max_length=2048),
     "WMDP": TrainConfig(learning_rate=5e-5, effective_batch=16, batch_size=1, warmup_epochs=0.0, weight_decay=0.0, schedule="constant",
                         max_steps=80),
 }
-FINETUNE_RECIPES = {"TOFU": TrainConfig(epochs=5), "MUSE": TrainConfig(max_length=2048), "WMDP": TrainConfig()}
+FINETUNE_RECIPES = {"TOFU": TrainConfig(epochs=5), "MUSE": TrainConfig(max_length=2048), "WMDP": TrainConfig(), "OWN": TrainConfig(epochs=5)}
 
 def published_recipe(benchmark: str, method: str) -> TrainConfig:
     "The recipe by which OpenUnlearning runs a method on a benchmark, or teaches it (`Finetune`)."

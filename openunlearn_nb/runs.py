@@ -126,7 +126,7 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
         on = check_choice(on or config.source.taught(split)[0], learnable(config), f"{config.benchmark} data to learn")
     if config.eval_each or config.best:
         raise OpenUnlearnError("An evaluation after each epoch belongs to a grid, whose Retain row it is measured against: openunlearn "
-                               f"{'muse' if config.benchmark == 'MUSE' else 'tofu'} --methods {method} --eval-each epoch.")
+                               f"{config.benchmark.lower()} --methods {method} --eval-each epoch.")
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise OpenUnlearnError(f"{output} exists and is not empty; give a new folder for the model.")
     begin()

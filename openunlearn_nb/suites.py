@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Entry', 'mean_prob', 'mean_score', 'mean_recall', 'mean_f1', 'UTILITY', 'Metric', 'ATTACKS', 'TOFU_METRICS',
-           'MUSE_METRICS', 'SUITES', 'BETTER', 'Leaf', 'Attack', 'Beside', 'Derived', 'rows_of', 'make_entry',
-           'attack_entry', 'Suite', 'needed', 'wanted', 'parts_read', 'data_sets', 'run_passes', 'evaluate', 'summary',
-           'recompute']
+           'MUSE_METRICS', 'OWN_METRICS', 'SUITES', 'BETTER', 'Leaf', 'Attack', 'Beside', 'Derived', 'rows_of',
+           'make_entry', 'attack_entry', 'Suite', 'needed', 'wanted', 'parts_read', 'data_sets', 'run_passes',
+           'evaluate', 'summary', 'recompute']
 
 # %% ../nbs/27_suites.ipynb #4e1a6ab9
 import warnings
@@ -19,6 +19,7 @@ from . import metrics as m
 from .errors import OpenUnlearnError, check_choice
 from .gibberish import CLASSIFIER, gibberish_rows
 from .muse import Muse
+from .own import Own
 from .passes import Passes
 from .tofu import Tofu
 
@@ -162,6 +163,13 @@ MUSE_METRICS: dict[str, Metric] = {
 }
 
 # %% ../nbs/27_suites.ipynb #93968259
+OWN_METRICS: dict[str, Metric] = {  # of a user's data: those of TOFU that need neither wrong answers nor a paraphrase
+    **{f"{d}_Q_A_Prob": Leaf(d, "answer", m.prob_row, mean_prob) for d in ("forget", "retain")},
+    **{f"{d}_Q_A_ROUGE": Leaf(d, "generation", m.rouge_row, mean_recall) for d in ("forget", "retain")},
+    **{name: TOFU_METRICS[name] for name in ("extraction_strength", "exact_memorization", "forget_Q_A_gibberish")},
+    **ATTACKS,
+}
+
 class Suite(NamedTuple):
     "A benchmark's metrics, and how they are shown."
     name: str
@@ -180,6 +188,7 @@ class Suite(NamedTuple):
 _TOFU_COLUMNS = ["forget_quality", "model_utility", "forget_truth_ratio"]
 _MUSE_COLUMNS = ["forget_knowmem_ROUGE", "forget_verbmem_ROUGE", "privleak", "retain_knowmem_ROUGE"]
 _MEMORY = ["extraction_strength", "exact_memorization"]
+_OWN_COLUMNS = ["forget_Q_A_Prob", "forget_Q_A_ROUGE", *_MEMORY, "retain_Q_A_Prob", "retain_Q_A_ROUGE"]
 SUITES = {
     "TOFU": Suite("TOFU", TOFU_METRICS, Tofu.splits, _TOFU_COLUMNS,
                   [*_TOFU_COLUMNS, "forget_Q_A_Prob", "forget_Q_A_ROUGE", *_MEMORY, "privleak"],
@@ -187,6 +196,7 @@ SUITES = {
                   "forget_truth_ratio", "forget_Q_A_ROUGE"),
     "MUSE": Suite("MUSE", MUSE_METRICS, Muse.splits, _MUSE_COLUMNS, [*_MUSE_COLUMNS, *_MEMORY], [*_MUSE_COLUMNS, *_MEMORY],
                   "mia_min_k", "forget_verbmem_ROUGE"),
+    "OWN": Suite("OWN", OWN_METRICS, Own.splits, _OWN_COLUMNS, _OWN_COLUMNS, _OWN_COLUMNS, "forget_Q_A_Prob", "forget_Q_A_ROUGE"),
 }
 
 # %% ../nbs/27_suites.ipynb #837daa5a
