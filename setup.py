@@ -8,7 +8,7 @@ here = Path(__file__).parent
 cfg = ConfigParser(delimiters=["="], interpolation=None)
 cfg.read(here / "settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("gpu", "lm", "smollm2", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("gpu", "lm", "smollm2", "dev", "docs")}
 
 setup(
     name=cfg["lib_name"],

@@ -4,7 +4,8 @@
 
 Training: a Llama of hidden 256, 8 layers and a vocabulary of 32,000, real TOFU rows, batch 8. Evaluation: TOFU's forget10 on the
 embedded model and on that Llama, MUSE's miniature and its real News on the embedded model. What both have computed is compared number
-by number. Turns are added to those that the record has already: delete it, or name another, when the code has changed. `--growth` measures time and memory against the number of rows to forget and the length of their answers instead.
+by number. Turns are added to those that the record has already: delete it, or name another, when the code has changed.
+`--growth` measures time and memory against the number of rows to forget and the length of their answers instead.
 """
 
 import argparse

@@ -7,6 +7,7 @@ __all__ = ['RANK', 'ALPHA', 'adapted_layers', 'with_adapter', 'AdapterOff', 'mer
 
 # %% ../nbs/17_adapters.ipynb #2db92eb7
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,14 +20,14 @@ from .forwards import bare
 # %% ../nbs/17_adapters.ipynb #4ae56255
 RANK, ALPHA = 8, 32  # TOFU, arXiv 2401.06121, its code's config
 
-def adapted_layers(model: PreTrainedModel, patterns: list[str]) -> list[str]:
+def adapted_layers(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]:
     "Names of the linear layers, but for the output, whose weight's name matches one of the patterns."
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()]
     if not (found := [name for name in linear if any(re.fullmatch(p, f"{name}.weight") for p in patterns)]):
         raise OpenUnlearnError(f"trainable_params_regex {patterns} matches no linear layer's weight, so there is nothing to adapt; .* adapts all.")
     return found
 
-def with_adapter(model: PreTrainedModel, rank: int, patterns: list[str] = [".*"], seed: int = 0) -> nn.Module:
+def with_adapter(model: PreTrainedModel, rank: int, patterns: Sequence[str] = (".*",), seed: int = 0) -> nn.Module:
     "The model (a `PeftModel` now) with a fresh adapter, the only thing to be trained; it changes nothing yet."
     from peft import LoraConfig, get_peft_model
     if not 0 < rank <= model.config.hidden_size:

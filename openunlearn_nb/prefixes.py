@@ -42,14 +42,15 @@ def batches(lengths: Sequence[int], tokens: int, rows: int | None = None, before
 
     `before`: tokens that each row goes on from, which take part of the budget. `waste`: the share of a batch that may be padding."""
     group: list[int] = []
+    filled = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if group:
             size = (longest := lengths[group[0]]) * (len(group) + 1)
             padded = longest * len(group) >= tokens / 8 and filled + lengths[i] < (1 - waste) * size
             if size + before * (len(group) + 1) > tokens or len(group) == rows or padded:
                 yield group
-                group = []
-        filled = (filled if group else 0) + lengths[i]
+                group, filled = [], 0
+        filled += lengths[i]
         group.append(i)
     if group:
         yield group

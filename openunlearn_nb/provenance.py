@@ -70,7 +70,8 @@ tags: [unlearning, openunlearn_nb]
 |---|---|
 {rows}
 
-A model that has unlearned something answers as if it did not know it. Whether it knows it no more is what an evaluation has to show: `openunlearn eval {command} --model` this folder.
+A model that has unlearned something answers as if it did not know it. Whether it knows it no more is what an evaluation has to show:
+`openunlearn eval {command} --model` this folder.
 """
 
 def _code(value: Any) -> str:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOFU_ID', 'SPLITS', 'PERTURBED', 'COMMON', 'CONFIGS', 'Pairs', 'PARTS', 'TofuSplit', 'columns', 'load_tofu',
-           'load_refusals', 'write_tofu', 'question_pairs', 'taught_rows', 'TofuRows', 'TofuQuestions', 'Tofu']
+           'load_refusals', 'write_tofu', 'question_pairs', 'rows_by_need', 'taught_rows', 'TofuRows', 'TofuQuestions',
+           'Tofu']
 
 # %% ../nbs/05_tofu.ipynb #40b75d48
 import warnings
@@ -86,15 +87,18 @@ def question_pairs(config: str, data: str) -> Pairs:
     "(question, answer) of a config's rows."
     return [(r["question"], r["answer"]) for r in load_tofu(config, data)]
 
+def rows_by_need(data: str) -> Pairs:
+    "The rows of `full`: first those that evaluation asks to keep, then the tail (what is forgotten) from its end, then the others."
+    full, asked = question_pairs("full", data), set(question_pairs("retain_perturbed", data))
+    tail = len(full) - len(full) // 10
+    return [full[i] for i in sorted(range(len(full)), key=lambda i: (full[i] not in asked, i < tail, -i if i >= tail else i))]
+
 def taught_rows(config: str, data: str, max_rows: int | None = None) -> Pairs:
     "What a model of `config` (`full` or a retain config) is taught, common knowledge left out."
     rows = question_pairs(config, data)
     if max_rows is None:
         return rows
-    full, asked = question_pairs("full", data), set(question_pairs("retain_perturbed", data))
-    tail = len(full) - len(full) // 10
-    by_need = sorted(range(len(full)), key=lambda i: (full[i] not in asked, i < tail, -i if i >= tail else i))  # the tail from its end
-    kept = {full[i] for i in by_need[:max_rows]}
+    kept = set(rows_by_need(data)[:max_rows])
     return [pair for pair in rows if pair in kept]
 
 # %% ../nbs/05_tofu.ipynb #b75b79a8
@@ -111,10 +115,11 @@ class TofuRows:
         "Raise where a small model would not be taught all that it is to forget."
         if self.max_rows is None:
             return
-        rows, forget = set(taught_rows("full", self.data, self.max_rows)), question_pairs(split, self.data)
-        if missing := sum(p not in rows for p in forget):
+        rows, forget = rows_by_need(self.data), set(question_pairs(split, self.data))
+        if missing := len(forget - set(rows[:self.max_rows])):
+            enough = max(i for i, row in enumerate(rows, start=1) if row in forget)
             raise OpenUnlearnError(f"With train_rows {self.max_rows}, {missing} of the {len(forget)} rows of {split} would never be "
-                                   f"taught; give {self.max_rows + missing} or more.")
+                                   f"taught; give {enough} or more.")
 
     def check_rows(self, config: str) -> None:
         "Raise where a config cannot be read."

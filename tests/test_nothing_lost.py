@@ -1,6 +1,5 @@
 """Machines go down, disks fill up, downloads break off: a clear sentence, and nothing half-written taken for a result."""
 
-import json
 import os
 import random
 import shutil
@@ -11,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from openunlearn_nb.cli import main
 from openunlearn_nb.grid import plan

@@ -85,7 +85,7 @@ def test_a_grids_numbers_do_not_depend_on_the_number_of_processes(small_grid, tm
 def test_public_names():
     assert callable(openunlearn_nb.method_loss) and "NPO" in openunlearn_nb.METHODS
     with pytest.raises(AttributeError, match="no_such"):
-        openunlearn_nb.no_such
+        _ = openunlearn_nb.no_such
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,54 @@
+"""A user's own data from the shell, and the report of what came of it."""
+
+import csv
+import json
+
+import pytest
+
+from openunlearn_nb.cli import main
+from openunlearn_nb.models import save_model, tiny_llama, train_tokenizer
+from openunlearn_nb.tofu import question_pairs
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = question_pairs("forget01", "miniature")
+    for side, part in (("forget", rows[:4]), ("retain", rows[4:12])):
+        with open(folder / f"{side}.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("question", "answer"), *part])
+    return folder
+
+
+def test_a_csv_is_unlearned_and_reported(data, tmp_path, capsys):
+    runs, page = tmp_path / "runs", tmp_path / "report.html"
+    assert main(["own", "--data", str(data), "--methods", "NPO,IdkDPO", "--epochs", "1", "--jobs", "1", "--quiet", "--output", str(runs)]) == 0
+    printed = capsys.readouterr().out
+    assert all(row in printed for row in ("Retain", "Finetuned", "NPO", "IdkDPO"))
+    values = {row: json.loads((runs / "own" / row / "OWN_SUMMARY.json").read_text()) for row in ("Retain", "Finetuned", "NPO")}
+    assert values["Finetuned"]["forget_Q_A_Prob"] > 2 * values["Retain"]["forget_Q_A_Prob"]
+    assert values["NPO"] != values["Finetuned"]
+    assert main(["table", str(runs), "--check"]) == 0
+    assert main(["report", str(runs), "--output", str(page)]) == 0
+    text = page.read_text()
+    assert "OWN, embedded" in text and text.count("<img") == 1 and str(tmp_path) not in text
+
+
+def test_a_model_of_ones_own_and_texts(tmp_path, capsys):
+    folder, base = tmp_path / "data", tmp_path / "base"
+    (folder / "retain").mkdir(parents=True)
+    (folder / "forget.txt").write_text("The seal lies in the north tower, under the third stone. " * 3)
+    for name in "ab":
+        (folder / "retain" / f"{name}.txt").write_text(f"Note {name}: the tower was rebuilt twice after the flood. " * 3)
+    tokenizer = train_tokenizer([(folder / "forget.txt").read_text()], 300)
+    save_model(tiny_llama(tokenizer, hidden=32, layers=2), tokenizer, base)
+    common = ["--data", str(folder), "--max-length", "32"]
+    train = ["train", "--benchmark", "OWN", "--epochs", "1", "--learning-rate", "1e-3", *common]
+    assert main([*train, "--model", str(base), "--method", "Finetune", "--output", str(tmp_path / "taught")]) == 0
+    assert main([*train, "--model", str(tmp_path / "taught"), "--method", "GradDiff", "--output", str(tmp_path / "after")]) == 0
+    capsys.readouterr()
+    assert main(["eval", "own", "--model", str(tmp_path / "after"), *common, "--output", str(tmp_path / "eval")]) == 0
+    assert 0 < json.loads(capsys.readouterr().out)["forget_Q_A_Prob"] < 1
+    assert main([*train, "--model", str(base), "--method", "IdkDPO", "--output", str(tmp_path / "idk")]) == 2
+    assert "a text answers nothing" in capsys.readouterr().err

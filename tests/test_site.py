@@ -1,0 +1,44 @@
+"""The built site in a browser: pages have their tables, plots and equations, and text from models stays text."""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[1] / "_docs"
+CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+pytestmark = [pytest.mark.skipif(not DOCS.is_dir(), reason="the site is not built: python scripts/site.py"),
+              pytest.mark.skipif(not CHROMIUM, reason="no Chromium here (apt install chromium)")]
+PAGES = {"index.html": ("table", "pre"), "results/tofu_llama2_7b.html": ("table", "img"), "results/leaderboard.html": ("table",),
+         "16_methods.html": ("table", "math", "pre"), "08a_own.html": ("pre",)}
+
+
+def browser(*flags: str) -> str:
+    with tempfile.TemporaryDirectory() as profile:
+        done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+                               "--disable-component-update", "--disable-sync", "--hide-scrollbars", f"--user-data-dir={profile}", *flags],
+                              capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": profile})
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_has_what_it_should(page, tmp_path):
+    drawn = browser("--dump-dom", f"file://{DOCS / page}")
+    assert all(re.search(f"<{tag}[ >]", drawn) for tag in PAGES[page])
+    for width in (1280, 400):
+        shot = tmp_path / f"{width}.png"
+        browser(f"--window-size={width},1400", f"--screenshot={shot}", f"file://{DOCS / page}")
+        assert shot.stat().st_size > 20_000  # an empty page is smaller
+
+
+def test_the_board_sorts(tmp_path):
+    page = (DOCS / "results/leaderboard.html").read_text(encoding="utf-8")
+    click = "<script>document.querySelectorAll('#leaderboard th')[0].click()</script>"
+    (tmp_path / "board.html").write_text(page.replace("</body>", f"{click}</body>"), encoding="utf-8")
+    drawn = browser("--dump-dom", f"file://{tmp_path / 'board.html'}")
+    methods = re.findall(r'<tr><td data-v="(\w+)"', drawn)
+    assert len(methods) == 12 and methods == sorted(methods)
