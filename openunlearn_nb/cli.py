@@ -191,7 +191,8 @@ def parser() -> argparse.ArgumentParser:
         p.set_defaults(run=run)
 
     top = argparse.ArgumentParser(prog="openunlearn", description="Make a language model forget, and know whether it did.",
-                                  epilog="example: openunlearn tofu --methods NPO,RMU --splits forget10")
+                                  epilog="example: openunlearn tofu --methods NPO,RMU --splits forget10. Exit codes: 0 done; 1 a cell "
+                                  "of a grid failed, or a record no longer matches; 2 something asked for cannot be; 130 interrupted.")
     top.add_argument("--version", action="version", version=f"openunlearn_nb {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command(commands, "tofu", grid_command("TOFU"), _tofu_parser, "run the TOFU grid and print its table",

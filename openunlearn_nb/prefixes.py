@@ -58,7 +58,7 @@ def batches(lengths: Sequence[int], tokens: int, rows: int | None = None, before
 # %% ../nbs/13_prefixes.ipynb #9e1c583c
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"  # renamed in transformers 5.24
 
-ROOM = 64  # tokens
+ROOM = 64  # tokens, where it is not known how many will come
 
 class Roomy(DynamicLayer):
     "Keys and values with room for more: a token that is read on is written behind them, where transformers copies all of them at every step."
@@ -69,17 +69,17 @@ class Roomy(DynamicLayer):
             self.room = 0
         held, new = self.get_seq_length(), key_states.shape[-2]
         if held + new > self.room:
-            self.hold(self.keys if held else key_states[:, :, :0], self.values if held else value_states[:, :, :0], new)
+            self.hold(self.keys if held else key_states[:, :, :0], self.values if held else value_states[:, :, :0], new + ROOM)
         for buffer, states in zip(self.buffers, (key_states, value_states)):
             buffer[:, :, held:held + new] = states
         return self._see(held + new)
 
     def hold(self, keys: Tensor, values: Tensor, more: int = 0, rows: Tensor | None = None) -> None:
-        "Hold these keys and values (or `rows` of them), with room behind them for `more` tokens and some."
+        "Hold these keys and values (or `rows` of them), with room behind them for `more` tokens."
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         held, rows = keys.shape[-2], torch.arange(len(keys), device=keys.device) if rows is None else rows
-        self.room = held + more + ROOM
+        self.room = held + more
         self.buffers = [t.new_empty(len(rows), t.shape[1], self.room, t.shape[3]) for t in (keys, values)]
         for buffer, t in zip(self.buffers, (keys, values)):
             torch.index_select(t, 0, rows, out=buffer[:, :, :held])
@@ -90,7 +90,7 @@ class Roomy(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.hold(self.keys, self.values, rows=indices)
+        self.hold(self.keys, self.values, self.room - self.get_seq_length(), indices)
 
 def empty_cache(layers: int) -> DynamicCache:
     "A cache of `layers` layers with room."
@@ -103,11 +103,11 @@ class Read(NamedTuple):
     cache: DynamicCache
     mask: Tensor  # bool [rows, columns]
 
-    def take(self, rows: Sequence[int]) -> "Read":
-        "Some of the rows, in any order and as often as they are named; the others, and what is read on, change nothing of these."
+    def take(self, rows: Sequence[int], more: int = 0) -> "Read":
+        "Some of the rows, in any order and as often as they are named, with room for `more` tokens; what is read on changes nothing of these."
         index, taken = torch.tensor(rows, device=self.mask.device), empty_cache(len(self.cache.layers))
         for layer, new in zip(self.cache.layers, taken.layers):
-            new.hold(layer.keys, layer.values, rows=index)
+            new.hold(layer.keys, layer.values, more, index)
         return Read(taken, self.mask[index])
 
 def going_on(before: Read | None, ids: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> dict:
@@ -149,10 +149,10 @@ def read(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int, ste
     "Read rows of ids, which all begin with what `stem` (one row) has read, in batches of at most `tokens`."
     known = stem.mask.shape[1] if stem else 0
     layers = len(DynamicCache(config=model.config).layers)
-    begun = lambda n: stem.take([0] * n) if stem else Read(empty_cache(layers), torch.ones(n, 0, dtype=torch.bool, device=model.device))
+    begun = lambda n, more=0: stem.take([0] * n, more) if stem else Read(empty_cache(layers), torch.ones(n, 0, dtype=torch.bool, device=model.device))
     if max(map(len, rows)) == known:
         return begun(len(rows))
     groups = list(batches([max(1, len(row) - known) for row in rows], tokens, waste=WASTE))
-    reads = [_read(model, [rows[i][known:] for i in group], pad_id, begun(len(group))) for group in groups]
+    reads = [_read(model, [rows[i][known:] for i in group], pad_id, begun(len(group), max(len(rows[i]) for i in group) - known)) for group in groups]
     place = {i: k for k, i in enumerate(i for group in groups for i in group)}
     return joined(reads, [place[i] for i in range(len(rows))])

@@ -106,14 +106,12 @@ def suite_part(suite: str, model: str, values: Values, runs: Sequence[Run]) -> s
 
 def write_report(folder: str | Path, output: str | Path) -> Path:
     "Write a report of all runs below a folder (of several seeds: of the first) into one HTML file."
-    import matplotlib.pyplot as plt
     found, below = find_runs(folder), Path(folder).expanduser()
     first = min((r.seed for r in found if r.seed is not None), default=None)
     runs, parts = [r for r in found if r.seed in (None, first)], []
-    with plt.ioff():
-        for suite in SUITES:
-            for model, values in measured(runs, suite).items() if any(r.suite == suite for r in runs) else ():
-                parts.append(suite_part(suite, model, values, [r for r in runs if (r.suite, r.model) == (suite, model)]))
+    for suite in SUITES:
+        for model, values in measured(runs, suite).items() if any(r.suite == suite for r in runs) else ():
+            parts.append(suite_part(suite, model, values, [r for r in runs if (r.suite, r.model) == (suite, model)]))
     if general := measured(runs, GENERAL):
         parts.append(f"<h2>General ability, by lm-eval</h2>{''.join(values_table(v, columns_of(GENERAL, general)) for v in general.values())}")
     seeds = f" Seed {first} of several; openunlearn table shows their spread." if first is not None else ""

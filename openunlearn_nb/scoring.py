@@ -91,7 +91,7 @@ def group_scores(model: PreTrainedModel, group: Sequence[Family], stem: Read | N
     found: dict[int, TokenScores] = {}
     for batch in batches([len(ids) for _, _, ids, _ in rows], tokens, before=max(len(f.prefix) for f in group), waste=WASTE):
         numbers, of, ids, labels = zip(*(rows[j] for j in batch))
-        inputs = going_on(before and before.take(of), ids, pad_id, model.device)
+        inputs = going_on(before and before.take(of, max(map(len, ids))), ids, pad_id, model.device)
         width = inputs["input_ids"].shape[1]
         padded = torch.tensor([[*row, *[-100] * (width - len(row))] for row in labels], device=model.device)
         found |= zip(numbers, batch_scores(model, inputs, padded, moments))
