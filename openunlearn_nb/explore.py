@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .errors import OpenUnlearnError
 from .generation import generate
 from .prompts import Encoder, conversation_ids, encode_all
 from .records import read_json
@@ -51,7 +52,7 @@ def _widgets() -> Any:
     try:
         import ipywidgets
     except ImportError as e:
-        raise ImportError("This needs ipywidgets, which comes with Jupyter: pip install ipywidgets. side_by_side works without.") from e
+        raise OpenUnlearnError("This needs ipywidgets, which comes with Jupyter: pip install ipywidgets. side_by_side works without.") from e
     return ipywidgets
 
 def explorer(models: dict[str, PreTrainedModel], enc: Encoder, pairs: Sequence[tuple[str, str]]) -> Any:

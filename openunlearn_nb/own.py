@@ -7,6 +7,7 @@ __all__ = ['KINDS', 'NEW_TOKENS', 'read_table', 'load_own', 'OwnRows', 'OwnQuest
 
 # %% ../nbs/08a_own.ipynb #14fb0d11
 import csv
+import io
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,7 +30,7 @@ def read_table(file: Path) -> list[dict]:
     except (OSError, UnicodeDecodeError) as e:
         raise OpenUnlearnError(f"Cannot read {file}: {getattr(e, 'strerror', None) or 'it is not UTF-8 text'}.") from e
     if file.suffix == ".csv":
-        rows = list(csv.DictReader(text.splitlines(keepends=True), skipinitialspace=True))
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True))
         if (i := next((i for i, row in enumerate(rows) if None in row or None in row.values()), None)) is not None:
             raise OpenUnlearnError(f"Row {i} of {file} has {'more' if None in rows[i] else 'fewer'} columns than the first line names; put texts with a "
                                    "comma in double quotes.")
@@ -37,7 +38,7 @@ def read_table(file: Path) -> list[dict]:
     if file.suffix == ".txt":
         return [{"text": text.strip()}]
     rows = []
-    for i, line in enumerate(text.splitlines(), start=1):
+    for i, line in enumerate(text.split("\n"), start=1):  # and not splitlines: JSON may hold other line separators
         if line.strip():
             try:
                 rows.append(json.loads(line))

@@ -61,7 +61,7 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parame
 ROOM = 64  # tokens, where it is not known how many will come
 
 class Roomy(DynamicLayer):
-    "Keys and values with room for more: a token that is read on is written behind them, where transformers copies all of them at every step."
+    "Keys and values with room for more, for reading on and choosing rows: new ones are written behind them, where transformers copies all at every step."
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:

@@ -27,7 +27,8 @@ td.text{text-align:left;min-width:14rem;overflow-wrap:anywhere}.more{color:#0072
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "", over: Sequence[str] = ()) -> str:
     "A table of texts, escaped; `kind` is the class of all but the first column (`sign`: `more` and `less`, by each cell's sign)."
-    style = lambda cell: {"+": "more", "-": "less"}.get(cell[:1], "") if kind == "sign" and len(cell) > 1 else kind
+    sign = lambda cell: {"+": "more", "-": "less"}.get(cell[:1], "") if any(c in "123456789" for c in cell) else ""  # a zero has none
+    style = lambda cell: sign(cell) if kind == "sign" else kind
     line = lambda cells, tag, of: "<tr>" + "".join(f'<{tag} class="{of(c) if i else ""}">{escape(c)}</{tag}>' for i, c in enumerate(cells)) + "</tr>"
     top = "".join(line(cells, "th", lambda c: "") for cells in (over, head) if any(cells))
     return f'<div class="scroll"><table><thead>{top}</thead><tbody>{"".join(line(r, "td", style) for r in rows)}</tbody></table></div>'
@@ -46,16 +47,16 @@ def figure(fig: Any, what: str) -> str:
     return f'<img alt="{escape(what, quote=True)}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 # %% ../nbs/41_report.ipynb #0b054017
-def plots_of(suite: str, split: str, rows: dict[str, dict], evaluations: dict[str, dict]) -> list[str]:
+def plots_of(suite: str, split: str, rows: dict[str, dict], evaluations: dict[str, dict], what: str) -> list[str]:
     "What a split looks like: bars of all printed metrics; for TOFU also quality against utility, and what the KS test saw."
     import matplotlib.pyplot as plt
 
     from openunlearn_nb.plots import metric_bars, quality_against_utility, truth_ratio_ecdf
-    found = [figure(metric_bars(rows, SUITES[suite].columns, f"Measured: {split}"), f"{split}: {', '.join(SUITES[suite].columns)}")]
+    found = [figure(metric_bars(rows, SUITES[suite].columns, f"{what}: {split}"), f"{split}: {', '.join(SUITES[suite].columns)}")]
     if suite != "TOFU" or not (retain := evaluations.get("Retain")):
         return found
     fig, ax = plt.subplots(figsize=(5.4, 3.6))
-    quality_against_utility(rows, ax, f"Measured: {split}").legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    quality_against_utility(rows, ax, f"{what}: {split}").legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     found.append(figure(fig, f"{split}: forget quality against model utility"))
     others = [row for row in evaluations if row != "Retain" and "forget_truth_ratio" in evaluations[row]]
     if others and "forget_truth_ratio" in retain:
@@ -94,14 +95,16 @@ def sources_of(runs: Sequence[Run], below: Path) -> str:
 def suite_part(suite: str, model: str, values: Values, runs: Sequence[Run]) -> str:
     "The part of a report about one model on one benchmark."
     columns = SUITES[suite].columns
-    out = [f"<h2>{escape(suite)}, {escape(model)}</h2>", "<h3>Measured</h3>"]
+    ours = all((run.file.parent / "run.json").exists() for run in runs)
+    what = "Measured" if ours else "Recomputed from logs"
+    out = [f"<h2>{escape(suite)}, {escape(model)}</h2>", f"<h3>{what}</h3>"]
     out += [values_table(part, columns) for part in by_study(values).values()]
     if PUBLISHED.get(model, ("",))[0] == suite and (page := {s: rows for s, rows in published(model).items() if s in values}):
         out += ["<h3>As published by OpenUnlearning</h3>", values_table(page, columns),
-                "<h3>Measured minus published</h3><p>Of forget quality, in powers of ten.</p>", values_table(difference(values, page), columns, "sign")]
+                f"<h3>{what}, minus published</h3><p>Of forget quality, in powers of ten.</p>", values_table(difference(values, page), columns, "sign")]
     for split, rows in values.items():
         evaluations = {r.row: read_json(r.file, "evaluation") for r in sorted(runs, key=lambda r: row_order(r.row)) if r.split == split}
-        out += [f"<h3>{escape(split)}</h3>", *plots_of(suite, split, rows, evaluations), answers_of(suite, evaluations)]
+        out += [f"<h3>{escape(split)}</h3>", *plots_of(suite, split, rows, evaluations, what), answers_of(suite, evaluations)]
     return "\n".join(out)
 
 def write_report(folder: str | Path, output: str | Path) -> Path:

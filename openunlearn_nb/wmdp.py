@@ -25,7 +25,7 @@ _LIKE = {"bio": "News", "cyber": "Books"}  # what the miniature takes in their p
 def read_texts(file: Path) -> list[str]:
     "The texts of a corpus file: a line each, plain or as `{\"text\": ...}`."
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         raise OpenUnlearnError(f"Cannot read the corpus {file}: {getattr(e, 'strerror', None) or e}.") from e
     texts = []
