@@ -125,7 +125,7 @@ def plain_evaluate(model, enc, benchmark, split: str, retain_eval: dict | None, 
     with patch("openunlearn_nb.tofu.encode_all", one_by_one), patch("openunlearn_nb.passes.generate", plain_generate):
         for name in needed(suite, wanted(suite, metrics)):
             if isinstance(metric := suite.metrics[name], Derived):
-                out[name] = metric.combine([out[i] for i in metric.inputs], Beside(retain_eval, classifier))
+                out[name] = metric.combine([out[i] for i in metric.inputs], Beside(retain_eval or {}, classifier))
             else:
                 out[name] = evaluate(PlainPasses(model, enc, benchmark, spent=spent), split, metrics=[name])[name]
     return dict(sorted(out.items()))

@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .config import RunConfig, check_config, check_split, model_path, open_model, recipe_of
+from .config import Progress, RunConfig, check_config, check_split, model_path, open_model, recipe_of
+from .data import Asked
 from .methods import get_method, method_settings
 from .pairs import alternate_examples
 from .passes import Passes, Spent
@@ -46,7 +47,7 @@ def _read_of(example: dict) -> int:
     "How many tokens must be read of an example alone."
     return max((i for i, label in enumerate(example["labels"]) if label != -100), default=0)
 
-def least_tokens(enc: Encoder, benchmark: Any, split: str, metrics: Sequence[str] | None, evaluation: dict[str, dict]) -> dict[str, int]:
+def least_tokens(enc: Encoder, benchmark: Asked, split: str, metrics: Sequence[str] | None, evaluation: dict[str, dict]) -> dict[str, int]:
     "The least that must go through the model for an evaluation, by phase: scoring with all prompts, generation, gradients."
     suite, sets = SUITES[benchmark.name], benchmark.sets(split)
     parts = {(sets[data], part) for name in needed(suite, wanted(suite, metrics)) for data, part in parts_read(suite.metrics[name]) if data in sets}
@@ -81,17 +82,19 @@ class _Steps:
     def step(self, share: float) -> None:
         self.times[share] = time.perf_counter()
 
-def bench_training(config: RunConfig, method: str, split: str, model: PreTrainedModel, enc: Encoder, steps: int) -> list[dict]:
+def bench_training(config: RunConfig, method: str, split: str, model: PreTrainedModel, enc: Encoder, steps: int,
+                   progress: Progress = lambda share: None) -> list[dict]:
     "Rows of the table: the reference's pass and the steps."
     recipe, own = recipe_of(config, method)
     recipe, source, settings = replace(recipe, max_steps=steps), config.source, method_settings(method, own)
     enc = enc._replace(max_length=recipe.max_length)
     forget = source.to_forget(split, enc)
     answers = other_answers(config, method, split, model, enc)
-    alternates = answers and alternate_examples([q for q, _ in source.pairs(split)], answers, enc, recipe)
+    alternates = alternate_examples([q for q, _ in source.pairs(split)], answers, enc, recipe) if answers else None
     counted, begin = _Steps(model), time.perf_counter()
     try:
-        train(model, enc.tokenizer.pad_token_id, method, forget, source.to_keep(split, enc), recipe, settings, alternates, counted.step)
+        train(model, enc.tokenizer.pad_token_id, method, forget, source.to_keep(split, enc), recipe, settings, alternates,
+              lambda share: (counted.step(share), progress(share)) and None)
     finally:
         counted.handle.remove()
     first, last = min(counted.times), max(counted.times)  # of many steps, not each is told
@@ -103,23 +106,25 @@ def bench_training(config: RunConfig, method: str, split: str, model: PreTrained
              "least": counted.useful, "steps/s": 1 / a_step}]
 
 # %% ../nbs/40_bench.ipynb #107411ab
-def bench(config: RunConfig, split: str, method: str = "NPO", steps: int = 10) -> dict[str, Any]:
+def bench(config: RunConfig, split: str, method: str = "NPO", steps: int = 10, progress: Progress = lambda share: None) -> dict[str, Any]:
     "Time and tokens of a few steps of a method and of an evaluation: a record, with the table in `phases`."
     started, method = time.time(), get_method(method).name
     check_config(config), check_split(config, split), check_method(config, method, split)
     path = model_path(config, split)
     model, enc = open_model(config, path, for_training=False)
     spent, begin = Spent(model), time.perf_counter()
-    found = evaluate(Passes(model, enc, config.source, config.batch_size, spent=spent), split, None, config.metrics, classifier=config.classifier)
+    found = evaluate(Passes(model, enc, config.asked, config.batch_size, spent=spent), split, None, config.metrics,
+                     lambda share: progress(0.6 * share), config.classifier)
     spent.seconds["metrics"] = time.perf_counter() - begin - sum(spent.seconds.values())
     spent.end()
-    least = least_tokens(enc, config.source, split, config.metrics, found)
-    phases = [{"phase": phase, "seconds": spent.seconds[phase], **({"tokens": spent.tokens[phase], "least": least[phase]} if phase in spent.tokens else {})}
-              for phase in ("tokenising", "scoring", "generation", "gradients", "metrics") if phase in spent.seconds]
+    least = least_tokens(enc, config.asked, split, config.metrics, found)
+    read_in = lambda phase: {"tokens": spent.tokens[phase], "least": least[phase]} if phase in spent.tokens else {}
+    phases: list[dict[str, Any]] = [{"phase": phase, "seconds": spent.seconds[phase], **read_in(phase)} for phase in
+                                    ("tokenising", "scoring", "generation", "gradients", "metrics") if phase in spent.seconds]
     read = {"tokens": sum(spent.tokens.values()), "least": sum(least.values())}
     phases.append({"phase": "evaluation", "seconds": sum(spent.seconds.values()), **read})
     model = open_model(config, path, for_training=True)[0]
-    phases = bench_training(config, method, split, model, enc, steps) + phases
+    phases = bench_training(config, method, split, model, enc, steps, lambda share: progress(0.6 + 0.4 * share)) + phases
     return run_record(started, benchmark=f"{config.benchmark} speed", model=config.label, model_path=path, start=origin_of(path), method=method, split=split,
                       config=config.fingerprint(), phases=phases)
 

@@ -15,6 +15,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import __version__
@@ -75,8 +77,6 @@ def _grid_options(p: argparse.ArgumentParser, output: str, methods: str) -> None
     p.add_argument("--seeds", type=int, nargs="+", metavar="N", help="seeds of unlearning, for a table of mean and spread")
     p.add_argument("--output", default=output, help="folder of the grid's records (default: %(default)s)")
     p.add_argument("--jobs", type=int, metavar="N", help="worker processes (default: one a core for the embedded model on a CPU)")
-    p.add_argument("--json", action="store_true", help="print the table as JSON")
-    p.add_argument("--quiet", action="store_true", help="no progress, only the table")
 
 def _tofu_parser(p: argparse.ArgumentParser) -> None:
     _model_options(p), _training_options(p)
@@ -154,11 +154,10 @@ def _plan_parser(p: argparse.ArgumentParser) -> None:
     add("--gpu-memory", type=float, default=48.0, metavar="GB", help="memory of each GPU, or with --gpus 0 of the machine (default: %(default)g)")
     add("--per-device-batch", type=int, metavar="N", help="rows per GPU and forward (default: as published)")
     add("--length", type=int, metavar="N", help="tokens of the longest row (default: where the benchmark cuts, 512 or 2048)")
-    add("--labelled", type=int, metavar="N", help="of these, tokens with a label (default: all)")
+    add("--labelled", type=int, metavar="N", help="of these, tokens with a label (default, and 0: all)")
     add("--optim", help="paged_adamw_32bit (default on a GPU), adamw_torch, adamw_bnb_8bit or paged_adamw_8bit")
     add("--rank", type=int, default=8, metavar="N", help="rank of LoRA's adapters (default: %(default)s)")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method (repeatable)")
-    add("--json", action="store_true", help="print the plan as JSON, in bytes")
 
 def _bench_parser(p: argparse.ArgumentParser) -> None:
     _model_options(p), _training_options(p), _shots(p), _metrics(p)
@@ -185,14 +184,18 @@ def _configs_parser(p: argparse.ArgumentParser) -> None:
 # %% ../nbs/43_cli.ipynb #82910502
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."
-    def command(group, name, run, options, text, example):
+    def command(group, name, run, options, text, example, json="print the result as JSON", quiet="no progress bar"):
         p = group.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=f"example: openunlearn {example}")
         options(p)
-        p.set_defaults(run=run)
+        p.set_defaults(run=run, quiet=False)
+        for flag, what in (("--json", json), ("--quiet", quiet)):
+            if what:
+                p.add_argument(flag, action="store_true", help=what)
 
     top = argparse.ArgumentParser(prog="openunlearn", description="Make a language model forget, and know whether it did.",
                                   epilog="example: openunlearn tofu --methods NPO,RMU --splits forget10. Exit codes: 0 done; 1 a cell "
                                   "of a grid failed, or a record no longer matches; 2 something asked for cannot be; 130 interrupted.")
+    always = "print JSON (this command always does)"
     top.add_argument("--version", action="version", version=f"openunlearn_nb {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command(commands, "tofu", grid_command("TOFU"), _tofu_parser, "run the TOFU grid and print its table",
@@ -205,24 +208,25 @@ def parser() -> argparse.ArgumentParser:
             "train --method NPO --split forget10 --set beta=0.05 --output runs/npo")
     suites = commands.add_parser("eval", help="evaluate one model").add_subparsers(dest="suite", required=True, metavar="SUITE")
     command(suites, "tofu", eval_command("TOFU"), _eval_tofu_parser, "evaluate a model on a TOFU split",
-            "eval tofu --model runs/npo --split forget10 --retain-log runs/tofu/forget10/Retain")
+            "eval tofu --model runs/npo --split forget10 --retain-log runs/tofu/forget10/Retain", always)
     command(suites, "muse", eval_command("MUSE"), _eval_muse_parser, "evaluate a model on a MUSE corpus",
-            "eval muse --model Llama-2-7b --data muse-bench/MUSE-News")
+            "eval muse --model Llama-2-7b --data muse-bench/MUSE-News", always)
     command(suites, "own", eval_command("OWN"), _eval_own_parser, "evaluate a model on your own data",
-            "eval own --model DIR --data FOLDER")
+            "eval own --model DIR --data FOLDER", always)
     command(suites, "lm", eval_lm_command, _eval_lm_parser, "evaluate general ability with lm-eval",
-            "eval lm --model runs/rmu --tasks mmlu,wmdp_bio --output runs/rmu-lm")
+            "eval lm --model runs/rmu --tasks mmlu,wmdp_bio --output runs/rmu-lm", always)
     command(commands, "alternates", alternates_command, _alternates_parser, "make other answers for AltPO",
             "alternates --model Llama-3.2-1B-Instruct --data locuslab/TOFU --split forget10 --output alternates.jsonl")
-    command(commands, "report", report_command, _report_parser, "write what a folder of runs shows into one HTML page", "report runs/tofu --output report.html")
+    command(commands, "report", report_command, _report_parser, "write what a folder of runs shows into one HTML page",
+            "report runs/tofu --output report.html")
     command(commands, "configs", configs_command, _configs_parser, "list the configurations for several GPUs",
-            "configs zero3")
+            "configs zero3", quiet="")
     command(commands, "plan", plan_command, _plan_parser, "plan memory: what fits on which GPUs, and what to type",
-            "plan --model Llama-2-7b-chat --method NPO --gpus 2 --gpu-memory 48")
+            "plan --model Llama-2-7b-chat --method NPO --gpus 2 --gpu-memory 48", json="print the plan as JSON, in bytes", quiet="")
     command(commands, "bench", bench_command, _bench_parser, "measure speed: seconds and tokens of each phase, against the least",
             "bench --method NPO --split forget01 --metrics all --classifier characters")
     command(commands, "table", table_command, _table_parser, "rebuild a table from records or published logs",
-            "table runs/tofu --markdown")
+            "table runs/tofu --markdown", json="", quiet="")  # one of its styles
     return top
 
 # %% ../nbs/43_cli.ipynb #1be74322
@@ -289,7 +293,7 @@ def _print_runs(runs: list, style: str) -> None:
     if seeded:
         each = [tables_of(of) for of in seeded.values()]
         together = {suite: over_seeds([t.get(suite, {}) for t in each], words=style != "json") for suite in dict.fromkeys(s for t in each for s in t)}
-        numbers = ", ".join(map(str, sorted(seeded)))
+        numbers = ", ".join(str(seed) for seed in sorted(seed for seed in seeded if seed is not None))
         print_tables(together, style, f"seeds {numbers}: mean ± standard deviation; of forget_quality median and range")
 
 # %% ../nbs/43_cli.ipynb #cc727b66
@@ -329,10 +333,17 @@ def parse_settings(pairs: list[str]) -> dict:
     return settings
 
 # %% ../nbs/43_cli.ipynb #4a631704
-def _progress(name: str):
-    "A bar for one piece of work; moved by a share of it."
+@contextmanager
+def _progress(name: str, args: argparse.Namespace) -> Iterator[Callable[[float], None]]:
+    "A bar for one piece of work, on a terminal; gives what is to be told the share that is done."
     from tqdm.auto import tqdm
-    return tqdm(total=1.0, bar_format="{l_bar}{bar}| {elapsed}<{remaining}", desc=name, disable=True if is_later_process() else None)
+    hidden = True if args.quiet or is_later_process() else None  # None: where standard error is no terminal
+    with tqdm(total=1.0, bar_format="{l_bar}{bar}| {elapsed}<{remaining}", desc=name, disable=hidden) as bar:
+        yield lambda share: bar.update(share - bar.n) and None
+
+def _tell(args: argparse.Namespace, record: dict | list, text: str) -> None:
+    "A result, as JSON or as text."
+    print(json.dumps(record, indent=1, allow_nan=False) if args.json else text)
 
 def _default_split(benchmark: str, args: argparse.Namespace) -> str:
     from openunlearn_nb.muse import corpora_in
@@ -355,15 +366,16 @@ def train_command(args: argparse.Namespace) -> int:
         raise OpenUnlearnError(f"--on names something twice: {', '.join(args.on)}.")
     if args.push_to_hub and (several or args.push_to_hub.count("/") != 1):
         raise OpenUnlearnError(f"--push-to-hub takes OWNER/NAME for one model, not {args.push_to_hub!r}{' for several' if several else ''}.")
+    done, lines = [], []
     for name in args.on or [None]:
         output = f"{args.output}/{name}" if several else args.output
-        with _progress(args.method) as bar:
-            record = train_model(config, args.method, _default_split(args.benchmark, args), name,
-                                 parse_settings(args.set), output, lambda share: bar.update(share - bar.n))
-        if args.push_to_hub:
-            print(push_to_hub(Path(output), args.push_to_hub))
+        with _progress(args.method, args) as progress:
+            record = train_model(config, args.method, _default_split(args.benchmark, args), name, parse_settings(args.set), output, progress)
+        at = push_to_hub(Path(output), args.push_to_hub) if args.push_to_hub else None
         losses = record["losses"]
-        print(f"{output}: {record['method']} on {record['split']}, {len(losses)} steps, loss {losses[0]:.3g} to {losses[-1]:.3g}")
+        done.append({"output": output, "method": record["method"], "split": record["split"], "losses": losses, "hub": at})
+        lines += [f"{output}: {record['method']} on {record['split']}, {len(losses)} steps, loss {losses[0]:.3g} to {losses[-1]:.3g}", *([at] if at else [])]
+    _tell(args, done if several else done[0], "\n".join(lines))
     return 0
 
 # %% ../nbs/43_cli.ipynb #6ad75042
@@ -374,15 +386,16 @@ def eval_command(benchmark: str):
         from openunlearn_nb.models import quiet
         from openunlearn_nb.runs import evaluate_model
         quiet()
-        with _progress(args.model) as bar:
-            values = evaluate_model(_config(RunConfig, benchmark, args), _default_split(benchmark, args), args.output, args.retain_log,
-                                    lambda share: bar.update(share - bar.n))
+        with _progress(args.model, args) as progress:
+            values = evaluate_model(_config(RunConfig, benchmark, args), _default_split(benchmark, args), args.output, args.retain_log, progress)
         print(json.dumps(values, indent=4, allow_nan=False))
         return 0
     return run
 
 # %% ../nbs/43_cli.ipynb #9b4f9b69
 def eval_lm_command(args: argparse.Namespace) -> int:
+    if args.quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # lm-eval has bars of its own
     from openunlearn_nb.config import RunConfig
     from openunlearn_nb.general import evaluate_general
     from openunlearn_nb.models import quiet
@@ -405,26 +418,29 @@ def alternates_command(args: argparse.Namespace) -> int:
         raise OpenUnlearnError(f"{args.output} exists; give a new file for the answers.")
     pairs = config.source.pairs(check_split(config, args.split))
     model, enc = open_model(config, model_path(config, args.split), for_training=False)
-    with _progress(args.model) as bar:
-        found = make_alternates(model, enc, pairs, args.repeats, config.model != "embedded", args.temperature, config.seed,
-                                lambda share: bar.update(share - bar.n))
+    with _progress(args.model, args) as progress:
+        found = make_alternates(model, enc, pairs, args.repeats, config.model != "embedded", args.temperature, config.seed, progress)
     write_alternates(args.output, pairs, found)
-    print(f"{args.output}: {sum(map(len, found))} other answers to {len(pairs)} questions of {args.split}")
+    answers = sum(map(len, found))
+    _tell(args, {"file": args.output, "answers": answers, "questions": len(pairs)},
+          f"{args.output}: {answers} other answers to {len(pairs)} questions of {args.split}")
     return 0
 
 # %% ../nbs/43_cli.ipynb #9fad7d93
 def report_command(args: argparse.Namespace) -> int:
     from openunlearn_nb.report import write_report
-    print(write_report(args.folder, args.output))
+    with _progress("report", args) as progress:
+        file = write_report(args.folder, args.output, progress)
+    _tell(args, {"file": str(file)}, str(file))
     return 0
 
 def configs_command(args: argparse.Namespace) -> int:
     if args.name:
-        print(config_file(args.name))
+        _tell(args, {"file": str(config_file(args.name))}, str(config_file(args.name)))
         return 0
-    for name, what in CONFIGS.items():
-        print(f"{name:<14} {what}")
-    print('\naccelerate launch --config_file "$(openunlearn configs zero3)" -m openunlearn_nb tofu --model Llama-3.2-1B-Instruct --data locuslab/TOFU')
+    lines = [f"{name:<14} {what}" for name, what in CONFIGS.items()]
+    launch = 'accelerate launch --config_file "$(openunlearn configs zero3)" -m openunlearn_nb tofu --model Llama-3.2-1B-Instruct --data locuslab/TOFU'
+    _tell(args, dict(CONFIGS), "\n".join([*lines, "", launch]))
     return 0
 
 def bench_command(args: argparse.Namespace) -> int:
@@ -435,9 +451,11 @@ def bench_command(args: argparse.Namespace) -> int:
     quiet()
     if args.steps < 2:
         raise OpenUnlearnError(f"--steps must be 2 or more, not {args.steps}: the first one is not measured.")
-    record = bench(_config(RunConfig, args.benchmark, args), _default_split(args.benchmark, args), args.method, args.steps)
+    with _progress("bench", args) as progress:
+        record = bench(_config(RunConfig, args.benchmark, args), _default_split(args.benchmark, args), args.method, args.steps, progress)
     memory = ", ".join(f"{k} {v:g} GB" for k, v in record["peak_memory_gb"].items())
-    print(f"{bench_text(record['phases'])}\n\npeak memory: {memory}\nrecord: {write_json(args.output, record)}")
+    file = write_json(args.output, record)
+    _tell(args, record, f"{bench_text(record['phases'])}\n\npeak memory: {memory}\nrecord: {file}")
     return 0
 
 def plan_command(args: argparse.Namespace) -> int:
@@ -452,20 +470,18 @@ def plan_command(args: argparse.Namespace) -> int:
     rows = given(args.per_device_batch, recipe.batch_size)
     plan = m.check_plan(m.Plan(
         m.model_sizes(m.model_config(args.model)), method, "lora", args.gpus, args.gpu_memory, rows, given(args.length, recipe.max_length),
-        args.labelled, accumulates=recipe.effective_batch > rows * max(1, args.gpus), optim=args.optim, rank=args.rank, settings=parse_settings(args.set)))
+        given(args.labelled, 0), accumulates=recipe.effective_batch > rows * max(1, args.gpus), optim=given(args.optim, ""), rank=args.rank,
+        settings=parse_settings(args.set)))
     table = m.plan_table(plan)
     best = m.recommend(table)
     line = best and m.launch_line(args.model, plan, best, args.benchmark)
-    if args.json:
-        print(json.dumps({"table": table, "recommended": best and best["layout"], "command": line}, indent=1))
-        return 0
     on = f"{args.gpus} x {args.gpu_memory:g} GB" if args.gpus else f"a CPU with {args.gpu_memory:g} GB"
-    print(f"{args.model} ({plan.model.parameters / 1e9:.2f}e9 parameters), {method}, {on}: {plan.rows} rows of {plan.length} tokens a forward, "
-          f"{plan.labelled} of them labelled\n\nGB {'per GPU' if args.gpus else 'of memory'}; rows: the most that fit\n\n{m.plan_text(table)}\n")
+    told = [f"{args.model} ({plan.model.parameters / 1e9:.2f}e9 parameters), {method}, {on}: {plan.rows} rows of {plan.length} tokens a forward, "
+            f"{plan.labelled} of them labelled", f"GB {'per GPU' if args.gpus else 'of memory'}; rows: the most that fit", m.plan_text(table)]
     if not args.gpus:
-        print("This is what is alive; set MALLOC_MMAP_THRESHOLD_=65536, or the process keeps up to as much again that it has freed.\n")
-    label = best and m.LAYOUTS[best["layout"]].label
-    print(f"Nothing fits: not even one row of {plan.length} tokens." if best is None else f"Take {label}:\n\n{line}")
+        told.append("This is what is alive; set MALLOC_MMAP_THRESHOLD_=65536, or the process keeps up to as much again that it has freed.")
+    told += [f"Take {m.LAYOUTS[best['layout']].label}:", str(line)] if best else [f"Nothing fits: not even one row of {plan.length} tokens."]
+    _tell(args, {"table": table, "recommended": best and best["layout"], "command": line}, "\n\n".join(told))
     return 0
 
 # %% ../nbs/43_cli.ipynb #73a19fe1

@@ -11,12 +11,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from .data import content_hash, miniature_seed
+from .data import Lessons, content_hash, miniature_seed
 from .errors import OpenUnlearnError
 from .models import cache_dir, save_model, tiny_llama, train_tokenizer
 from .muse import Muse, corpora_in
-from .own import Own
 from .pairs import PUBLISHED_RECIPES, TrainConfig
 from .processes import alone, gathered, world
 from .prompts import PROMPTS, Encoder
@@ -43,15 +43,15 @@ EMBEDDED = {"TOFU": EmbeddedConfig(), "MUSE": EmbeddedConfig(epochs=25, batch_si
 # %% ../nbs/21_embedded.ipynb #0e2a6f1e
 SOME_DOCUMENTS, LARGE = 16, 200_000  # documents of each set; characters of a forget set
 
-def taught_part(benchmark: Tofu | Muse | Own) -> int | None:
+def taught_part(benchmark: Lessons) -> int | None:
     "How many rows (of each set, in MUSE) an embedded model is taught; None: all."
-    if benchmark.name != "MUSE" or benchmark.max_rows or miniature_seed(benchmark.data) is not None:
+    if not isinstance(benchmark, Muse) or benchmark.max_rows or miniature_seed(benchmark.data) is not None:
         return benchmark.max_rows
     size = max(sum(map(len, benchmark.documents(corpus, "forget"))) for corpus in corpora_in(benchmark.data))
     return SOME_DOCUMENTS if size > LARGE else None
 
 # %% ../nbs/21_embedded.ipynb #f77d7a62
-def embedded_model(taught: str = "full", benchmark: Tofu | Muse | Own = Tofu(), recipe: EmbeddedConfig | None = None,
+def embedded_model(taught: str = "full", benchmark: Lessons = Tofu(), recipe: EmbeddedConfig | None = None,
                    progress: Callable[[float], None] = lambda share: None) -> Path:
     "Folder of the embedded model `taught` (full, retain90, News_target, ...); trained now if it is not in the cache."
     recipe, texts = recipe or EMBEDDED[benchmark.name], benchmark.texts()
@@ -99,7 +99,7 @@ WMDP_SETTINGS = {"RMU": {"module_regex": r"model\.layers\.2", "trainable_params_
 
 def embedded_recipe(method: str, benchmark: str = "TOFU") -> tuple[TrainConfig, dict]:
     "The unlearning recipe of an embedded model: as published, but for what is said here."
-    plain = {"gradient_checkpointing": False}  # memory is no matter
+    plain: dict[str, Any] = {"gradient_checkpointing": False}  # memory is no matter
     if benchmark == "WMDP":
         wmdp = replace(PUBLISHED_RECIPES["WMDP"], learning_rate=WMDP_LEARNING_RATE, effective_batch=8, batch_size=8, max_length=128, **plain)
         return wmdp, WMDP_SETTINGS.get(method, {})

@@ -14,6 +14,10 @@ from pathlib import Path
 class OpenUnlearnError(Exception):
     "A mistake in the input. The message is one sentence that names the bad value and what would be right."
 
+    def _render_traceback_(self) -> list[str]:
+        "What a notebook shows: the sentence, without the calls that led to it."
+        return [f"{type(self).__name__}: {self}"]
+
 # %% ../nbs/00_errors.ipynb #ba29cceb
 def check_choice(value: str, valid: Iterable[str], what: str) -> str:
     "Return `value` if it is one of `valid`; raise `OpenUnlearnError` with the nearest valid names if not."

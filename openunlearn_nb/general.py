@@ -45,7 +45,7 @@ metric_list: [{{metric: acc}}]
 metadata: {{version: 1}}
 """
 
-def choices(rows: Sequence[dict]) -> list[dict]:
+def choices(rows: list[dict]) -> list[dict]:
     "`{question, choices, label}` of every row: its answer among three others', of questions that begin alike where there are."
     docs = []
     for i, row in enumerate(rows):

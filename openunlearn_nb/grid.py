@@ -105,7 +105,7 @@ def run_task(grid: GridConfig, output: str, task: Task, progress: Progress) -> d
     "Run a task in this process: a cell of the table, or (without a row) the teaching of an embedded model on what `split` names."
     if task.row:
         return run_cell(grid, task.split, task.row, output, progress)
-    embedded_model(task.split, grid.source, progress=progress)
+    embedded_model(task.split, grid.source.taught_by, progress=progress)
     return {}
 
 def default_jobs(grid: GridConfig) -> int:
@@ -134,8 +134,8 @@ class Display:
                         bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
 
     def report(self, key: tuple[str, str] | None, share: float | str) -> None:
-        if key is None:
-            return self.note(share)
+        if key is None or isinstance(share, str):
+            return self.note(str(share))
         self.shares[key] = share
         running = ", ".join(f"{b or 'training'} {a} {v:.0%}" for (a, b), v in self.shares.items() if v < 1)
         self.bar.set_postfix_str(running, refresh=False)
@@ -152,7 +152,7 @@ class Display:
             self.bar.write(f"{task}: failed. {reason_of(error)}", file=sys.stderr)
         elif not task.row and self.show:
             self.bar.write(f"{task}: done", file=sys.stderr)
-        elif self.show:
+        elif self.show and values:
             line = "  ".join(f"{k} {values[k]:.3g}" for k in self.columns if k in values)
             self.bar.write(f"{task.split} {task.row:<10} {line}", file=sys.stderr)
 

@@ -75,7 +75,7 @@ def scores_of(parts: dict[str, list[dict]], ask: Callable[[list[dict]], list[Tok
 
 def texts_of(asked: Any, ask: Callable[[], list[str]], kept: Kept | None) -> list[str]:
     "Generations: kept ones, or asked for now."
-    file = kept and kept.file(["generations", asked])
+    file = kept.file(["generations", asked]) if kept else None
     if file is None or (texts := _read(file, json.loads)) is None:
         texts = ask()
         if file:

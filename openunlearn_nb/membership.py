@@ -53,7 +53,7 @@ def min_k_plus_plus(scores: TokenScores, k: float = 0.4) -> Row:
     "`{score}`: mean of the lowest standardised token log-probabilities, negated."
     if not len(scores.logps):
         return _row(None)
-    return _lowest(((scores.logps - scores.means) / np.sqrt(np.maximum(scores.variances, 1e-6)))[:-1], k)
+    return _lowest(((scores.logps - np.asarray(scores.means)) / np.sqrt(np.maximum(np.asarray(scores.variances), 1e-6)))[:-1], k)
 
 # %% ../nbs/23_membership.ipynb #ee3cea4a
 def attack_auc(forget: Sequence[Row], holdout: Sequence[Row]) -> float | None:

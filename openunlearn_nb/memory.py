@@ -105,11 +105,11 @@ class Plan:
     memory: float = 48.0  # GB of each GPU, or of the machine
     rows: int = 4  # per GPU and forward
     length: int = 512
-    labelled: int | None = None
+    labelled: int = 0  # 0: all of them
     checkpointing: bool = True
     reentrant: bool = False  # checkpointing as transformers 4 did it, and the published runs with it
     accumulates: bool = True  # several forwards make one step, so that gradients are there when one begins
-    optim: str | None = None  # default: paged_adamw_32bit, on the CPU adamw_torch
+    optim: str = ""  # default: paged_adamw_32bit, on the CPU adamw_torch
     rank: int = 8
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the method
 
@@ -125,7 +125,7 @@ def check_plan(plan: Plan) -> Plan:
         raise OpenUnlearnError(f"memory must be a number of GB above 0, not {plan.memory}.")
     if LAYOUTS[plan.layout] == LAYOUTS["single"] and plan.gpus > 1:
         raise OpenUnlearnError(f"One process drives one GPU; {plan.gpus} GPUs are planned with ZeRO.")
-    labelled = plan.length if plan.labelled is None else plan.labelled
+    labelled = plan.labelled or plan.length
     if not 1 <= labelled <= plan.length:
         raise OpenUnlearnError(f"labelled must be 1 to the row's {plan.length} tokens, not {labelled}.")
     if not plan.gpus and LAYOUTS[plan.layout].stage:

@@ -11,7 +11,7 @@ __all__ = ['METHODS', 'ALIASES', 'RETAIN_LOSS_TYPES', 'COMPAT', 'RETAIN_TERMS', 
 # %% ../nbs/16_methods.ipynb #f9a026cd
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -96,11 +96,11 @@ def method_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
             raise OpenUnlearnError(f"{key} must be {'above 0' if key == 'beta' else '0 or more'}, not {value}.")
     return merged
 
-def keeps_retain(settings: dict[str, Any]) -> bool:
+def keeps_retain(settings: Mapping[str, Any]) -> bool:
     "Whether the retain loss is looked at: it is weighted, or (PDU) its weight may be 0 for a while."
     return bool(settings["alpha"] or settings.get("primal_dual"))
 
-def needs_reference(name: str, settings: dict[str, Any]) -> bool:
+def needs_reference(name: str, settings: Mapping[str, Any]) -> bool:
     "Whether a method with these settings needs the model before unlearning at every step."
     return "ref_model" in get_method(name).needs or keeps_retain(settings) and settings["retain_loss_type"] != "NLL"
 
@@ -229,7 +229,7 @@ def method_loss(method: str, model: nn.Module, batch: Batch, ref_model: nn.Modul
         what = chosen.name if "ref_model" in chosen.needs else f"retain_loss_type {s.retain_loss_type}"
         raise OpenUnlearnError(f"{what} needs the model before unlearning: give ref_model.")
     loss, parts = 0.0, {}
-    if used["forget"] and "forget" in terms:
+    if chosen.forget_term and "forget" in terms:
         parts["forget"] = chosen.forget_term(model, batch, ref_model, s).float()
         loss = s.gamma * parts["forget"]
     if used["retain"] and "retain" in terms:

@@ -102,9 +102,10 @@ def ks_interval(rows: Sequence[Row], retain_rows: Sequence[Row], level: float = 
 # %% ../nbs/22_metrics.ipynb #6ee7692e
 def harmonic_mean(values: Sequence[float | None]) -> float | None:
     "Harmonic mean; 0 where one value is 0, `None` where one is missing."
-    if any(v is None for v in values):
+    there = [v for v in values if v is not None]
+    if len(there) < len(values):
         return None
-    return float(stats.hmean(values)) if all(v > 0 for v in values) else 0.0
+    return float(stats.hmean(there)) if all(v > 0 for v in there) else 0.0
 
 # %% ../nbs/22_metrics.ipynb #c66e8ebf
 class _Words(Tokenizer):

@@ -22,7 +22,7 @@ from .prompts import Encoder, Prompts, all_conversation_ids, encode_passage, enc
 CORPORA = ("News", "Books")
 STUDIES = {"scalability": [f"scal_{k}" for k in range(1, 5)], "sustainability": [f"sust_{k}" for k in range(1, 5)]}
 SPLITS = [*CORPORA, *(step for study in STUDIES.values() for step in study)]
-CONFIGS = {  # config: {split: columns}
+CONFIGS: dict[str, dict[str, tuple[str, ...]]] = {  # config: {split: columns}
     "raw": dict.fromkeys(["forget", "retain1", "retain2", "holdout"], ("text",)),
     "knowmem": dict.fromkeys(["forget_qa", "retain_qa", "forget_qa_icl", "retain_qa_icl"], ("question", "answer")),
     "verbmem": {"forget": ("prompt", "gt")},
@@ -255,6 +255,10 @@ class Muse(MuseQuestions):
     def pairs(self, split: str) -> list[tuple[str, str]]:
         raise OpenUnlearnError("IdkDPO and AltPO put another answer in the place of the true one; MUSE's texts answer nothing. Methods of its "
                                f"table: {', '.join(self.methods)}.")
+
+    def refusals(self) -> list[str]:
+        "None: no question is asked."
+        return []
 
     def before(self, split: str) -> str | None:
         "The split whose unlearned model a split starts from: in the sustainability study, the request before it."

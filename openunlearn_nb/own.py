@@ -104,7 +104,8 @@ class OwnRows:
 
     def examples(self, enc: Encoder, *sides: str) -> list[dict]:
         "What is learned of some sides."
-        pairs, texts = ([row for side in sides for row in of(side)] for of in (self.pairs_of, self.texts_of))
+        pairs = [pair for side in sides for pair in self.pairs_of(side)]
+        texts = [text for side in sides for text in self.texts_of(side)]
         pieces = chunk_examples(enc, texts, " and ".join(sides)) if texts else []
         return (encode_all(enc, pairs) if pairs else []) + pieces
 

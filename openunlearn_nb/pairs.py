@@ -89,7 +89,7 @@ class PairDataset(Dataset):
         if not self.forget:
             return {"retain": self.retain[i]}
         item = {"forget": self.forget[i]}
-        if self.retain:
+        if self.drawn is not None:
             item["retain"] = self.retain[self.drawn[self.asked % len(self) if self.same_draws else i]]
             self.asked += 1
         if self.alternates:

@@ -7,25 +7,26 @@ __all__ = ['Spent', 'Passes']
 
 # %% ../nbs/26_passes.ipynb #b298ad1b
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
+from .data import Asked
 from .generation import generate
 from .kept import Kept, scores_of, texts_of
-from .muse import Muse
 from .prompts import Encoder
 from .scoring import gradient_norms, score
-from .tofu import Tofu
 
 # %% ../nbs/26_passes.ipynb #a1b2c3d4
 class Spent:
     "Seconds by phase, and with a model the tokens that go through it, padding included."
 
     def __init__(self, model: PreTrainedModel | None = None):
-        self.seconds, self.tokens, self.phase = Counter(), Counter(), "other"
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.tokens: dict[str, int] = defaultdict(int)
+        self.phase = "other"
         self.handle = model and model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, model, args, kwargs) -> None:
@@ -50,7 +51,7 @@ class Spent:
 class Passes:
     "A model's results on the data sets of a benchmark; each is computed once."
 
-    def __init__(self, model: PreTrainedModel, enc: Encoder, benchmark: Tofu | Muse, batch_size: int = 256, kept: Kept | None = None,
+    def __init__(self, model: PreTrainedModel, enc: Encoder, benchmark: Asked, batch_size: int = 256, kept: Kept | None = None,
                  spent: Spent | None = None):
         self.model, self.enc, self.benchmark, self.batch_size, self.kept, self.spent = model, enc, benchmark, batch_size, kept, spent or Spent()
         self.results: dict[tuple[str, str], list[tuple]] = {}  # (data set, part): the arguments of a row's metric, a row each

@@ -29,7 +29,7 @@ def shared(one: Sequence[int], other: Sequence[int]) -> int:
     "How many tokens two rows begin with in common."
     return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
-def common_length(rows: Sequence[Sequence[int]]) -> int:
+def common_length(rows: Sequence[tuple[int, ...]] | Sequence[list[int]]) -> int:
     "How many tokens all rows begin with; 0 where that is less than is worth it."
     n = shared(min(rows), max(rows))  # in the order of a dictionary, these two have the least in common
     return n if n >= LEAST and len(rows) > 1 else 0

@@ -10,7 +10,7 @@ __all__ = ['PROMPTS', 'Shots', 'PromptFormat', 'prompt_format', 'all_conversatio
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -50,8 +50,8 @@ def all_conversation_ids(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tup
         return []
     if not fmt.chat:
         tags = lambda q: fmt.question_start + q + fmt.question_end
-        before = "".join(tags(q) + a + fmt.answer_end for q, a in shots)
-        return tokenizer([before + tags(q) + (a or "") for q, a in pairs])["input_ids"]
+        told = "".join(tags(q) + a + fmt.answer_end for q, a in shots)
+        return tokenizer([told + tags(q) + (a or "") for q, a in pairs])["input_ids"]
     turns = lambda q, a: [{"role": "user", "content": q}, *([] if a is None else [{"role": "assistant", "content": a}])]
     before = [{"role": "system", "content": fmt.system}] if fmt.system else []
     before += [turn for q, a in shots for turn in turns(q, a)]
@@ -73,7 +73,7 @@ class Encoder(NamedTuple):
 
 class Prompts(NamedTuple):
     "What a model is to complete: prompt ids (None where a prompt does not fit), the true answers, and where to stop."
-    ids: list[list[int] | None]
+    ids: Sequence[list[int] | None]
     truths: list[str]
     max_new_tokens: int = 200
     stop: tuple[str, ...] = ()
@@ -110,7 +110,7 @@ def encode_all(enc: Encoder, pairs: Sequence[tuple[str, str]]) -> list[dict]:
     return examples
 
 # %% ../nbs/02_prompts.ipynb #6b71cafe
-def encode_passage(tokenizer: PreTrainedTokenizerBase, prefix: str, text: str, max_length: int = 2048) -> dict[str, list[int]]:
+def encode_passage(tokenizer: PreTrainedTokenizerBase, prefix: str, text: str, max_length: int = 2048) -> dict[str, Any]:
     "`input_ids` and `labels` of a text after its prefix: at most the prefix's ids and `max_length` more, uncut length in `n`."
     before = len(tokenizer(prefix)["input_ids"])
     ids = tokenizer(f"{prefix} {text}" if prefix else text)["input_ids"]

@@ -52,22 +52,23 @@ def other_answers(config: RunConfig, method: str, split: str, model: PreTrainedM
 
 # %% ../nbs/35_runs.ipynb #ee0c2fdc
 def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, enc: Encoder, settings: dict | None = None,
-            on: str | None = None, progress: Progress = lambda share: None, look: Callable | None = None,
+            on: str = "", progress: Progress = lambda share: None, look: Callable | None = None,
             keep: Path | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
     "Unlearn `split` (`Finetune`: train on `on`); returns the model and what a record says about the training. `look`, `keep`: as in `train`."
     recipe, own = recipe_of(config, method)
     settings, source = method_settings(method, own | (settings or {})), config.source
-    enc, told = enc._replace(max_length=recipe.max_length), {}
+    enc = enc._replace(max_length=recipe.max_length)
     if method == "Finetune":
         forget, retain = [], source.to_learn(on, enc)
     else:
         forget, retain = source.to_forget(split, enc), source.to_keep(split, enc)
-    told["examples"] = {name: content_hash(examples) for name, examples in (("forget", forget), ("retain", retain)) if examples}
+    told: dict[str, Any] = {"examples": {name: content_hash(examples) for name, examples in (("forget", forget), ("retain", retain)) if examples}}
+    alternates = None
     if others := other_answers(config, method, split, model, enc):
         told["alternates"] = others if method == "AltPO" else content_hash(others)  # sampled ones cannot be had again
-        others = alternate_examples([q for q, _ in source.pairs(split)], others, enc, recipe)
+        alternates = alternate_examples([q for q, _ in source.pairs(split)], others, enc, recipe)
     what = {"config": config.fingerprint(), "method": method, "split": split, "on": on, "settings": _as_json(settings)}
-    model, losses = train(model, enc.tokenizer.pad_token_id, method, forget, retain, recipe, settings, others, progress, config.compat, look, keep, what)
+    model, losses = train(model, enc.tokenizer.pad_token_id, method, forget, retain, recipe, settings, alternates, progress, config.compat, look, keep, what)
     if torch.cuda.is_available():  # trained in fp32, evaluated and saved as the published models are
         for p in model.parameters():  # and not model.to: the rotary frequencies are buffers, and stay fp32
             p.data = p.data.to(torch.bfloat16)
@@ -88,11 +89,11 @@ def check_method(config: RunConfig, method: str, split: str) -> None:
 
 def check_asked(config: RunConfig, split: str) -> None:
     "Raise where the data cannot be asked what the metrics need, before anything is loaded."
-    sets = config.source.sets(split)
+    source, sets = config.asked, config.asked.sets(split)
     if any("gibberish" in name for name in config.wanted) and config.classifier != CLASSIFIER:
         load_judge(config.classifier)  # raises where one that was asked for is not to be had
     for where in (sets[name] for name in data_sets(config.suite, config.wanted) if name in sets):
-        config.source.check_rows(where)
+        source.check_rows(where)
 
 # %% ../nbs/35_runs.ipynb #818859ee
 def learnable(config: RunConfig) -> list[str]:
@@ -132,7 +133,7 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
     begin()
     path, kept = start_of(config, method, split), output.with_name(f"{output.name}.checkpoint") if config.save_each else None
     model, enc = open_model(config, path, for_training=True)
-    model, trained = unlearn(config, method, split, model, enc, settings, on, progress, keep=kept)
+    model, trained = unlearn(config, method, split, model, enc, settings, on or "", progress, keep=kept)
     record = run_record(started, benchmark=config.benchmark, method=method, split=on if method == "Finetune" else split, model_path=path,
                         start=origin_of(path), prompt=asdict(enc.fmt), config=config.fingerprint(), **trained)
     save_model(model, enc.tokenizer, output, {"train.json": to_json(record), "README.md": model_card(record)})
@@ -168,9 +169,9 @@ def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log
     started, suite = time.time(), config.suite
     begin()
     check_config(config), config.wanted, check_split(config, split)  # all that can be wrong, before a model is loaded
-    source = config.source
+    source = config.asked
     check_asked(config, split)
-    what = {"config": config.fingerprint(), "split": split, "data": source.hashes(split, training=False),
+    what: dict[str, Any] = {"config": config.fingerprint(), "split": split, "data": source.hashes(split, training=False),
             "retain_log": retain_log and str(Path(retain_log).expanduser().resolve())}
     check_output(Path(output), what)
     yardstick = read_retain_log(retain_log, suite, source.truths(split)) if retain_log else None
@@ -214,7 +215,7 @@ def measure(config: RunConfig, passes: Passes, split: str, row: str, output: str
         metrics = [*config.wanted, config.suite.counted, config.suite.quoted]
         return evaluate(passes, split, None, metrics, progress, config.classifier, against_itself=True)
     retain = cell_folder(output, home_of(config, split), "Retain")
-    known = read_retain_log(retain, config.suite, config.source.truths(split)) if finished(retain, config.benchmark) else None
+    known = read_retain_log(retain, config.suite, config.asked.truths(split)) if finished(retain, config.benchmark) else None
     return evaluate(passes, split, known, config.metrics, progress, config.classifier)
 
 # %% ../nbs/35_runs.ipynb #b56d02c7
@@ -229,8 +230,8 @@ class Course:
         self.epochs: dict[str, dict] = read_json(self.file, "course of an evaluation") if resumed and self.file.exists() else {}
 
     def _score(self, values: dict) -> float:
-        value = values.get(self.config.best)
-        return float("-inf") if value is None else BETTER[self.config.best](value)
+        value = values.get(best := self.config.best or "")
+        return float("-inf") if value is None else BETTER[best](value)
 
     def _look(self, epoch: int, model: PreTrainedModel) -> None:
         evaluation = self.judge(model)
@@ -268,7 +269,7 @@ def load_best(like: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, dic
 # %% ../nbs/35_runs.ipynb #50ba54e1
 def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Progress) -> dict[str, float]:
     "Make one row of one split: load, unlearn, evaluate, write. Returns the summary."
-    started, folder, source, trained = time.time(), cell_folder(output, split, row), config.source, {}
+    started, folder, source, trained = time.time(), cell_folder(output, split, row), config.asked, {}
     earlier = source.before(split) if row not in YARDSTICKS else None
     path = str(cell_folder(output, earlier, row) / "model") if earlier else model_path(config, split, retain=row == "Retain")
     model, enc = open_model(config, path, for_training=row not in YARDSTICKS)
@@ -278,7 +279,7 @@ def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Pro
         evaluation = judge(model, progress)
     else:
         course, kept = Course(config, folder, lambda model: judge(model, lambda share: None)), folder / "checkpoint" if config.save_each else None
-        model, trained = unlearn(config, row, split, model, enc, None, None, lambda share: progress(0.7 * share), course.look, kept)
+        model, trained = unlearn(config, row, split, model, enc, None, "", lambda share: progress(0.7 * share), course.look, kept)
         model, evaluation, trained["epochs"] = course.end(model, judge(model, lambda share: progress(0.7 + 0.3 * share)), trained["training"]["epochs"])
         if any(source.before(s) == split for s in source.splits):
             _discard(folder / "model")  # of a run that did not finish
@@ -300,7 +301,8 @@ def check_run(folder: Path) -> list[str]:
     record = read_json(folder / "run.json", "run record")
     found, known = changes(record, folder), {f.name for f in fields(RunConfig)}
     try:
-        config = RunConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items() if k in known})
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items() if k in known}
+        config = RunConfig(**given)
         now = config.source.hashes(record["split"]) if record.get("data") else {}
         found += [f"the rows of {name} have changed" for name, digest in (record.get("data") or {}).items() if now.get(name) != digest]
     except OpenUnlearnError as e:

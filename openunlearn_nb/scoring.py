@@ -80,7 +80,7 @@ def batch_scores(model: PreTrainedModel, inputs: dict, labels: torch.Tensor, mom
     logits, wanted = logits_at(model, inputs, rows, cols), labels[rows, cols]
     slices = [slice_scores(logits[k:k + SLICE], wanted[k:k + SLICE], moments) for k in range(0, len(wanted), SLICE)]
     columns = [torch.cat(column).cpu().numpy() for column in zip(*slices)]
-    edges = np.searchsorted(rows.cpu().numpy(), range(len(labels) + 1))
+    edges = [0, *np.cumsum(np.bincount(rows.cpu().numpy(), minlength=len(labels)))]
     return [TokenScores(*(c[a:b] for c in columns)) if b > a else NOTHING for a, b in zip(edges, edges[1:])]
 
 # %% ../nbs/14_scoring.ipynb #bf616dd6

@@ -40,7 +40,7 @@ class Attack(NamedTuple):
 
 class Beside(NamedTuple):
     "What stands beside the model's own results."
-    retain_eval: dict | None = None  # the retain model's evaluation
+    retain_eval: dict = {}  # the retain model's evaluation; empty: there is none
     classifier: str = CLASSIFIER  # who judges gibberish
 
 class Derived(NamedTuple):
@@ -71,7 +71,7 @@ def _utility(e: list[Entry], beside: Beside) -> Entry:
 
 def _quality(e: list[Entry], beside: Beside) -> Entry:
     retain = beside.retain_eval
-    if retain is None:
+    if not retain:
         warnings.warn("No retain log given: forget_quality is null. Give the retain model's TOFU_EVAL.json.")
         return {"agg_value": None}
     if "forget_truth_ratio" not in retain:
@@ -85,8 +85,8 @@ def attack_entry(sides: dict[str, Entry]) -> Entry:
     auc = mia.attack_auc(rows_of(sides["forget"]), rows_of(sides["holdout"])) if "holdout" in sides else None
     return {**sides, "auc": auc, "agg_value": auc}
 
-def _both_sides(retain: dict | None, name: str) -> bool:
-    return {"forget", "holdout"} <= (retain or {}).get(name, {}).keys()
+def _both_sides(retain: dict, name: str) -> bool:
+    return {"forget", "holdout"} <= retain.get(name, {}).keys()
 
 def _privleak(e: list[Entry], beside: Beside) -> Entry:
     if e[0]["agg_value"] is None:
@@ -262,11 +262,11 @@ def evaluate(passes: Passes, split: str, retain_eval: dict | None = None, metric
         elif isinstance(metric, Attack):
             if "holdout" not in sets:
                 warnings.warn(f"The data set has no holdout: {name}, and privleak with it, is null.")
-            sides = {d: make_entry([metric.row(*r) for r in passes.results[sets[d], metric.part]], mean_score)
+            sides: dict[str, Entry] = {d: make_entry([metric.row(*r) for r in passes.results[sets[d], metric.part]], mean_score)
                      for d in ("forget", "holdout") if d in sets}
             out[name] = attack_entry(sides)
         else:
-            beside = Beside(out if against_itself else retain_eval, classifier)  # inputs come first, so that out has them
+            beside = Beside(out if against_itself else retain_eval or {}, classifier)  # inputs come first, so that out has them
             out[name] = metric.combine([out[i] for i in metric.inputs], beside)
         if not isinstance(metric, Derived) and out[name]["agg_value"] is None and (isinstance(metric, Leaf) or "holdout" in sets):
             warnings.warn(f"{name} is null: no row of its data could be scored.")
@@ -282,8 +282,8 @@ def recompute(evaluation: dict[str, Entry], retain_eval: dict | None = None, sui
     "Every metric of the suite that a log's per-example values allow; forget_quality and privleak only with a retain log."
     out: dict[str, Entry] = {}
     for name, metric in SUITES[suite].metrics.items():
-        entry = evaluation.get(name)
-        own = entry is not None and (not isinstance(metric, Derived) or metric.keeps_rows)
+        entry = evaluation.get(name) or {}
+        own = not isinstance(metric, Derived) or metric.keeps_rows
         if own and entry.get("value_by_index"):
             rows = rows_of(entry)
             if isinstance(metric, Derived) and "judge" not in entry:  # OpenUnlearning's: the probability of being clean
@@ -294,5 +294,5 @@ def recompute(evaluation: dict[str, Entry], retain_eval: dict | None = None, sui
         elif isinstance(metric, Derived) and all(i in out for i in metric.inputs):
             if metric.keeps_rows or metric.combine in (_quality, _privleak) and retain_eval is None:
                 continue
-            out[name] = metric.combine([out[i] for i in metric.inputs], Beside(retain_eval))
+            out[name] = metric.combine([out[i] for i in metric.inputs], Beside(retain_eval or {}))
     return out

@@ -277,8 +277,10 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
         trainer = UnlearnTrainer(method, settings, ref, compat, model=model, args=args, train_dataset=data, callbacks=[_Follow(data, progress)],
                                  data_collator=partial(collate_parts, pad_id=pad_id, compat=compat))
         trainer.remove_callback(PrinterCallback)
-        acts = [partial(_look_at, trainer, look)] if look else []
-        trainer.add_callback(_AfterEpoch([*acts, lambda epoch: save_checkpoint(trainer, keep, what or {})] if keep else acts))
+        acts: list[Callable[[int], None]] = [partial(_look_at, trainer, look)] if look else []
+        if keep:
+            acts.append(lambda epoch: save_checkpoint(trainer, keep, what or {}))
+        trainer.add_callback(_AfterEpoch(acts))
         try:
             trainer.train(resume_from_checkpoint=keep and (found := last_checkpoint(keep, what or {})) and str(found))
         finally:

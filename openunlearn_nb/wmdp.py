@@ -100,5 +100,9 @@ class Wmdp:
     def pairs(self, split: str) -> list[tuple[str, str]]:
         raise OpenUnlearnError("IdkDPO and AltPO put another answer in the place of the true one; WMDP's corpora answer nothing.")
 
+    def refusals(self) -> list[str]:
+        "None: no question is asked."
+        return []
+
     def before(self, split: str) -> str | None:
         return None

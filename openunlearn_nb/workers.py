@@ -38,8 +38,8 @@ def hold(folder: str | Path) -> Iterator[None]:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held.truncate(0), held.write(f"process {os.getpid()} on {socket.gethostname()}"), held.flush()
         except BlockingIOError:
-            held.seek(0)
-            error = f"Another run is at work in {folder} ({held.read() or 'an unknown process'}); wait for it, or give another --output."
+            other = (Path(folder) / ".lock").read_text()
+            error = f"Another run is at work in {folder} ({other or 'an unknown process'}); wait for it, or give another --output."
         except OSError as e:
             error = f"Cannot write in {folder}: {e.strerror}."
     try:
@@ -81,13 +81,16 @@ def _start_worker(queue, parent: int) -> None:
     _queue = queue
     threading.Thread(target=_orphaned, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which stops us
-    warnings.showwarning = lambda message, category, filename, *_: is_ours(category, filename) and queue.put((None, str(message)))
+    def tell(message, category, filename, *_):
+        if is_ours(category, filename):
+            queue.put((None, str(message)))
+    warnings.showwarning = tell
     import torch
     torch.set_num_threads(1)
     quiet()
 
 def _work(work: Work, task: Task) -> dict:
-    return work(task, lambda share: _queue.put((task.key, share)))
+    return work(task, lambda share: _queue and _queue.put((task.key, share)))
 
 # %% ../nbs/36_workers.ipynb #7006e69b
 class Inline:
@@ -109,6 +112,9 @@ class Inline:
     def drain(self) -> None:
         pass
 
+    def restart(self) -> None:
+        pass
+
 class Pool:
     "Runs tasks in worker processes, and starts new ones when one was killed."
 
@@ -127,6 +133,9 @@ class Pool:
     def drain(self) -> None:
         while not self.queue.empty():
             self.report(*self.queue.get())
+
+    def restart(self) -> None:
+        self.stop(), self.start()
 
     def stop(self) -> None:
         for child in set(multiprocessing.active_children()) - self.others:
@@ -155,7 +164,7 @@ def run_tasks(tasks: list[Task], work: Work, pool: Inline | Pool, jobs: int,
         pool.drain()
         if any(isinstance(future.exception(), BrokenProcessPool) for future in finished):
             crowd, alone = list(running.values()), len(running) == 1
-            running.clear(), pool.stop(), pool.start()
+            running.clear(), pool.restart()
             if alone:
                 failed.extend(crowd)
                 done(crowd[0], None, OpenUnlearnError("Its process was killed (out of memory?)."))
