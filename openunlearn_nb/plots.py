@@ -107,7 +107,7 @@ def step_lines(points: dict[str, list[dict]], metrics: list[str], retain: dict, 
             ax.plot(range(len(values)), [number(v.get(metric)) for v in values], color=colour, marker=marker, markersize=4, linestyle=line, label=row)
         if metric in retain:
             ax.axhline(number(retain[metric]), color=STYLES["Retain"][0], linewidth=1, linestyle="--", label="Retain")
-        tidy(ax, xlabel=xlabel, title=f"log10 {metric}" if number is log_quality else metric)
+        tidy(ax, xlabel=xlabel).set_title(f"log10 {metric}" if number is log_quality else metric, fontsize=9)
         ax.xaxis.get_major_locator().set_params(integer=True)
     np.atleast_1d(axes)[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
     fig.suptitle(title)
