@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'FLOOR', 'style_of', 'tidy', 'as_number', 'log_quality', 'quality_against_utility', 'truth_ratio_ecdf',
-           'metric_bars', 'step_lines', 'study_lines', 'epoch_lines']
+           'panels', 'metric_bars', 'step_lines', 'study_lines', 'epoch_lines']
 
 # %% ../nbs/32_plots.ipynb #57c61d61
 import math
@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from .collect import row_order
@@ -80,11 +81,19 @@ def truth_ratio_ecdf(evaluations: dict[str, dict], ax: Axes | None = None, title
     return tidy(ax, xlabel=f"truth ratio ({cut:g} and above drawn at {cut:g})", ylabel="share of rows", title=title)
 
 # %% ../nbs/32_plots.ipynb #f0f213e1
+def panels(count: int, height: float, **how: Any) -> tuple[plt.Figure, list[Axes]]:
+    "A figure of `count` panels, at most three beside each other, wide enough to be read in a column of text."
+    across = 2 if count == 4 else min(count, 3)
+    fig, axes = plt.subplots(-(-count // across), across, figsize=(9 if across > 1 else 4.5, height * -(-count // across)), squeeze=False, **how)
+    for ax in axes.flat[count:]:
+        ax.axis("off")
+    return fig, list(axes.flat[:count])
+
 def metric_bars(rows: dict[str, dict], metrics: list[str], title: str = "") -> plt.Figure:
     "One panel a metric, one bar a row of `{row: {metric: value}}`; the retain model's value as a line across."
-    fig, axes = plt.subplots(1, len(metrics), figsize=(2.6 * len(metrics), max(2.8, 0.8 + 0.22 * len(rows))), sharey=True)
+    fig, axes = panels(len(metrics), max(2.4, 0.8 + 0.22 * len(rows)), sharey=True)
     names = sorted(rows, key=row_order, reverse=True)
-    for ax, metric in zip(np.atleast_1d(axes), metrics):
+    for ax, metric in zip(axes, metrics):
         values = [as_number(rows[n].get(metric)) for n in names]
         bars = ax.barh(names, values, color=[style_of(n)[0] for n in names], height=0.65)
         ax.bar_label(bars, [digits(v) for v in values], padding=2, fontsize=7)
@@ -99,19 +108,19 @@ def metric_bars(rows: dict[str, dict], metrics: list[str], title: str = "") -> p
 # %% ../nbs/32_plots.ipynb #d4e857bd
 def step_lines(points: dict[str, list[dict]], metrics: list[str], retain: dict, xlabel: str, title: str = "") -> plt.Figure:
     "One panel a metric, one line a row of `{row: [values after each step]}`; the retain model's values dashed, forget quality as its log10."
-    fig, axes = plt.subplots(1, len(metrics), figsize=(2.5 * len(metrics), 2.5))
-    for ax, metric in zip(np.atleast_1d(axes), metrics):
+    fig, axes = panels(len(metrics), 2.5)
+    for ax, metric in zip(axes, metrics):
         number = log_quality if metric == "forget_quality" else as_number
         for row, values in points.items():
             colour, marker, line = style_of(row)
             ax.plot(range(len(values)), [number(v.get(metric)) for v in values], color=colour, marker=marker, markersize=4, linestyle=line, label=row)
         if metric in retain:
             ax.axhline(number(retain[metric]), color=STYLES["Retain"][0], linewidth=1, linestyle="--", label="Retain")
-        tidy(ax, xlabel=xlabel).set_title(f"log10 {metric}" if number is log_quality else metric, fontsize=9)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    np.atleast_1d(axes)[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
+        tidy(ax, xlabel=xlabel, title=f"log10 {metric}" if number is log_quality else metric)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     fig.suptitle(title)
     fig.tight_layout()
+    fig.legend(*axes[-1].get_legend_handles_labels(), frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return fig
 
 def study_lines(values: dict[str, dict[str, dict]], study: list[str], metrics: list[str], xlabel: str, title: str = "") -> plt.Figure:

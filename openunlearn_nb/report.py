@@ -20,12 +20,13 @@ from .collect import GENERAL, Run, Values, courses, find_runs, measured, row_ord
 from .muse import STUDIES
 from .records import read_json, write_text
 from .suites import SUITES
-from .tables import PUBLISHED, by_study, columns_of, difference, digits, grid, published
+from .tables import COLUMNS, PUBLISHED, by_study, columns_of, difference, digits, grid, published
 
 # %% ../nbs/41_report.ipynb #09568dbc
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}
 h1,h2,h3{line-height:1.2}.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;margin:.5rem 0}
 th,td{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}th:first-child,td:first-child{text-align:left}
+th[colspan]{text-align:center}
 td.text{text-align:left;min-width:14rem;overflow-wrap:anywhere}img{max-width:100%}small{color:#666}"""
 
 SIGNS = {"+": "#0072B2", "-": "#D55E00"}  # more, less
@@ -35,17 +36,20 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "
     hue = lambda cell: SIGNS.get(cell[:1], "") if any(c in "123456789" for c in cell) else ""  # a zero has none
     style = lambda cell: (f' style="color:{hue(cell)}"' if hue(cell) else "") if kind == "sign" else f' class="{kind}"' if kind else ""
     line = lambda cells, tag, of: "<tr>" + "".join(f"<{tag}{of(c) if i else ''}>{escape(c)}</{tag}>" for i, c in enumerate(cells)) + "</tr>"
-    top = "".join(line(cells, "th", lambda c: "") for cells in (over, head) if any(cells))
-    return f'<div class="scroll"><table><thead>{top}</thead><tbody>{"".join(line(r, "td", style) for r in rows)}</tbody></table></div>'
+    spans = "".join(f'<th colspan="{len(list(same))}">{escape(name)}</th>' for name, same in itertools.groupby(over[1:]))
+    top = (f"<tr><th></th>{spans}</tr>" if spans else "") + line(head, "th", lambda c: "")
+    return f'<div class="scroll"><table class="values"><thead>{top}</thead><tbody>{"".join(line(r, "td", style) for r in rows)}</tbody></table></div>'
 
-def values_table(values: dict, columns: list[str], kind: str = "") -> str:
+def values_table(values: dict, columns: list[str] = COLUMNS, kind: str = "") -> str:
     "`{split: {row: {metric: value}}}` as HTML."
     over, head, body = grid(values, columns)
     return html_table([h.replace("_", " ") for h in head], body, kind, over)
 
-def difference_table(values: Values, printed: dict, columns: list[str]) -> str:
+def difference_table(values: Values, printed: dict, columns: list[str] = COLUMNS) -> str:
     "Measured minus published as HTML, each cell with its sign and colour; of forget quality, in powers of ten."
-    return values_table(difference(values, printed), columns, "sign")
+    far = difference(values, printed)
+    bare = {split: {row: {m: text.removesuffix(" dex") for m, text in cells.items()} for row, cells in of.items()} for split, of in far.items()}
+    return values_table(bare, columns, "sign")
 
 def figure(fig: Any, what: str) -> str:
     "A matplotlib figure inside the page."
