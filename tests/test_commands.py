@@ -70,7 +70,7 @@ def test_tutorials_and_results_open_in_colab():
 
 @pytest.mark.slow
 def test_the_wheel_runs_without_the_repository(tmp_path):
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "build", "--outdir", tmp_path, ROOT], check=True, capture_output=True)
     wheel, site = next(tmp_path.glob("*.whl")), tmp_path / "site"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel], check=True)
     env = {**os.environ, "PYTHONPATH": str(site)}
