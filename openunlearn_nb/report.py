@@ -27,7 +27,7 @@ STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem 
 h1,h2,h3{line-height:1.2}.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;margin:.5rem 0}
 th,td{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}th:first-child,td:first-child{text-align:left}
 th[colspan]{text-align:center}
-td.text{text-align:left;min-width:14rem;overflow-wrap:anywhere}img{max-width:100%}small{color:#666}"""
+.text{text-align:left;min-width:14rem;overflow-wrap:anywhere}img{max-width:100%}small{color:#666}"""
 
 SIGNS = {"+": "#0072B2", "-": "#D55E00"}  # more, less
 
@@ -37,7 +37,7 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "
     style = lambda cell: (f' style="color:{hue(cell)}"' if hue(cell) else "") if kind == "sign" else f' class="{kind}"' if kind else ""
     line = lambda cells, tag, of: "<tr>" + "".join(f"<{tag}{of(c) if i else ''}>{escape(c)}</{tag}>" for i, c in enumerate(cells)) + "</tr>"
     spans = "".join(f'<th colspan="{len(list(same))}">{escape(name)}</th>' for name, same in itertools.groupby(over[1:]))
-    top = (f"<tr><th></th>{spans}</tr>" if spans else "") + line(head, "th", lambda c: "")
+    top = (f"<tr><th></th>{spans}</tr>" if spans else "") + line(head, "th", style if kind == "text" else lambda c: "")
     return f'<div class="scroll"><table class="values"><thead>{top}</thead><tbody>{"".join(line(r, "td", style) for r in rows)}</tbody></table></div>'
 
 def values_table(values: dict, columns: list[str] = COLUMNS, kind: str = "") -> str:
