@@ -75,11 +75,14 @@ def parser() -> argparse.ArgumentParser:
 # %% ../nbs/44_cli.ipynb #1be74322
 def _config(kind, benchmark: str, args: argparse.Namespace):
     "A RunConfig or GridConfig from the options of the same names; an option not given keeps its default."
+    from openunlearn_nb.methods import load_methods
     from dataclasses import fields
     given = {f.name: getattr(args, f.name, None) for f in fields(kind)} | {"benchmark": benchmark}
     if getattr(args, "qlora", None) is not None:
         given |= {"lora": args.qlora, "quantize": "nf4"}
-    return kind(**{name: value for name, value in given.items() if value is not None})
+    for file in given.get("imports") or ():
+        load_methods(file)
+    return kind(**{name: tuple(value) if name == "imports" else value for name, value in given.items() if value is not None})
 
 def print_tables(suites: dict[str, dict], style: str = "text", what: str = "recomputed from per-example values") -> None:
     "Print `{suite: {model: values}}` in a style; as text, the published numbers follow in a table of their own."
@@ -96,7 +99,8 @@ def print_tables(suites: dict[str, dict], style: str = "text", what: str = "reco
             form = {"text": t.to_text, "markdown": t.to_markdown}[style]
             for model, values in tables.items():
                 for part in t.by_study(values).values():
-                    print(f"{suite}, {model}, measured ({what if suite in t.SUITES else 'by lm-eval'})\n\n{form(part, columns)}\n")
+                    goal = "; Retain, which never saw what is to be forgotten, is the goal" if suite == "OWN" and any("Retain" in rows for rows in part.values()) else ""
+                    print(f"{suite}, {model}, measured ({what if suite in t.SUITES else 'by lm-eval'}){goal}\n\n{form(part, columns)}\n")
                 if suite in t.SUITES:
                     _print_published(suite, model, values, form, columns)
 

@@ -37,7 +37,7 @@ BENCHMARKS: dict[str, type[Tofu] | type[Muse] | type[Wmdp] | type[Own]] = {"TOFU
 Progress = Callable[[float], None]  # told the share of the work done, 0 to 1
 
 # %% ../nbs/33_config.ipynb #60040d27
-WITHOUT_EFFECT = ("batch_size", "eval_each", "save_each", "trust_remote_code", "reuse")  # on a run's numbers
+WITHOUT_EFFECT = ("batch_size", "eval_each", "save_each", "trust_remote_code", "reuse", "imports")  # on a run's numbers; a file's methods have their hash
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -67,6 +67,7 @@ class RunConfig:
     reuse: bool = True  # take rows that are kept of a model in place of asking it anew
     eval_each: str | None = None  # `epoch`
     save_each: str | None = None  # `epoch`
+    imports: tuple[str, ...] = ()  # Python files that declare methods of one's own
     trust_remote_code: bool = False
 
     def fingerprint(self) -> dict[str, Any]:

@@ -23,13 +23,13 @@ from .config import Progress, RunConfig, check_config, check_split, model_path, 
 from .data import content_hash
 from .embedded import embedded_model
 from .errors import OpenUnlearnError
-from .methods import get_method, method_settings
+from .methods import DECLARED_IN, get_method, load_methods, method_settings
 from .models import PRESETS
 from .muse import corpora_in
 from .processes import begin, is_main, launched, wait_for_all
 from .records import read_json, write_json
 from .runs import YARDSTICKS, cell_folder, check_asked, check_method, finished, home_of, run_cell
-from .workers import Task, hold, run_all
+from .workers import Task, check_main, hold, run_all
 
 # %% ../nbs/37_grid.ipynb #edf767f6
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def claim(grid: GridConfig, output: str | Path) -> None:
     "Note the grid's configuration in its folder; raises if the folder holds another's results."
     if Path(output).is_file():
         raise OpenUnlearnError(f"{output} is a file; give a folder as --output.")
-    recipes = {m: content_hash([asdict(recipe), method_settings(m, own)]) for m in grid.methods for recipe, own in [recipe_of(grid, m)]}
+    file_of = lambda m: [DECLARED_IN[m]] if m in DECLARED_IN else []
+    recipes = {m: content_hash([asdict(recipe), method_settings(m, own), *file_of(m)]) for m in grid.methods for recipe, own in [recipe_of(grid, m)]}
     mine, new = grid.fingerprint(), {"data_hashes": grid.source.hashes(*grid.splits), "recipes": recipes}
     file = Path(output) / "grid.json"
     theirs = read_json(file, "grid configuration") if file.exists() else mine
@@ -103,6 +104,8 @@ def plan(grid: GridConfig, output: str) -> list[Task]:
 
 def run_task(grid: GridConfig, output: str, task: Task, progress: Progress) -> dict:
     "Run a task in this process: a cell of the table, or (without a row) the teaching of an embedded model on what `split` names."
+    for file in grid.imports:
+        load_methods(file)
     if task.row:
         return run_cell(grid, task.split, task.row, output, progress)
     embedded_model(task.split, grid.source.taught_by, progress=progress)
@@ -126,10 +129,13 @@ def weight(task: Task) -> float:
 class Display:
     "A progress bar weighted by work, and a line a finished cell, on standard error."
 
-    def __init__(self, tasks: list[Task], columns: list[str], show: bool):
+    def __init__(self, tasks: list[Task], columns: list[str], show: bool, output: str = ""):
         from tqdm.auto import tqdm
-        self.weights, self.shares, self.columns, self.show, self.told = {t.key: weight(t) for t in tasks}, {}, columns, show, set()
+        self.weights, self.shares, self.columns, self.show, self.told, self.output = {t.key: weight(t) for t in tasks}, {}, columns, show, set(), output
         seen = show and tasks and (sys.stderr.isatty() or "ipykernel" in sys.modules)  # a log file gets the lines only
+        if show and tasks:
+            teach = sum(not t.row for t in tasks)
+            print(f"{len(tasks) - teach} rows to make{f', {teach} models to teach before' if teach else ''}; each is told when it is done.", file=sys.stderr)
         self.bar = tqdm(total=sum(self.weights.values()), disable=not seen, mininterval=0.5,
                         bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
 
@@ -149,7 +155,8 @@ class Display:
     def done(self, task: Task, values: dict | None, error: BaseException | None) -> None:
         self.report(task.key, 1.0)
         if error:
-            self.bar.write(f"{task}: failed. {reason_of(error)}", file=sys.stderr)
+            where = "" if isinstance(error, OpenUnlearnError) or not task.row else f" (traceback in {cell_folder(self.output, task.split, task.row) / 'failed.json'})"
+            self.bar.write(f"{task}: failed. {reason_of(error)}{where}", file=sys.stderr)
         elif not task.row and self.show:
             self.bar.write(f"{task}: done", file=sys.stderr)
         elif self.show and values:
@@ -177,6 +184,7 @@ def run_grid(grid: GridConfig = GridConfig(), output: str | Path | None = None, 
     """Run what is unfinished of a grid, into `output` (runs/tofu, runs/muse); returns the failed tasks. Interrupt it when you like, call it again to go on.
 
     In a script, call it under `if __name__ == "__main__":`, because workers are fresh processes that import the script."""
+    check_main(jobs)
     grid, output = check_grid(grid), str(output or f"runs/{grid.benchmark.lower()}")
     if any(Path(output).glob("seed*/grid.json")):
         raise OpenUnlearnError(f"{output} holds grids of several seeds; give --seeds, or another --output.")
@@ -186,7 +194,7 @@ def run_grid(grid: GridConfig = GridConfig(), output: str | Path | None = None, 
     with hold(output):
         claim(grid, output)  # reads all data: what is wrong with it is said here, before any worker starts
         tasks = plan(grid, output)
-        display = Display(tasks, grid.suite.columns, show and is_main())
+        display = Display(tasks, grid.suite.columns, show and is_main(), output)
         def done(task, values, error):
             display.done(task, values, error)
             if error:

@@ -36,6 +36,7 @@ def _training_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--epochs", type=int, metavar="N", help="epochs (default: as published, 10 for most)")
     p.add_argument("--learning-rate", type=float, metavar="LR", help="default: as published, 1e-5 for most; the embedded model has its own")
     p.add_argument("--compat", metavar="open-unlearning", help="train by the reference code's arithmetic, where it differs from the papers'")
+    p.add_argument("--import", dest="imports", action="append", default=[], metavar="FILE", help="run a Python file that declares methods of your own")
     p.add_argument("--alternates", metavar="FILE", help="other answers for AltPO, made by openunlearn alternates (default: the model is asked)")
     small = p.add_mutually_exclusive_group()
     small.add_argument("--lora", type=int, nargs="?", const=8, metavar="RANK", help="train an adapter in place of the weights (rank: 8), at ten "

@@ -87,15 +87,20 @@ def plots_of(suite: str, split: str, rows: dict[str, dict], evaluations: dict[st
     return found
 
 def answers_of(suite: str, evaluations: dict[str, dict], count: int = 4) -> str:
-    "The first questions about what is to be forgotten, and every model's answer."
-    said = {row: e[SUITES[suite].quoted]["value_by_index"] for row, e in evaluations.items() if SUITES[suite].quoted in e}
+    "The first questions about what is to be forgotten and what is to be kept, and every model's answer."
+    quoted = SUITES[suite].quoted
+    parts = [_quoted(evaluations, metric, count) for metric in (quoted, quoted.replace("forget", "retain"))]
+    return "".join(f"<h4>In the models' words: {what}</h4>{part}" for what, part in zip(("to forget", "to keep"), parts) if part)
+
+def _quoted(evaluations: dict[str, dict], metric: str, count: int) -> str:
+    said = {row: e[metric]["value_by_index"] for row, e in evaluations.items() if metric in e}
     if not said:
         return ""
     some = list(next(iter(said.values())))[:count]
     quoted = lambda row, i, key: str((said[row].get(i) or {}).get(key) or "")[:300]
     first = next(iter(said))
     rows = [["truth", *(quoted(first, i, "ground_truth") for i in some)], *([row, *(quoted(row, i, "generation") for i in some)] for row in said)]
-    return "<h4>In the models' words</h4>" + html_table(["", *(quoted(first, i, "input")[-200:] for i in some)], rows, "text")
+    return html_table(["", *(quoted(first, i, "input")[-200:] for i in some)], rows, "text")
 
 def sources_of(runs: Sequence[Run], below: Path) -> str:
     "Where each row comes from."
@@ -142,8 +147,8 @@ def write_report(folder: str | Path, output: str | Path, progress: Callable[[flo
     if general := measured(runs, GENERAL):
         parts.append(f"<h2>General ability, by lm-eval</h2>{''.join(values_table(v, columns_of(GENERAL, general)) for v in general.values())}")
     seeds = f" Seed {first} of several; openunlearn table shows their spread." if first is not None else ""
-    notes = ("<p>Every value is computed from the records' per-example values; numbers of a small model on a miniature are its own, and not to be set "
-             f"against those of another.{seeds}</p>")
+    notes = ("<p>Every value is computed from the records' per-example values; the numbers of one model and data set are not to be set "
+             f"against those of another. Retain, where there is such a row, is the goal of all others.{seeds}</p>")
     page = (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<title>openunlearn_nb report</title><style>{STYLE}</style></head><body><h1>Unlearning report</h1>{notes}{''.join(parts)}"
             f"{sources_of(runs, below)}<p><small>openunlearn_nb {escape(__version__)}</small></p></body></html>\n")

@@ -24,7 +24,7 @@ from .data import content_hash
 from .errors import OpenUnlearnError, check_choice
 from .gibberish import CLASSIFIER, load_judge
 from .kept import Kept
-from .methods import get_method, method_settings
+from .methods import DECLARED_IN, get_method, method_settings
 from .models import PRESETS, cache_dir, load_model, save_model
 from .muse import corpus_of
 from .pairs import alternate_examples, published_recipe
@@ -72,7 +72,10 @@ def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, 
     if torch.cuda.is_available():  # trained in fp32, evaluated and saved as the published models are
         for p in model.parameters():  # and not model.to: the rotary frequencies are buffers, and stay fp32
             p.data = p.data.to(torch.bfloat16)
-    published = {"training": asdict(published_recipe(config.benchmark, method)), "settings": get_method(method).defaults}
+    term = get_method(method).forget_term
+    ours = term is None or term.__module__ == method_settings.__module__  # a method of one's own has no published settings
+    published = {"training": asdict(published_recipe(config.benchmark, method)), "settings": get_method(method).defaults} if ours else None
+    told |= {"declared_in": DECLARED_IN[method]} if method in DECLARED_IN else {}
     return model, {"training": asdict(recipe), "settings": _as_json(settings), "losses": losses, "published": published, **told}
 
 def _as_json(settings: dict) -> dict:

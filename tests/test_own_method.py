@@ -1,0 +1,50 @@
+"""A method of one's own, from a file, on the command line and in several processes."""
+
+import subprocess
+import sys
+
+from openunlearn_nb.cli import main
+from openunlearn_nb.records import read_json
+
+FILE = '''
+from openunlearn_nb.forwards import sequence_nll
+from openunlearn_nb.methods import declare
+
+
+@declare("{name}", r"(\\\\mathrm{{NLL}}/n-t)^2", "a test", target={target})
+def aim(model, batch, ref_model, s):
+    "Bring each answer to a loss of `target` a token."
+    nll, n = sequence_nll(model, batch["forget"])
+    return ((nll / n - s.target) ** 2).mean()
+'''
+GRID = "tofu --train-rows 250 --splits forget01 --epochs 1 --quiet --jobs 2 --methods".split()
+
+
+def test_a_method_from_a_file(tmp_path, capsys):
+    file, output = tmp_path / "aim.py", tmp_path / "runs"
+    run = lambda *more: main([*GRID, "Aim,GradAscent", "--import", str(file), "--output", str(output), *more])
+    file.write_text(FILE.format(name="Aim", target=2.0))
+    assert run() == 0 and "Aim" in capsys.readouterr().out
+    record = read_json(output / "forget01/Aim/run.json")
+    assert record["settings"]["target"] == 2.0 and record["published"] is None and record["declared_in"]
+    assert read_json(output / "forget01/GradAscent/run.json")["published"]["training"]
+    assert main(["table", str(output), "--check"]) == 0
+    assert main([*GRID, "GradAscent", "--output", str(output)]) == 0  # the others need no file
+
+
+def test_what_is_wrong_with_a_file_is_said(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    for text, said in ((None, "No Python file"), ("x = 1", "declares no method"), (FILE.format(name="NPO", target=1.0), "which is there already"),
+                       ("1 / 0", "ZeroDivisionError")):
+        if text is not None:
+            file = tmp_path / f"mine{len(text)}.py"  # a file is run once a process
+            file.write_text(text)
+        assert main([*GRID, "NPO", "--import", str(file), "--output", str(tmp_path / "runs")]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_script_without_a_guard_is_told(tmp_path):
+    script = "from openunlearn_nb.grid import *\nprint(run_grid(GridConfig(train_rows=250, splits=('forget01',), methods=('GradAscent',), epochs=1), 'runs', jobs=2))\n"
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, cwd=tmp_path)
+    assert 'under if __name__ == "__main__":' in done.stderr and "Another run" not in done.stderr
