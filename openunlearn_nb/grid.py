@@ -129,9 +129,9 @@ def weight(task: Task) -> float:
 class Display:
     "A progress bar weighted by work, and a line a finished cell, on standard error."
 
-    def __init__(self, tasks: list[Task], columns: list[str], show: bool, output: str = ""):
+    def __init__(self, tasks: list[Task], columns: list[str], show: bool):
         from tqdm.auto import tqdm
-        self.weights, self.shares, self.columns, self.show, self.told, self.output = {t.key: weight(t) for t in tasks}, {}, columns, show, set(), output
+        self.weights, self.shares, self.columns, self.show, self.told = {t.key: weight(t) for t in tasks}, {}, columns, show, set()
         seen = show and tasks and (sys.stderr.isatty() or "ipykernel" in sys.modules)  # a log file gets the lines only
         if show and tasks:
             teach = sum(not t.row for t in tasks)
@@ -155,7 +155,7 @@ class Display:
     def done(self, task: Task, values: dict | None, error: BaseException | None) -> None:
         self.report(task.key, 1.0)
         if error:
-            where = "" if isinstance(error, OpenUnlearnError) or not task.row else f" (traceback in {cell_folder(self.output, task.split, task.row) / 'failed.json'})"
+            where = "" if isinstance(error, OpenUnlearnError) or not task.row else f" (traceback in {task.split}/{task.row}/failed.json)"
             self.bar.write(f"{task}: failed. {reason_of(error)}{where}", file=sys.stderr)
         elif not task.row and self.show:
             self.bar.write(f"{task}: done", file=sys.stderr)
@@ -194,7 +194,7 @@ def run_grid(grid: GridConfig = GridConfig(), output: str | Path | None = None, 
     with hold(output):
         claim(grid, output)  # reads all data: what is wrong with it is said here, before any worker starts
         tasks = plan(grid, output)
-        display = Display(tasks, grid.suite.columns, show and is_main(), output)
+        display = Display(tasks, grid.suite.columns, show and is_main())
         def done(task, values, error):
             display.done(task, values, error)
             if error:

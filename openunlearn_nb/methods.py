@@ -123,7 +123,7 @@ def method_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 def keeps_retain(settings: Mapping[str, Any]) -> bool:
-    "Whether the retain loss is looked at: it is weighted, or (PDU) its weight may be 0 for a while."
+    "Whether the retain loss is computed: its weight is not 0, or (PDU) may become so."
     return bool(settings["alpha"] or settings.get("primal_dual"))
 
 def needs_reference(name: str, settings: Mapping[str, Any]) -> bool:
