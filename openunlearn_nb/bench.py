@@ -71,7 +71,8 @@ def least_tokens(enc: Encoder, benchmark: Asked, split: str, metrics: Sequence[s
 class _Steps:
     "Counts tokens of training forwards and of the reference's, with and without padding."
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, progress: Progress):
+        self.progress = progress
         self.read, self.useful, self.times = {"reference": 0, "steps": 0}, 0, {}  # times: by the share of the steps done
         self.handle = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
@@ -81,6 +82,7 @@ class _Steps:
 
     def step(self, share: float) -> None:
         self.times[share] = time.perf_counter()
+        self.progress(share)
 
 def bench_training(config: RunConfig, method: str, split: str, model: PreTrainedModel, enc: Encoder, steps: int,
                    progress: Progress = lambda share: None) -> list[dict]:
@@ -91,10 +93,9 @@ def bench_training(config: RunConfig, method: str, split: str, model: PreTrained
     forget = source.to_forget(split, enc)
     answers = other_answers(config, method, split, model, enc)
     alternates = alternate_examples([q for q, _ in source.pairs(split)], answers, enc, recipe) if answers else None
-    counted, begin = _Steps(model), time.perf_counter()
+    counted, begin = _Steps(model, progress), time.perf_counter()
     try:
-        train(model, enc.tokenizer.pad_token_id, method, forget, source.to_keep(split, enc), recipe, settings, alternates,
-              lambda share: (counted.step(share), progress(share)) and None)
+        train(model, enc.tokenizer.pad_token_id, method, forget, source.to_keep(split, enc), recipe, settings, alternates, counted.step)
     finally:
         counted.handle.remove()
     first, last = min(counted.times), max(counted.times)  # of many steps, not each is told

@@ -75,8 +75,9 @@ def parser() -> argparse.ArgumentParser:
 # %% ../nbs/44_cli.ipynb #1be74322
 def _config(kind, benchmark: str, args: argparse.Namespace):
     "A RunConfig or GridConfig from the options of the same names; an option not given keeps its default."
-    from openunlearn_nb.methods import load_methods
     from dataclasses import fields
+
+    from openunlearn_nb.methods import load_methods
     given = {f.name: getattr(args, f.name, None) for f in fields(kind)} | {"benchmark": benchmark}
     if getattr(args, "qlora", None) is not None:
         given |= {"lora": args.qlora, "quantize": "nf4"}
@@ -186,7 +187,7 @@ def _progress(name: str, args: argparse.Namespace) -> Iterator[Callable[[float],
     from tqdm.auto import tqdm
     hidden = True if args.quiet or is_later_process() else None  # None: where standard error is no terminal
     with tqdm(total=1.0, bar_format="{l_bar}{bar}| {elapsed}<{remaining}", desc=name, disable=hidden) as bar:
-        yield lambda share: bar.update(share - bar.n) and None
+        yield lambda share: bar.update(share - bar.n)
 
 def _tell(args: argparse.Namespace, record: dict | list, text: str) -> None:
     "A result, as JSON or as text."

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -84,6 +84,9 @@ class RunConfig:
     @property
     def source(self) -> Benchmark:
         "The benchmark with its rows; only an embedded model is taught a part of them."
+        return self._made()
+
+    def _made(self) -> Tofu | Muse | Wmdp | Own:
         rows = self.train_rows if self.model == "embedded" else None
         all_ = Muse(self.data, rows, self.shots) if self.benchmark == "MUSE" else BENCHMARKS[self.benchmark](self.data, rows)
         return replace(all_, max_rows=taught_part(all_)) if self.model == "embedded" and not isinstance(all_, Wmdp) else all_
@@ -92,7 +95,9 @@ class RunConfig:
     def asked(self) -> Asked:
         "`source`, where the benchmark has an evaluation of its own; raises elsewhere."
         check_choice(self.benchmark, SUITES, "benchmark with an evaluation of its own")
-        return cast(Asked, self.source)
+        made = self._made()
+        assert not isinstance(made, Wmdp)
+        return made
 
     @property
     def suite(self) -> Suite:
@@ -104,9 +109,9 @@ class RunConfig:
         return wanted(self.suite, self.metrics)
 
 # %% ../nbs/33_config.ipynb #66671082
-PLACEHOLDERS: dict[str, dict[str, str | None]] = {"TOFU": {"retain_model": "{retain}", "model": None, "data": None},
-                "MUSE": dict.fromkeys(["retain_model", "model", "data"], "{corpus}"), "WMDP": dict.fromkeys(["model", "data"]),
-                "OWN": dict.fromkeys(["retain_model", "model", "data"])}
+PLACEHOLDERS: dict[str, dict[str, str | None]] = {
+    "TOFU": {"retain_model": "{retain}", "model": None, "data": None}, "MUSE": dict.fromkeys(["retain_model", "model", "data"], "{corpus}"),
+    "WMDP": dict.fromkeys(["model", "data"]), "OWN": dict.fromkeys(["retain_model", "model", "data"])}
 
 def check_config(config: RunConfig) -> None:
     "Raise for values that cannot work, before anything is loaded."

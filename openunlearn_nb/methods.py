@@ -11,11 +11,12 @@ __all__ = ['METHODS', 'ALIASES', 'DECLARED_IN', 'RETAIN_LOSS_TYPES', 'COMPAT', '
 # %% ../nbs/16_methods.ipynb #f9a026cd
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -64,8 +65,11 @@ def load_methods(file: str) -> tuple[str, ...]:
     path, before = Path(file).expanduser(), dict(METHODS)
     if not path.is_file():
         raise OpenUnlearnError(f"No Python file {file!r} that declares methods.")
+    module = sys.modules[f"imported_{path.stem}"] = ModuleType(f"imported_{path.stem}")  # under a name that hides no other
+    module.__file__ = str(path)
     try:
-        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), {"__name__": path.stem, "__file__": str(path)})
+        text = path.read_text(encoding="utf-8")  # read and compiled here, as bytecode kept beside the file may be of an earlier text
+        exec(compile(text, str(path), "exec"), module.__dict__)
     except Exception as e:  # somebody's code
         METHODS.clear(), METHODS.update(before)
         raise OpenUnlearnError(f"{file} cannot be run: {type(e).__name__}: {e}.") from e
@@ -75,7 +79,7 @@ def load_methods(file: str) -> tuple[str, ...]:
         raise OpenUnlearnError(f"{file} declares {taken[0]}, which is there already; give it a name of its own.")
     if not new:
         raise OpenUnlearnError(f"{file} declares no method; @declare(NAME, EQUATION, SOURCE) over a function of (model, batch, ref_model, settings) does.")
-    DECLARED_IN.update(dict.fromkeys(new, content_hash(path.read_text(encoding="utf-8"))))
+    DECLARED_IN.update(dict.fromkeys(new, content_hash(text)))
     return new
 
 # %% ../nbs/16_methods.ipynb #b240ff56

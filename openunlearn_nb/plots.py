@@ -84,14 +84,14 @@ def truth_ratio_ecdf(evaluations: dict[str, dict], ax: Axes | None = None, title
 def panels(count: int, height: float, **how: Any) -> tuple[plt.Figure, list[Axes]]:
     "A figure of `count` panels, at most three beside each other, wide enough to be read in a column of text."
     across = 2 if count == 4 else min(count, 3)
-    fig, axes = plt.subplots(-(-count // across), across, figsize=(9 if across > 1 else 4.5, height * -(-count // across)), squeeze=False, **how)
+    fig, axes = plt.subplots(-(-count // across), across, figsize=(7.5 if across > 1 else 4.5, height * -(-count // across)), squeeze=False, **how)
     for ax in axes.flat[count:]:
         ax.axis("off")
     return fig, list(axes.flat[:count])
 
 def metric_bars(rows: dict[str, dict], metrics: list[str], title: str = "") -> plt.Figure:
     "One panel a metric, one bar a row of `{row: {metric: value}}`; the retain model's value as a line across."
-    fig, axes = panels(len(metrics), max(2.4, 0.8 + 0.22 * len(rows)), sharey=True)
+    fig, axes = panels(len(metrics), 0.8 + 0.2 * len(rows), sharey=True)
     names = sorted(rows, key=row_order, reverse=True)
     for ax, metric in zip(axes, metrics):
         values = [as_number(rows[n].get(metric)) for n in names]
@@ -108,7 +108,7 @@ def metric_bars(rows: dict[str, dict], metrics: list[str], title: str = "") -> p
 # %% ../nbs/32_plots.ipynb #d4e857bd
 def step_lines(points: dict[str, list[dict]], metrics: list[str], retain: dict, xlabel: str, title: str = "") -> plt.Figure:
     "One panel a metric, one line a row of `{row: [values after each step]}`; the retain model's values dashed, forget quality as its log10."
-    fig, axes = panels(len(metrics), 2.5)
+    fig, axes = panels(len(metrics), 2.1)
     for ax, metric in zip(axes, metrics):
         number = log_quality if metric == "forget_quality" else as_number
         for row, values in points.items():

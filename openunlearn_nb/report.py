@@ -47,9 +47,7 @@ def values_table(values: dict, columns: list[str] = COLUMNS, kind: str = "") -> 
 
 def difference_table(values: Values, printed: dict, columns: list[str] = COLUMNS) -> str:
     "Measured minus published as HTML, each cell with its sign and colour; of forget quality, in powers of ten."
-    far = difference(values, printed)
-    bare = {split: {row: {m: text.removesuffix(" dex") for m, text in cells.items()} for row, cells in of.items()} for split, of in far.items()}
-    return values_table(bare, columns, "sign")
+    return values_table(difference(values, printed), columns, "sign")
 
 def figure(fig: Any, what: str) -> str:
     "A matplotlib figure inside the page."

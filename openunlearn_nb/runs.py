@@ -67,7 +67,8 @@ def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, 
     if others := other_answers(config, method, split, model, enc):
         told["alternates"] = others if method == "AltPO" else content_hash(others)  # sampled ones cannot be had again
         alternates = alternate_examples([q for q, _ in source.pairs(split)], others, enc, recipe)
-    what = {"config": config.fingerprint(), "method": method, "split": split, "on": on, "settings": _as_json(settings)}
+    declared = {"declared_in": DECLARED_IN[method]} if method in DECLARED_IN else {}
+    what = {"config": config.fingerprint(), "method": method, "split": split, "on": on, "settings": _as_json(settings), **declared}
     model, losses = train(model, enc.tokenizer.pad_token_id, method, forget, retain, recipe, settings, alternates, progress, config.compat, look, keep, what)
     if torch.cuda.is_available():  # trained in fp32, evaluated and saved as the published models are
         for p in model.parameters():  # and not model.to: the rotary frequencies are buffers, and stay fp32
@@ -75,8 +76,7 @@ def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, 
     term = get_method(method).forget_term
     ours = term is None or term.__module__ == method_settings.__module__  # a method of one's own has no published settings
     published = {"training": asdict(published_recipe(config.benchmark, method)), "settings": get_method(method).defaults} if ours else None
-    told |= {"declared_in": DECLARED_IN[method]} if method in DECLARED_IN else {}
-    return model, {"training": asdict(recipe), "settings": _as_json(settings), "losses": losses, "published": published, **told}
+    return model, {"training": asdict(recipe), "settings": _as_json(settings), "losses": losses, "published": published, **declared, **told}
 
 def _as_json(settings: dict) -> dict:
     return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in settings.items()}
@@ -233,7 +233,8 @@ class Course:
         self.epochs: dict[str, dict] = read_json(self.file, "course of an evaluation") if resumed and self.file.exists() else {}
 
     def _score(self, values: dict) -> float:
-        value = values.get(best := self.config.best or "")
+        best = self.config.best or ""
+        value = values.get(best)
         return float("-inf") if value is None else BETTER[best](value)
 
     def _look(self, epoch: int, model: PreTrainedModel) -> None:

@@ -111,12 +111,12 @@ def by_study(values: Values) -> dict[str, Values]:
 
 # %% ../nbs/31_tables.ipynb #3a8b77f6
 def difference(values: Values, printed: dict) -> dict[str, dict[str, dict[str, str]]]:
-    "Measured minus published per cell; for forget_quality, log10 of their ratio (`+0.30 dex` is twice as large)."
+    "Measured minus published per cell; for forget_quality, log10 of their ratio (`+0.30` is twice as large)."
     out: dict[str, dict[str, dict[str, str]]] = {}
     for split, row, metric in ((s, r, c) for s in printed for r in printed[s] for c in printed[s][r]):
         ours, theirs = values.get(split, {}).get(row, {}).get(metric), float(printed[split][row][metric])
         if ours is None:
             continue
-        far = f"{math.log10(ours / theirs):+.2f} dex" if ours > 0 and theirs > 0 else "-"
+        far = f"{math.log10(ours / theirs):+.2f}" if ours > 0 and theirs > 0 else "-"
         out.setdefault(split, {}).setdefault(row, {})[metric] = far if metric == "forget_quality" else f"{ours - theirs:+.2f}"
     return out

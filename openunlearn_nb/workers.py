@@ -69,7 +69,7 @@ Work = Callable[[Task, Callable[[float], None]], dict]  # does a task, telling i
 Report = Callable[[tuple[str, str] | None, Any], None]  # told a task's share, or (without a task) a warning
 
 # %% ../nbs/36_workers.ipynb #cd578cb0
-_queue = None
+_queue: Any = None
 
 def _orphaned(parent: int) -> None:
     while os.getppid() == parent:
@@ -90,7 +90,7 @@ def _start_worker(queue, parent: int) -> None:
     quiet()
 
 def _work(work: Work, task: Task) -> dict:
-    return work(task, lambda share: _queue and _queue.put((task.key, share)))
+    return work(task, lambda share: _queue.put((task.key, share)))
 
 # %% ../nbs/36_workers.ipynb #7006e69b
 class Inline:
@@ -112,9 +112,6 @@ class Inline:
     def drain(self) -> None:
         pass
 
-    def restart(self) -> None:
-        pass
-
 class Pool:
     "Runs tasks in worker processes, and starts new ones when one was killed."
 
@@ -133,9 +130,6 @@ class Pool:
     def drain(self) -> None:
         while not self.queue.empty():
             self.report(*self.queue.get())
-
-    def restart(self) -> None:
-        self.stop(), self.start()
 
     def stop(self) -> None:
         for child in set(multiprocessing.active_children()) - self.others:
@@ -162,9 +156,9 @@ def run_tasks(tasks: list[Task], work: Work, pool: Inline | Pool, jobs: int,
             running[pool.submit(work, task)] = task
         finished = wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done
         pool.drain()
-        if any(isinstance(future.exception(), BrokenProcessPool) for future in finished):
+        if isinstance(pool, Pool) and any(isinstance(future.exception(), BrokenProcessPool) for future in finished):
             crowd, alone = list(running.values()), len(running) == 1
-            running.clear(), pool.restart()
+            running.clear(), pool.stop(), pool.start()
             if alone:
                 failed.extend(crowd)
                 done(crowd[0], None, OpenUnlearnError("Its process ended (out of memory? Or a script that calls this outside of if __name__ == \"__main__\":)."))
