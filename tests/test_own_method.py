@@ -7,15 +7,25 @@ from openunlearn_nb.cli import main
 from openunlearn_nb.records import read_json
 
 FILE = '''
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 from openunlearn_nb.forwards import sequence_nll
 from openunlearn_nb.methods import declare
+
+
+@dataclass
+class Goal:
+    "A dataclass looks for its own module."
+    loss: float
 
 
 @declare("{name}", r"(\\\\mathrm{{NLL}}/n-t)^2", "a test", target={target})
 def aim(model, batch, ref_model, s):
     "Bring each answer to a loss of `target` a token."
     nll, n = sequence_nll(model, batch["forget"])
-    return ((nll / n - s.target) ** 2).mean()
+    return ((nll / n - Goal(s.target).loss) ** 2).mean()
 '''
 GRID = "tofu --train-rows 250 --splits forget01 --epochs 1 --quiet --jobs 2 --methods".split()
 
