@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 
 from .errors import OpenUnlearnError
 from .forwards import bare
-from .processes import is_main, wait_for_all
+from .processes import on_main
 
 # %% ../nbs/19_checkpoints.ipynb #e16fcb06
 def _together(parameters: list[nn.Parameter]) -> AbstractContextManager:
@@ -134,21 +134,22 @@ def _scheduler(trainer: Trainer) -> Any:
 def save_checkpoint(trainer: Trainer, folder: Path, what: dict[str, Any]) -> None:
     "Write the run's state to `folder`; all processes must call it."
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in _pieces(trainer)}
-    if is_main():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-", ignore_cleanup_errors=True) as scratch:
-                save_file(tensors, Path(scratch) / "state.safetensors")
-                (Path(scratch) / "run.json").write_text(json.dumps({"what": what, "scheduler": _scheduler(trainer).state_dict(),
-                                                                    "settings": {k: v for k, v in trainer.settings.items() if k == "alpha"}}))
-                trainer.state.save_to_json(str(Path(scratch) / "trainer_state.json"))
-                old = _found(folder)
-                Path(scratch).rename(folder / f"step-{trainer.state.global_step}")
-            for earlier in old:
-                shutil.rmtree(earlier, ignore_errors=True)
-        except (OSError, SafetensorError) as e:
-            raise OpenUnlearnError(f"Cannot write a checkpoint in {folder}: {getattr(e, 'strerror', None) or e}.") from e
-    wait_for_all()
+    on_main(lambda: _write_checkpoint(trainer, folder, what, tensors))
+
+def _write_checkpoint(trainer: Trainer, folder: Path, what: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    about = {"what": what, "scheduler": _scheduler(trainer).state_dict(), "settings": {k: v for k, v in trainer.settings.items() if k == "alpha"}}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-", ignore_cleanup_errors=True) as scratch:
+            save_file(tensors, Path(scratch) / "state.safetensors")
+            (Path(scratch) / "run.json").write_text(json.dumps(about))
+            trainer.state.save_to_json(str(Path(scratch) / "trainer_state.json"))
+            old = _found(folder)
+            Path(scratch).rename(folder / f"step-{trainer.state.global_step}")
+        for earlier in old:
+            shutil.rmtree(earlier, ignore_errors=True)
+    except (OSError, SafetensorError) as e:
+        raise OpenUnlearnError(f"Cannot write a checkpoint in {folder}: {getattr(e, 'strerror', None) or e}.") from e
 
 def _found(folder: Path) -> list[Path]:
     "Checkpoints in a folder, the latest first."

@@ -367,7 +367,9 @@ def main(argv: list[str] | None = None) -> int:
             warnings.showwarning = _notes()
             if args.command != "table":
                 _hush_imports()
-            return args.run(args)
+            code = args.run(args)
+            end()  # after an error the process just ends: the others may not come to an end of the group
+            return code
     except OpenUnlearnError as e:
         print(f"openunlearn{f' (process {rank()})' if rank() else ''}: {e}", file=sys.stderr)
     except BrokenPipeError:  # the reader (head, less) went away
@@ -380,6 +382,4 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. What is finished is kept; the same command goes on from there.", file=sys.stderr)
         return 130
-    finally:
-        end()
     return 2

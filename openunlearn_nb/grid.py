@@ -26,7 +26,7 @@ from .errors import OpenUnlearnError
 from .methods import DECLARED_IN, get_method, load_methods, method_settings
 from .models import PRESETS
 from .muse import corpora_in
-from .processes import begin, is_main, launched, wait_for_all
+from .processes import begin, is_main, launched, on_main
 from .records import read_json, write_json
 from .runs import YARDSTICKS, cell_folder, check_asked, check_method, finished, home_of, run_cell
 from .workers import Task, check_main, hold, run_all
@@ -205,12 +205,15 @@ def run_grid(grid: GridConfig = GridConfig(), output: str | Path | None = None, 
 # %% ../nbs/37_grid.ipynb #c2e395e6
 def copy_cell(here: Path, there: Path) -> None:
     "Copy a finished cell, whole or not at all; by the main process."
-    if is_main():
-        shutil.rmtree(there, ignore_errors=True)
-        there.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=there.parent, prefix=".copying-", ignore_cleanup_errors=True) as scratch:
-            shutil.copytree(here, Path(scratch) / "cell").rename(there)
-    wait_for_all()
+    def copy() -> None:
+        try:
+            shutil.rmtree(there, ignore_errors=True)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=there.parent, prefix=".copying-", ignore_cleanup_errors=True) as scratch:
+                shutil.copytree(here, Path(scratch) / "cell").rename(there)
+        except OSError as e:  # shutil's own error holds a list in place of a reason
+            raise OpenUnlearnError(f"Cannot copy {here} to {there}: {e.strerror or e}.") from e
+    on_main(copy)
 
 def run_seeds(grid: GridConfig, seeds: Sequence[int], output: str | Path | None = None, jobs: int | None = None, show: bool = True) -> list[Task]:
     "`run_grid` for each seed, into `output/seed0` and so on; returns the failed tasks of all."

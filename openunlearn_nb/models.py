@@ -20,7 +20,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfi
                           PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed)
 
 from .errors import OpenUnlearnError
-from .processes import is_main
+from .processes import on_main
 
 # %% ../nbs/09_models.ipynb #b0fea0b9
 @dataclass(frozen=True)
@@ -139,20 +139,22 @@ def tiny_llama(tokenizer: PreTrainedTokenizerBase, hidden: int = 128, layers: in
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, texts: dict[str, str] | None = None) -> Path:
     "Save model (safetensors), tokenizer and `texts` (by file name) in `folder`, by the main process; an existing model is left as it is."
     folder = Path(folder)
-    if not is_main():
-        return folder
+    on_main(lambda: _save(model, tokenizer, folder, texts or {}))
+    return folder
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, texts: dict[str, str]) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-", ignore_cleanup_errors=True) as scratch:
-            model.save_pretrained(scratch), tokenizer.save_pretrained(scratch)
-            for name, text in (texts or {}).items():
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            for name, text in texts.items():
                 (Path(scratch) / name).write_text(text, encoding="utf-8")
             Path(scratch).chmod(0o755)  # a temporary folder is private; a saved model need not be
             Path(scratch).rename(folder)
     except Exception as e:  # OSError, or safetensors' own error where the disk is full
         if not (folder / "config.json").exists():  # else another process saved the same model first
             raise OpenUnlearnError(f"Cannot save the model in {folder}: {getattr(e, 'strerror', None) or e}.") from e
-    return folder
 
 def cache_dir() -> Path:
     "Where models that the package makes are kept: `$OPENUNLEARN_CACHE`, or `openunlearn_nb` in the user's cache folder."

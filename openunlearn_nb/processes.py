@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'WAIT', 'CONFIGS', 'launched', 'begin', 'end', 'rank', 'world', 'is_main', 'config_file', 'launch_environment',
-           'gathered', 'wait_for_all', 'mine', 'merged', 'write_bytes', 'alone']
+           'gathered', 'wait_for_all', 'mine', 'merged', 'on_main', 'raised_by_all', 'write_bytes', 'alone']
 
 # %% ../nbs/01_processes.ipynb #e60095f9
 import multiprocessing
@@ -30,18 +30,25 @@ def launched() -> int:
     "How many processes a launcher has started."
     return int(os.environ.get("WORLD_SIZE", 1))
 
+_errors: Any = None  # a second group, on which processes that have raised an error find each other
+
 def begin() -> None:
     "Join the other processes, where a launcher started several; call it once per process, before the work."
+    global _errors
     if launched() > 1:
         import torch
+        import torch.distributed as dist
         from accelerate import PartialState
         PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
+        _errors = _errors or dist.new_group(backend="gloo")
 
 def end() -> None:
     "Leave the group."
+    global _errors
     if _group():
         from accelerate import PartialState
         PartialState().destroy_process_group()
+        _errors = None
 
 def _group():
     "torch.distributed where this process has joined others."
@@ -102,12 +109,41 @@ def merged(found: Mapping[Any, T]) -> dict[Any, T]:
     "What all processes found, each under its own keys."
     return {key: value for part in gathered(dict(found)) for key, value in part.items()}
 
+# %% ../nbs/01_processes.ipynb #b70c6020
+def on_main(work: Callable[[], T]) -> T:
+    "What `work` returns: called by the main process alone, and told to all. If it raises, all raise an `OpenUnlearnError` with its message."
+    if not _group():
+        return work()
+    told: tuple[Any, str | None] = (None, None)
+    if is_main():
+        try:
+            told = work(), None
+        except Exception as e:  # whatever it is, the others must hear of it
+            told = None, str(e) if isinstance(e, OpenUnlearnError) else f"{type(e).__name__}: {e}"
+    value, error = gathered(told)[0]
+    if error:
+        raise OpenUnlearnError(error)
+    return value
+
+def raised_by_all(seconds: float = 60) -> bool:
+    "Whether every process calls this within `seconds`; called by a process that has caught an error."
+    if not (group := _group()):
+        return True
+    try:
+        group.monitored_barrier(_errors, timedelta(seconds=seconds))
+    except RuntimeError:
+        return False
+    return True
+
 # %% ../nbs/01_processes.ipynb #5afe0002
 def write_bytes(path: str | Path, data: bytes) -> Path:
-    "Write a file, by the main process: to a temporary file, then renamed into place."
-    path, scratch = Path(path).expanduser(), None
-    if not is_main():
-        return path
+    "Write a file, by the main process: to a temporary file, then renamed into place. All processes must call it; if it fails, all raise."
+    path = Path(path).expanduser()
+    on_main(lambda: _write(path, data))
+    return path
+
+def _write(path: Path, data: bytes) -> None:
+    scratch = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
@@ -119,7 +155,6 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
         if scratch:
             Path(scratch).unlink(missing_ok=True)
         raise OpenUnlearnError(f"Cannot write {path}: {e.strerror}. Nothing half-written was left behind.") from e
-    return path
 
 # %% ../nbs/01_processes.ipynb #c4378d1c
 _LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "TORCHINDUCTOR_", "ACCELERATE_", "FORK_LAUNCHED")
@@ -137,14 +172,8 @@ def alone(function: Callable[..., Any], *args: Any) -> Any:
     "What `function` returns: run by the main process outside the group, and told to all. Without a group, just called."
     if not _group():
         return function(*args)
-    told: tuple[Any, str | None] = (None, None)
-    if is_main():
-        try:
-            with _outside(), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                told = pool.submit(function, *args).result(), None
-        except Exception as e:
-            told = None, str(e) if isinstance(e, OpenUnlearnError) else f"{type(e).__name__}: {e}"
-    value, error = gathered(told)[0]
-    if error:
-        raise OpenUnlearnError(error)
-    return value
+    def in_a_fresh_process() -> Any:
+        with _outside(), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *args).result()
+    return on_main(in_a_fresh_process)
+

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OpenUnlearnError
-from .processes import is_main, wait_for_all
+from .processes import on_main
 from .records import text_hash
 
 # %% ../nbs/29_provenance.ipynb #c72f7694
@@ -94,12 +94,10 @@ def push_to_hub(folder: Path, repo: str) -> str:
     from huggingface_hub import HfApi
     if repo.count("/") != 1:
         raise OpenUnlearnError(f"A model on the Hub is called OWNER/NAME, not {repo!r}.")
-    address = None
-    if is_main():
+    def upload() -> str:
         try:
             HfApi().create_repo(repo, exist_ok=True)
-            address = HfApi().upload_folder(repo_id=repo, folder_path=str(folder), commit_message="A model with its record, by openunlearn_nb")
+            return str(HfApi().upload_folder(repo_id=repo, folder_path=str(folder), commit_message="A model with its record, by openunlearn_nb"))
         except Exception as e:  # no network, no token, no right: the one line that matters
             raise OpenUnlearnError(f"Cannot upload to {repo!r}: {' '.join(str(e).split())[:300]} The model is in {folder}.") from e
-    wait_for_all()
-    return str(address)
+    return on_main(upload)

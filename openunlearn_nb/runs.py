@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from .alternates import make_alternates, read_alternates
@@ -29,7 +30,7 @@ from .models import PRESETS, cache_dir, load_model, save_model
 from .muse import corpus_of
 from .pairs import alternate_examples, published_recipe
 from .passes import Passes
-from .processes import begin, gathered, is_main, wait_for_all
+from .processes import begin, gathered, on_main
 from .prompts import Encoder
 from .provenance import changes, model_card, origin_of
 from .records import read_json, read_retain_log, run_record, to_json, write_json, write_run
@@ -145,9 +146,8 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
 
 def _discard(folder: Path | None) -> None:
     "Remove what a finished run does not need any more."
-    if folder and is_main():
-        shutil.rmtree(folder, ignore_errors=True)
-    wait_for_all()
+    if folder:
+        on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 # %% ../nbs/35_runs.ipynb #f33d351f
 def kept_rows(config: RunConfig, path: str, model: PreTrainedModel) -> Kept | None:
@@ -188,7 +188,6 @@ def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log
     values = summary(evaluation, config.wanted)
     write_run(output, suite, evaluation, values, run_record(
         started, benchmark=suite.name, model=config.label, row="Evaluated", model_path=path, start=origin_of(path), prompt=asdict(enc.fmt), **what))
-    wait_for_all()
     return values
 
 # %% ../nbs/35_runs.ipynb #0562e07b
@@ -245,7 +244,6 @@ class Course:
             save_best(model, evaluation, self.best)
         self.epochs = {k: v for k, v in self.epochs.items() if int(k) < epoch} | {str(epoch): values}
         write_json(self.file, self.epochs)
-        wait_for_all()
 
     def end(self, model: PreTrainedModel, evaluation: dict, epoch: int) -> tuple[PreTrainedModel, dict, dict | None]:
         "The model and evaluation of the best epoch (without `best`: of the last), and the summaries of all."
@@ -260,11 +258,14 @@ class Course:
 
 def save_best(model: PreTrainedModel, evaluation: dict, folder: Path) -> None:
     "Keep a model and its evaluation."
-    if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(folder)
-        write_json(folder / "evaluation.json", evaluation)
-    wait_for_all()
+    def save() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            model.save_pretrained(folder)
+        except (OSError, SafetensorError) as e:
+            raise OpenUnlearnError(f"Cannot keep the best model in {folder}: {getattr(e, 'strerror', None) or e}.") from e
+    on_main(save)
+    write_json(folder / "evaluation.json", evaluation)
 
 def load_best(like: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, dict]:
     "The model and evaluation that `save_best` kept."

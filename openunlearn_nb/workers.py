@@ -20,35 +20,38 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .errors import OpenUnlearnError, is_ours
 from .models import quiet
-from .processes import gathered, is_main, world
+from .processes import on_main, raised_by_all, world
 
 # %% ../nbs/36_workers.ipynb #3a84ef7b
 @contextmanager
 def hold(folder: str | Path) -> Iterator[None]:
     "Keep other runs out of a folder meanwhile; raises where one is in it."
-    held, error = None, None
-    if is_main():
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            held = (Path(folder) / ".lock").open("a+")
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held.truncate(0), held.write(f"process {os.getpid()} on {socket.gethostname()}"), held.flush()
-        except BlockingIOError:
-            other = (Path(folder) / ".lock").read_text()
-            error = f"Another run is at work in {folder} ({other or 'an unknown process'}); wait for it, or give another --output."
-        except OSError as e:
-            error = f"Cannot write in {folder}: {e.strerror}."
+    held: list[TextIO] = []  # open on the main process alone
+    on_main(lambda: _lock(Path(folder), held))
     try:
-        if why := gathered(error)[0]:
-            raise OpenUnlearnError(why)
         yield
     finally:
-        if held:
-            held.close()
+        for file in held:
+            file.close()
+
+def _lock(folder: Path, held: list[TextIO]) -> None:
+    file = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.append(file.open("a+"))
+        fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held[0].truncate(0)
+        held[0].write(f"process {os.getpid()} on {socket.gethostname()}")
+        held[0].flush()
+    except BlockingIOError:
+        held.pop().close()
+        raise OpenUnlearnError(f"Another run is at work in {folder} ({file.read_text() or 'an unknown process'}); wait for it, or give another --output.") from None
+    except OSError as e:
+        raise OpenUnlearnError(f"Cannot write in {folder}: {e.strerror}.") from e
 
 # %% ../nbs/36_workers.ipynb #83d53865
 @dataclass(frozen=True)
@@ -104,8 +107,8 @@ class Inline:
         try:
             future.set_result(work(task, lambda share: self.report(task.key, share)))
         except Exception as e:
-            if world() > 1 and not isinstance(e, OpenUnlearnError):
-                raise  # the other processes are waiting for this one: end them all
+            if world() > 1 and not (isinstance(e, OpenUnlearnError) and raised_by_all()):
+                raise  # the other processes wait for this one in something else: end them all
             future.set_exception(e)
         return future
 
