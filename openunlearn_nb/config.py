@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .data import Asked, Benchmark, content_hash
+from .devices import device_type, evaluation_dtype
 from .embedded import embedded_model, embedded_recipe, taught_part
 from .errors import OpenUnlearnError, check_choice
 from .gibberish import CLASSIFIER
@@ -25,19 +26,19 @@ from .models import PRESETS, load_model, load_tokenizer, preset_of
 from .muse import Muse, corpus_of
 from .own import Own
 from .pairs import TrainConfig, published_recipe
-from .processes import launched
 from .prompts import Encoder, PromptFormat, prompt_format
 from .records import read_json
 from .smollm2 import resolve
 from .suites import BETTER, SUITES, Suite, wanted
 from .tofu import Tofu
 from .wmdp import Wmdp
+from .zero import under_deepspeed
 
 BENCHMARKS: dict[str, type[Tofu] | type[Muse] | type[Wmdp] | type[Own]] = {"TOFU": Tofu, "MUSE": Muse, "WMDP": Wmdp, "OWN": Own}
 Progress = Callable[[float], None]  # told the share of the work done, 0 to 1
 
 # %% ../nbs/33_config.ipynb #60040d27
-WITHOUT_EFFECT = ("batch_size", "eval_each", "save_each", "trust_remote_code", "reuse", "imports")  # on a run's numbers; a file's methods have their hash
+WITHOUT_EFFECT = ("batch_size", "device_map", "eval_each", "save_each", "trust_remote_code", "reuse", "imports")  # on a run's numbers; a file's methods have their hash
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -60,11 +61,13 @@ class RunConfig:
     lora: int | None = None  # rank of an adapter that is trained in place of the weights; 0: the weights; None: by the model and the device
     quantize: str | None = None  # `nf4`: the frozen weights in four bits (QLoRA)
     optim: str | None = None  # transformers' name of an optimizer, such as paged_adamw_8bit; None: by the device
+    attn_implementation: str | None = None  # transformers' name of an attention, such as eager or flash_attention_2; None: its default
     gradient_checkpointing: bool | None = None
     per_device_batch: int | None = None  # rows per device and forward in training
     best: str | None = None  # the metric by which one of the epochs is kept; None: the last one
     batch_size: int = 256  # rows generated at once, at most
     reuse: bool = True  # take rows that are kept of a model in place of asking it anew
+    device_map: str | None = None  # `auto`: evaluate a model that is spread over all visible GPUs
     eval_each: str | None = None  # `epoch`
     save_each: str | None = None  # `epoch`
     imports: tuple[str, ...] = ()  # Python files that declare methods of one's own
@@ -120,7 +123,7 @@ def check_config(config: RunConfig) -> None:
         raise OpenUnlearnError(f"No folder with a classifier {config.classifier!r}; give a folder, a Hub id, or 'characters'.")
     if config.compat is not None:
         check_choice(config.compat, COMPAT, "compat")
-    for name, only in (("quantize", "nf4"), ("eval_each", "epoch"), ("save_each", "epoch")):
+    for name, only in (("quantize", "nf4"), ("eval_each", "epoch"), ("save_each", "epoch"), ("device_map", "auto")):
         if (value := getattr(config, name)) is not None:
             check_choice(value, [only], name)
     if config.best is not None:
@@ -180,16 +183,16 @@ def open_model(config: RunConfig, path: str, for_training: bool) -> tuple[PreTra
     preset = preset_of(path)
     tokenizer = load_tokenizer(preset.base if preset and preset.base_tokenizer else path, config.trust_remote_code)
     fmt = prompt_of(config, path, tokenizer)
-    masters = for_training and not adapter_rank(config) and launched() == 1  # DeepSpeed makes its own, and under an adapter weights stand still
-    dtype = torch.float32 if masters or not torch.cuda.is_available() else torch.bfloat16
-    model = load_model(path, dtype, config.trust_remote_code, config.quantize if for_training else None)
+    masters = for_training and not adapter_rank(config) and not under_deepspeed()  # DeepSpeed makes its own, and under an adapter weights stand still
+    model = load_model(path, torch.float32 if masters else evaluation_dtype(), config.trust_remote_code, config.quantize if for_training else None,
+                       config.attn_implementation, sharded=for_training, spread=bool(config.device_map) and not for_training)
     return model, Encoder(tokenizer, fmt, config.max_length or 512, getattr(model.config, "max_position_embeddings", None))
 
 LARGE = 2e8  # bytes: a hundred million weights in bf16
 
 def adapter_rank(config: RunConfig) -> int | None:
     "The rank of the adapter to train, if any: as asked; on a CPU, 8 for models of 100 million parameters and more, too slow there otherwise."
-    if config.lora is not None or config.model == "embedded" or torch.cuda.is_available():
+    if config.lora is not None or config.model == "embedded" or device_type() == "cuda":
         return config.lora or None
     folder = Path(config.model).expanduser()
     return None if folder.is_dir() and sum(file.stat().st_size for file in folder.glob("*.safetensors")) < LARGE else 8

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Part', 'Batch', 'check_part', 'check_reference', 'bare', 'logits_at', 'model_inputs', 'answer_logits', 'sequence_nll',
-           'reference_nll', 'every_logit', 'without_first', 'is_sharded', 'find_module', 'layer_activations',
-           'trained_parameters']
+           'reference_nll', 'every_logit', 'without_first', 'find_module', 'layer_activations', 'trained_parameters',
+           'parameters_up_to']
 
 # %% ../nbs/12_forwards.ipynb #95498315
 import re
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .errors import OpenUnlearnError
 from .losses import row_nll
+from .zero import is_sharded
 
 Part = dict[str, Tensor]  # input_ids, attention_mask, labels; ref_nll where it was computed beforehand, position_ids where not the usual
 Batch = dict[str, Part]  # by name: forget, retain, alternate
@@ -51,7 +52,9 @@ def bare(model: nn.Module) -> nn.Module:
 
 def logits_at(model: nn.Module, inputs: dict, rows: Tensor, cols: Tensor) -> Tensor:
     "Logits `[n, vocabulary]`, as the model gives them, at n places of its forward on `inputs`; the head computes no others."
-    pick = lambda head, args: (args[0][rows, cols][None], *args[1:])
+    def pick(head, args):
+        hidden = args[0]
+        return hidden[rows.to(hidden.device), cols.to(hidden.device)][None], *args[1:]
     handle = bare(model).get_output_embeddings().register_forward_pre_hook(pick)
     try:
         return model(**inputs).logits[0]
@@ -98,10 +101,6 @@ def without_first(part: Part, n: int) -> Part:
 class _LayerReached(Exception):
     "Ends a forward at the layer whose output was wanted."
 
-def is_sharded(model: nn.Module) -> bool:
-    "Whether ZeRO-3 keeps the weights in shards."
-    return any(hasattr(p, "ds_id") for p in bare(model).parameters())
-
 def find_module(model: nn.Module, regex: str) -> nn.Module:
     "The one submodule whose whole name matches `regex`."
     model = bare(model)
@@ -116,7 +115,7 @@ def find_module(model: nn.Module, regex: str) -> nn.Module:
 def layer_activations(model: nn.Module, part: Part, regex: str) -> Tensor:
     "Output `[rows, length, hidden]` of the module named by `regex`, its forward stopped there."
     caught: list[Tensor] = []
-    to_the_end = is_sharded(model)  # ZeRO-3 has fetched weights ahead, and waits for each to be used
+    to_the_end = is_sharded(bare(model))  # ZeRO-3 has fetched weights ahead, and waits for each to be used
     def take(module, args, output):
         caught.append(output[0] if isinstance(output, tuple) else output)
         if not to_the_end:
@@ -139,3 +138,10 @@ def trained_parameters(model: nn.Module, patterns: list[str]) -> list[str]:
         raise OpenUnlearnError(f"trainable_params_regex {patterns} matches no parameter; the model has {next(iter(model.named_parameters()))[0]}, "
                                "...; .* matches all.")
     return names
+
+def parameters_up_to(model: nn.Module, regex: str) -> list[str]:
+    "Names of the parameters that the output of the module named by `regex` can depend on: its own, and those registered before it."
+    last = next(name for name, module in bare(model).named_modules() if module is find_module(model, regex))
+    names = [name for name, _ in bare(model).named_parameters()]
+    own = [i for i, name in enumerate(names) if name.startswith(f"{last}.")]
+    return names[:own[-1] + 1] if own else names

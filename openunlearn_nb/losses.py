@@ -35,9 +35,10 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 # %% ../nbs/11_losses.ipynb #e377332e
 def row_nll(logits: Tensor, labels: Tensor, rows: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
-    "`nll` and `n_tokens`, each fp64 `[n_rows]`, from the logits `[n, vocabulary]`, ids `[n]` and rows `[n]` of n labelled tokens."
-    nll = token_nll(logits, labels).double()
-    zeros = torch.zeros(n_rows, dtype=torch.float64, device=logits.device)
+    "`nll` and `n_tokens`, each fp64 `[n_rows]` (fp32 on an Apple GPU), from the logits `[n, vocabulary]`, ids `[n]` and rows `[n]` of n labelled tokens."
+    precise = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple GPUs have no fp64
+    nll = token_nll(logits, labels).to(precise)
+    zeros = torch.zeros(n_rows, dtype=precise, device=logits.device)
     return zeros.index_add(0, rows, nll), zeros.index_add(0, rows, torch.ones_like(nll))
 
 # %% ../nbs/11_losses.ipynb #01e38d03

@@ -11,16 +11,20 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel,
                           PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed)
 
+from .devices import device_type
 from .errors import OpenUnlearnError
 from .processes import on_main
+from .zero import is_sharded, sharded_loading
 
 # %% ../nbs/09_models.ipynb #b0fea0b9
 @dataclass(frozen=True)
@@ -78,17 +82,27 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
-def load_model(path: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, quantize: str | None = None) -> PreTrainedModel:
-    "A causal LM from a folder or Hub id, in `dtype` (or its linear layers in four bits, `nf4`), on the GPU where there is one; safetensors only."
+def load_model(path: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, quantize: str | None = None,
+               attention: str | None = None, sharded: bool = False, spread: bool = False) -> PreTrainedModel:
+    """A causal LM from a folder or Hub id, in `dtype`, on the GPU where there is one; safetensors only.
+
+    `quantize`: `nf4`, its linear layers in four bits. `attention`: transformers' name of an implementation, such as `eager`. `sharded`: in shards,
+    where the launch asks for it (ZeRO-3 with zero3_init_flag). `spread`: over all visible GPUs and, where they do not suffice, the host."""
     folder = Path(path).expanduser()
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise OpenUnlearnError(f"The folder {path!r} holds no *.safetensors; weights in other formats are not loaded, because "
                                "opening them can run code. Save the model again with save_pretrained.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    how = {"quantization_config": four_bits(dtype), "device_map": {"": device}} if quantize else {}
-    model = _load(AutoModelForCausalLM.from_pretrained, path, "model", dtype=dtype, use_safetensors=True,
-                  trust_remote_code=trust_remote_code, **how)
-    return (model if quantize else model.to(device)).eval()
+    device = device_type()
+    how: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    if quantize:
+        how |= {"quantization_config": four_bits(dtype), "device_map": {"": device}}
+    elif spread:
+        how |= {"device_map": "auto"}
+    with sharded_loading(dtype) if sharded else nullcontext():
+        model = _load(AutoModelForCausalLM.from_pretrained, path, "model", dtype=dtype, use_safetensors=True,
+                      trust_remote_code=trust_remote_code, **how)
+    placed = quantize or spread or is_sharded(model)
+    return (model if placed else model.to(device)).eval()
 
 def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
     "NF4 with double quantization, computing in `dtype` (QLoRA, arXiv 2305.14314)."

@@ -7,19 +7,24 @@ __all__ = ['PUBLISHED_RECIPES', 'FINETUNE_RECIPES', 'TrainConfig', 'published_re
            'with_ref_nll', 'alternate_examples', 'build_dataset']
 
 # %% ../nbs/18_pairs.ipynb #45ab7c8d
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from .devices import computes_in_bf16
 from .errors import OpenUnlearnError
-from .forwards import sequence_nll
+from .forwards import bare, sequence_nll
 from .methods import get_method
+from .processes import merged, rank, world
 from .prompts import Encoder, collate, encode_all
 from .scoring import score
+from .zero import is_sharded
 
 # %% ../nbs/18_pairs.ipynb #7417b72f
 @dataclass(frozen=True)
@@ -82,6 +87,13 @@ class PairDataset(Dataset):
         self.epoch, self.asked = epoch, 0
         self.drawn = draws(len(self.forget), len(self.retain), epoch, self.seed, 0) if self.forget and self.retain else None
 
+    def set_reference(self, with_nll: Callable[[list[dict]], list[dict]]) -> None:
+        "Give the examples to forget and their alternates the reference's log-likelihoods; `with_nll` takes examples and returns them with `ref_nll`."
+        self.forget = with_nll(self.forget)
+        if self.alternates:
+            n, flat = len(self.forget), with_nll([e for epoch in self.alternates for e in epoch])
+            self.alternates = [flat[i:i + n] for i in range(0, len(flat), n)]
+
     def __len__(self) -> int:
         return len(self.forget) or len(self.retain)
 
@@ -112,15 +124,30 @@ def collate_parts(items: list[dict[str, dict]], pad_id: int, compat: str | None 
 
 # %% ../nbs/18_pairs.ipynb #0ccab62d
 @torch.no_grad()
-def with_ref_nll(model: PreTrainedModel, examples: list[dict], pad_id: int, compat: str | None = None) -> list[dict]:
-    "The examples, each with the summed NLL of its labels under `model`."
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):  # as in training
-        if not compat:
+def with_ref_nll(model: nn.Module, examples: list[dict], pad_id: int, compat: str | None = None) -> list[dict]:
+    "The examples, each with the summed NLL of its labels under `model`. Of a sharded model all processes must call it."
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and computes_in_bf16()):  # as in training
+        if is_sharded(bare(model)) or compat:  # `compat`: what is hidden from the model must be hidden from its reference
+            nlls = _in_step(model, examples, pad_id, device, compat)
+        else:
             nlls = [-s.logps.sum(dtype=np.float64) for s in score(model, examples, pad_id)]
-        else:  # what is hidden from the model must be hidden from its reference
-            some = (collate_parts([{"all": e} for e in examples[i:i + 8]], pad_id, compat)["all"] for i in range(0, len(examples), 8))
-            nlls = [nll for part in some for nll in sequence_nll(model, {k: v.to(model.device) for k, v in part.items()})[0]]
     return [{**e, "ref_nll": float(nll)} for e, nll in zip(examples, nlls)]
+
+def _in_step(model: nn.Module, examples: list[dict], pad_id: int, device: torch.device, compat: str | None) -> list[float]:
+    "Summed NLLs, eight rows a forward. Every process makes the same number of forwards, because sharded weights are gathered by all together."
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
+    groups = [order[i:i + 8] for i in range(0, len(order), 8)]
+    found: dict[int, float] = {}
+    for first in range(0, len(groups), world()):
+        turn = first + rank()
+        group = groups[min(turn, len(groups) - 1)]
+        part = collate_parts([{"all": examples[i]} for i in group], pad_id, compat)["all"]
+        nlls = sequence_nll(model, {k: v.to(device) for k, v in part.items()})[0]
+        if turn < len(groups):
+            found |= zip(group, nlls.tolist())
+    found = merged(found)
+    return [found[i] for i in range(len(examples))]
 
 def alternate_examples(questions: Sequence[str], answers: Sequence[Sequence[str]], enc: Encoder, config: TrainConfig) -> list[list[dict]]:
     "For each epoch, each question with one of its other `answers` (a list a question) drawn for it, as examples."
@@ -135,7 +162,9 @@ def _labelled(example: dict) -> bool:
 
 def build_dataset(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], retain: list[dict],
                   alternates: list[list[dict]] | None, seed: int, compat: str | None = None) -> PairDataset:
-    "The data set of a method's parts; reference log-likelihoods are computed now, if the method needs them."
+    """The data set of a method's parts, with the reference's log-likelihoods if the method needs them.
+
+    Those of a sharded model are left out: it computes only once DeepSpeed drives it (see `PairDataset.set_reference`)."""
     needs = get_method(method).needs
     if "alternate" in needs and not alternates:
         raise OpenUnlearnError(f"{method} needs another answer to every question to forget; give alternates, a list for each epoch.")
@@ -145,9 +174,7 @@ def build_dataset(model: PreTrainedModel, pad_id: int, method: str, forget: list
         if given and not left:
             raise OpenUnlearnError(f"None of the {len(given)} examples to {what} has a labelled token.")
     forget, alternates = [forget[i] for i in whole], alternates and [[epoch[i] for i in whole] for epoch in alternates]
-    if "ref_nll" in needs:
-        forget = with_ref_nll(model, forget, pad_id, compat)
-    if alternates and "ref_nll" in needs:
-        n, flat = len(forget), with_ref_nll(model, [e for epoch in alternates for e in epoch], pad_id, compat)
-        alternates = [flat[i:i + n] for i in range(0, len(flat), n)]
-    return PairDataset(forget, kept, alternates, seed, same_draws=bool(compat))
+    data = PairDataset(forget, kept, alternates, seed, same_draws=bool(compat))
+    if "ref_nll" in needs and not is_sharded(model):
+        data.set_reference(partial(with_ref_nll, model, pad_id=pad_id, compat=compat))
+    return data

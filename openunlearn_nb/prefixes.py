@@ -82,7 +82,7 @@ class Roomy(DynamicLayer):
         self.room = held + more
         self.buffers = [t.new_empty(len(rows), t.shape[1], self.room, t.shape[3]) for t in (keys, values)]
         for buffer, t in zip(self.buffers, (keys, values)):
-            torch.index_select(t, 0, rows, out=buffer[:, :, :held])
+            torch.index_select(t, 0, rows.to(t.device), out=buffer[:, :, :held])
         self._see(held)
 
     def _see(self, held: int) -> tuple[Tensor, Tensor]:

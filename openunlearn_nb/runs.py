@@ -36,7 +36,8 @@ from .provenance import changes, model_card, origin_of
 from .records import read_json, read_retain_log, run_record, to_json, write_json, write_run
 from .smollm2 import resolve
 from .suites import BETTER, SUITES, data_sets, evaluate, summary
-from .training import train
+from .training import in_evaluation_dtype, train
+from .zero import is_sharded
 
 # %% ../nbs/35_runs.ipynb #fcbabf55
 def other_answers(config: RunConfig, method: str, split: str, model: PreTrainedModel, enc: Encoder) -> list[list[str]] | None:
@@ -48,14 +49,16 @@ def other_answers(config: RunConfig, method: str, split: str, model: PreTrainedM
         return [config.source.refusals()] * len(pairs)
     if config.alternates:
         return read_alternates(config.alternates, [q for q, _ in pairs])
+    if is_sharded(model):
+        raise OpenUnlearnError("A model in shards cannot be asked for AltPO's other answers; make them first (openunlearn alternates) and give --alternates.")
     made = make_alternates(model, enc, pairs, instruct=config.model != "embedded", seed=config.seed)
     return gathered(made)[0]  # one set of answers for all processes
 
 # %% ../nbs/35_runs.ipynb #ee0c2fdc
 def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, enc: Encoder, settings: dict | None = None,
             on: str = "", progress: Progress = lambda share: None, look: Callable | None = None,
-            keep: Path | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
-    "Unlearn `split` (`Finetune`: train on `on`); returns the model and what a record says about the training. `look`, `keep`: as in `train`."
+            keep: Path | None = None, for_saving: bool = False) -> tuple[PreTrainedModel, dict[str, Any]]:
+    "Unlearn `split` (`Finetune`: train on `on`); returns the model and what a record says about the training. `look`, `keep`, `for_saving`: as in `train`."
     recipe, own = recipe_of(config, method)
     settings, source = method_settings(method, own | (settings or {})), config.source
     enc = enc._replace(max_length=recipe.max_length)
@@ -70,10 +73,9 @@ def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, 
         alternates = alternate_examples([q for q, _ in source.pairs(split)], others, enc, recipe)
     declared = {"declared_in": DECLARED_IN[method]} if method in DECLARED_IN else {}
     what = {"config": config.fingerprint(), "method": method, "split": split, "on": on, "settings": _as_json(settings), **declared}
-    model, losses = train(model, enc.tokenizer.pad_token_id, method, forget, retain, recipe, settings, alternates, progress, config.compat, look, keep, what)
-    if torch.cuda.is_available():  # trained in fp32, evaluated and saved as the published models are
-        for p in model.parameters():  # and not model.to: the rotary frequencies are buffers, and stay fp32
-            p.data = p.data.to(torch.bfloat16)
+    model, losses = train(model, enc.tokenizer.pad_token_id, method, forget, retain, recipe, settings, alternates, progress, config.compat, look, keep, what,
+                          for_saving)
+    model = in_evaluation_dtype(model)
     term = get_method(method).forget_term
     ours = term is None or term.__module__ == method_settings.__module__  # a method of one's own has no published settings
     published = {"training": asdict(published_recipe(config.benchmark, method)), "settings": get_method(method).defaults} if ours else None
@@ -137,7 +139,7 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
     begin()
     path, kept = start_of(config, method, split), output.with_name(f"{output.name}.checkpoint") if config.save_each else None
     model, enc = open_model(config, path, for_training=True)
-    model, trained = unlearn(config, method, split, model, enc, settings, on or "", progress, keep=kept)
+    model, trained = unlearn(config, method, split, model, enc, settings, on or "", progress, keep=kept, for_saving=True)
     record = run_record(started, benchmark=config.benchmark, method=method, split=on if method == "Finetune" else split, model_path=path,
                         start=origin_of(path), prompt=asdict(enc.fmt), config=config.fingerprint(), **trained)
     save_model(model, enc.tokenizer, output, {"train.json": to_json(record), "README.md": model_card(record)})

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from openunlearn_nb.miniature_tofu import make_tofu
-from openunlearn_nb.models import quiet, tiny_llama, train_tokenizer
+from openunlearn_nb.models import load_model, quiet, save_model, tiny_llama, train_tokenizer
 from openunlearn_nb.pairs import TrainConfig
 from openunlearn_nb.processes import begin, is_main, wait_for_all
 from openunlearn_nb.prompts import PROMPTS, Encoder, encode_all
@@ -32,18 +32,23 @@ def cut(epoch, model):
 
 
 def main(out: Path, whats: list[str]) -> None:
-    torch.set_num_threads(1), quiet(), begin()
+    torch.set_num_threads(1)
+    quiet()
+    begin()
     rows = [(r["question"], r["answer"]) for r in make_tofu()["forget10"]]
     tokenizer = train_tokenizer([q + a for q, a in rows], 600)
     model = tiny_llama(tokenizer, hidden=32, layers=3)
+    start = save_model(model, tokenizer, out / "start")
     examples = encode_all(Encoder(tokenizer, PROMPTS["chat"], 64), rows)
     alternates = [examples[i:i + 40] for i in (120, 140)]
     for what in whats:
         name, _, option = what.partition("-")
         recipe = TrainConfig(learning_rate=1e-3, epochs=4, effective_batch=16, gradient_checkpointing=option == "checkpointing",
-                             batch_size=4, max_steps=STEPS, lora=4 if option == "LoRA" else None)
+                             batch_size=4, max_steps=STEPS, lora=4 if "LoRA" in option else None)
         settings = SETTINGS.get(what, SETTINGS.get(name, {}))
-        run = lambda **how: train(copy.deepcopy(model), tokenizer.pad_token_id, name, [] if name == "Finetune" else examples[:80],
+        loaded = option.startswith("sharded")  # by ZeRO-3 in shards, as the commands load it; without it, a copy of the whole model
+        given = lambda: load_model(str(start), sharded=True) if loaded else copy.deepcopy(model)
+        run = lambda **how: train(given(), tokenizer.pad_token_id, name, [] if name == "Finetune" else examples[:80],
                                   examples[80:120], recipe, settings, alternates=[e + e for e in alternates], **how)
         if option == "interrupted":
             try:

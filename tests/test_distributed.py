@@ -11,31 +11,25 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from launching import accelerate, run
+
 from openunlearn_nb.cli import main
 from openunlearn_nb.methods import METHODS
-from openunlearn_nb.processes import config_file, launch_environment
+from openunlearn_nb.processes import launch_environment
 from openunlearn_nb.records import read_json
 
 pytest.importorskip("deepspeed", reason='needs the extra: pip install -e ".[gpu]"')
 SCRIPT = str(Path(__file__).with_name("distributed_run.py"))
-OPTIONS = ["NPO-KL", "NPO-LoRA", "RMU-LoRA", "RMU-checkpointing", "NPO-checkpointing", "IdkDPO-checkpointing", "NPO-interrupted", "PDU-interrupted"]
-
-
-def launch(*command: str, config: str = "zero3", **env: str) -> subprocess.CompletedProcess:
-    """`accelerate launch` with a shipped configuration; only the precision is the CPU's."""
-    line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file(config)), "--mixed_precision", "no",
-            "--main_process_port", "0", *command]
-    done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **env}, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
-    return done
+OPTIONS = ["NPO-KL", "NPO-LoRA", "RMU-LoRA", "RMU-checkpointing", "NPO-checkpointing", "IdkDPO-checkpointing", "NPO-interrupted", "PDU-interrupted",
+           "IdkDPO-sharded", "RMU-sharded", "NPO-sharded LoRA"]
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """Folders with what one process and what two have made."""
     one, two, what = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two"), [*METHODS, *OPTIONS]
-    subprocess.run([sys.executable, SCRIPT, str(one), *what], check=True, capture_output=True, timeout=600)
-    launch(SCRIPT, str(two), *what)
+    run([sys.executable, SCRIPT, str(one), *what])
+    accelerate(SCRIPT, str(two), *what)
     return one, two
 
 
@@ -72,7 +66,7 @@ def test_an_interrupted_run_ends_like_a_whole_one(both):
 @pytest.mark.slow
 def test_zero2_equals_one_process(both, tmp_path):
     what = ["NPO", "RMU", "UNDIAL", "NPO-LoRA", "PDU-interrupted"]
-    launch(SCRIPT, str(tmp_path), *what, config="zero2")
+    accelerate(SCRIPT, str(tmp_path), *what, config="zero2")
     for name in what:
         assert_same(both[0], tmp_path, name)
 
@@ -83,7 +77,7 @@ def test_evaluation_of_two_equals_that_of_one(small_grid, tmp_path):
     command = ["eval", "tofu", "--train-rows", str(grid.train_rows), "--split", "forget01", "--metrics", "all", "--classifier", "characters",
                "--retain-log", str(folder / "forget01/Retain"), "--no-reuse", "--output"]
     assert main([*command, str(tmp_path / "one")]) == 0
-    launch("-m", "openunlearn_nb", *command, str(tmp_path / "two"))
+    accelerate("-m", "openunlearn_nb", *command, str(tmp_path / "two"))
     one, two = (read_json(tmp_path / n / "TOFU_EVAL.json") for n in ("one", "two"))
     assert one.keys() == two.keys() and len(one) > 30
     compare(one, two)
@@ -111,7 +105,7 @@ def test_a_grid_of_two_processes(small_grid, tmp_path):
     command = ["tofu", "--train-rows", str(grid.train_rows), "--splits", "forget01", "--methods", "NPO", "--epochs", "2", "--per-device-batch", "2",
                "--eval-each", "epoch", "--no-reuse", "--quiet", "--output"]
     assert main([*command, str(tmp_path / "one"), "--jobs", "1"]) == 0
-    done = launch("-m", "openunlearn_nb", *command, str(tmp_path / "two"))
+    done = accelerate("-m", "openunlearn_nb", *command, str(tmp_path / "two"))
     assert done.stdout.count("measured") == 1  # the main process alone prints
     for row in ("Finetuned", "Retain", "NPO"):
         one, two = (read_json(tmp_path / n / "forget01" / row / "TOFU_SUMMARY.json") for n in ("one", "two"))
@@ -123,7 +117,7 @@ def test_a_grid_of_two_processes(small_grid, tmp_path):
 def test_the_embedded_model_is_taught_by_one(tmp_path):
     """In an empty cache, by a process of its own: the same model as without a launcher."""
     command = ["eval", "tofu", "--train-rows", "60", "--split", "forget01", "--metrics", "forget_Q_A_Prob", "--no-reuse", "--output"]
-    launch("-m", "openunlearn_nb", *command, str(tmp_path / "two"), OPENUNLEARN_CACHE=str(tmp_path / "cache"))
+    accelerate("-m", "openunlearn_nb", *command, str(tmp_path / "two"), OPENUNLEARN_CACHE=str(tmp_path / "cache"))
     made, = (tmp_path / "cache").glob("tofu-*")
     assert main([*command, str(tmp_path / "one")]) == 0
     known = Path(os.environ["OPENUNLEARN_CACHE"]) / made.name
