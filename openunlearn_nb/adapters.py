@@ -20,20 +20,25 @@ from .forwards import bare
 # %% ../nbs/17_adapters.ipynb #4ae56255
 RANK, ALPHA = 8, 32  # TOFU, arXiv 2401.06121, its code's config
 
-def adapted_layers(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]:
-    "Names of the linear layers, but for the output, whose weight's name matches one of the patterns."
+def adapted_layers(model: PreTrainedModel, patterns: Sequence[str], reached: set[str] | None = None) -> list[str]:
+    "Names of the linear layers, but for the output, whose weight's name matches one of the patterns (and is among `reached`, where that is given)."
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()]
-    if not (found := [name for name in linear if any(re.fullmatch(p, f"{name}.weight") for p in patterns)]):
+    found = [name for name in linear if any(re.fullmatch(p, f"{name}.weight") for p in patterns)]
+    if reached is not None:
+        found = [name for name in found if f"{name}.weight" in reached]
+    if not found:
         raise OpenUnlearnError(f"trainable_params_regex {patterns} matches no linear layer's weight, so there is nothing to adapt; .* adapts all.")
     return found
 
-def with_adapter(model: PreTrainedModel, rank: int, patterns: Sequence[str] = (".*",), seed: int = 0) -> nn.Module:
-    "The model (a `PeftModel` now) with a fresh adapter, the only thing to be trained; it changes nothing yet."
+def with_adapter(model: PreTrainedModel, rank: int, patterns: Sequence[str] = (".*",), seed: int = 0, reached: set[str] | None = None) -> nn.Module:
+    """The model (a `PeftModel` now) with a fresh adapter, the only thing to be trained; it changes nothing yet.
+
+    `patterns`: regular expressions of the weights to adapt. `reached`: names of the weights that the loss depends on; others are not adapted."""
     from peft import LoraConfig, get_peft_model
     if not 0 < rank <= model.config.hidden_size:
         raise OpenUnlearnError(f"The rank of an adapter must be 1 to {model.config.hidden_size} (the model's hidden size), not {rank}.")
     set_seed(seed)
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=adapted_layers(model, patterns),
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=adapted_layers(model, patterns, reached),
                                             task_type="CAUSAL_LM"))
 
 # %% ../nbs/17_adapters.ipynb #3f79005d

@@ -12,6 +12,7 @@ import re
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .errors import OpenUnlearnError
 from .losses import row_nll
@@ -115,7 +116,8 @@ def find_module(model: nn.Module, regex: str) -> nn.Module:
 def layer_activations(model: nn.Module, part: Part, regex: str) -> Tensor:
     "Output `[rows, length, hidden]` of the module named by `regex`, its forward stopped there."
     caught: list[Tensor] = []
-    to_the_end = is_sharded(bare(model))  # ZeRO-3 has fetched weights ahead, and waits for each to be used
+    # ZeRO-3 has fetched weights ahead, and waits for each to be used; DDP prepares the exchange of gradients when a forward ends
+    to_the_end = is_sharded(bare(model)) or isinstance(model, DistributedDataParallel)
     def take(module, args, output):
         caught.append(output[0] if isinstance(output, tuple) else output)
         if not to_the_end:

@@ -30,6 +30,7 @@ def _model_options(p: argparse.ArgumentParser, shape: str = "locuslab/TOFU", own
     add("--train-rows", type=int, metavar="N", help="teach the embedded model only N rows (MUSE: N documents of each set)")
     add("--max-length", type=int, metavar="N", help="tokens of a question with its answer (TOFU: in training too) or examples (default: 512)")
     add("--batch-size", type=int, default=256, metavar="N", help="rows generated at once in evaluation, at most (default: %(default)s)")
+    add("--attn-implementation", metavar="NAME", help="transformers' attention: sdpa, eager, flash_attention_2, ... (default: the model's)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a model (off by default)")
 
 def _training_options(p: argparse.ArgumentParser) -> None:
@@ -106,6 +107,7 @@ def train_options(p: argparse.ArgumentParser) -> None:
 def _eval_options(p: argparse.ArgumentParser, suite: str) -> None:
     p.add_argument("--retain-log", metavar="FILE", help=f"the retain model's {suite}_EVAL.json, or the folder it is in")
     _metrics(p)
+    p.add_argument("--device-map", choices=["auto"], help="spread a model that is too large for one GPU over all that are visible")
     p.add_argument("--output", default=f"runs/eval-{suite.lower()}", help=f"folder for {suite}_EVAL.json and {suite}_SUMMARY.json (default: %(default)s)")
 
 def eval_tofu_options(p: argparse.ArgumentParser) -> None:

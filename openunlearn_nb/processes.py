@@ -115,7 +115,8 @@ def is_main() -> bool:
     return rank() == 0
 
 # %% ../nbs/01_processes.ipynb #e99fcff4
-CONFIGS = {"zero2": "gradients and optimizer state in shards, weights whole: faster, where they fit",
+CONFIGS = {"ddp": "the whole model and its optimizer on every GPU, without DeepSpeed: for models that fit",
+           "zero2": "gradients and optimizer state in shards, weights whole: faster, where they fit",
            "zero3": "weights too: the published set-up, on two GPUs",
            "zero3_offload": "masters and optimizer state in the host's memory: for small GPUs"}
 
@@ -127,6 +128,8 @@ def launch_environment(name: str) -> dict[str, str]:
     "What `accelerate launch` would put into the environment for a configuration: for `notebook_launcher`, which reads none."
     import yaml
     known = yaml.safe_load(config_file(name).read_text())
+    if "deepspeed_config" not in known:
+        return {"ACCELERATE_MIXED_PRECISION": known["mixed_precision"]}
     own = {"gradient_accumulation_steps": "", "gradient_clipping": ""}  # the others are called ACCELERATE_DEEPSPEED_...
     short = {"zero3_init_flag": "zero3_init"}
     settings = {f"ACCELERATE_{own.get(k, 'DEEPSPEED_')}{short.get(k, k)}".upper(): str(v).lower() for k, v in known["deepspeed_config"].items()}

@@ -9,6 +9,7 @@ __all__ = ['UnlearnTrainer', 'optimizer_of', 'training_arguments', 'sharded_refe
 import copy
 import importlib.util
 import math
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -188,6 +189,8 @@ def _set_up_launch(args: TrainingArguments, quantized: bool, n_examples: int) ->
     if extra := -n_examples % (args.per_device_train_batch_size * launched()):
         warnings.warn(f"{n_examples} rows cannot be dealt out evenly, {args.per_device_train_batch_size} to each of {launched()} processes: {extra} "
                       "of an epoch's first are seen twice in it (Accelerate's way). A --per-device-batch that divides them avoids it.")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        raise OpenUnlearnError("FSDP is not supported: ZeRO-3 shards the same (openunlearn configs zero3), and DDP drives models that fit (ddp).")
     if (plugin := getattr(args, "deepspeed_plugin", None)) is None:
         return
     zero = plugin.deepspeed_config["zero_optimization"]
@@ -293,10 +296,10 @@ def _start_settings(method: str, settings: dict, hidden: int, config: TrainConfi
 def _equipped(model: PreTrainedModel, method: str, settings: dict, config: TrainConfig) -> tuple[nn.Module, Any, list[nn.Parameter]]:
     "The model to train (with its adapter, where one is asked for), its reference, and the parameters to leave as they are."
     patterns, reference = settings.get("trainable_params_regex", [".*"]), needs_reference(method, settings)
-    if config.lora:
-        model = with_adapter(model, config.lora, patterns, config.seed)
-        return model, AdapterOff(model) if reference else None, []
     reached = _reached(model, method, settings, patterns)
+    if config.lora:
+        model = with_adapter(model, config.lora, patterns, config.seed, reached)
+        return model, AdapterOff(model) if reference else None, []
     frozen = [p for name, p in model.named_parameters() if name not in reached and p.requires_grad]
     if not reference:
         return model, None, frozen

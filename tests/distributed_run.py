@@ -31,15 +31,20 @@ def cut(epoch, model):
         raise PowerCut
 
 
+def data():
+    """A tokenizer, and two hundred encoded questions with answers."""
+    rows = [(r["question"], r["answer"]) for r in make_tofu()["forget10"]]
+    tokenizer = train_tokenizer([q + a for q, a in rows], 600)
+    return tokenizer, encode_all(Encoder(tokenizer, PROMPTS["chat"], 64), rows)
+
+
 def main(out: Path, whats: list[str]) -> None:
     torch.set_num_threads(1)
     quiet()
     begin()
-    rows = [(r["question"], r["answer"]) for r in make_tofu()["forget10"]]
-    tokenizer = train_tokenizer([q + a for q, a in rows], 600)
+    tokenizer, examples = data()
     model = tiny_llama(tokenizer, hidden=32, layers=3)
     start = save_model(model, tokenizer, out / "start")
-    examples = encode_all(Encoder(tokenizer, PROMPTS["chat"], 64), rows)
     alternates = [examples[i:i + 40] for i in (120, 140)]
     for what in whats:
         name, _, option = what.partition("-")
