@@ -38,6 +38,7 @@ The package itself is not installed; PYTHONPATH finds it. FOLDER gets one small 
 """
 
 import argparse
+import gc
 import re
 import signal
 import sys
@@ -95,6 +96,17 @@ def peak_of(name: str) -> float | None:
     return next((peak for of, peak in PEAK_TFLOPS.items() if of in name), None)
 
 
+def settle() -> None:
+    """Import what most blocks use, and keep the garbage collector from going over it again with each of them."""
+    from openunlearn_nb import grid  # noqa: F401
+    from openunlearn_nb.models import quiet
+
+    quiet()
+    warnings.simplefilter("ignore")
+    gc.collect()
+    gc.freeze()
+
+
 def main(argv: list[str] | None = None, started: float = STARTED) -> Path:
     """Run what is asked for; returns the record's file."""
     args = parser().parse_args(argv)
@@ -102,10 +114,7 @@ def main(argv: list[str] | None = None, started: float = STARTED) -> Path:
     import gpu_run2
     from blocks import Record, run_blocks
 
-    from openunlearn_nb.models import quiet
-
-    quiet()
-    warnings.simplefilter("ignore")
+    settle()
     if args.command == "run1":
         args.peak_tflops = args.peak_tflops or peak_of(card())
     else:

@@ -80,7 +80,7 @@ def set_weights(model, dtype) -> None:
     import torch
 
     torch.manual_seed(0)
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     for name, p in model.named_parameters():
         p.grad = None
         p.data = torch.empty_like(p, dtype=dtype)

@@ -20,30 +20,36 @@ SHOWN = ("forget_quality", "ks_distance", "model_utility", "forget_truth_ratio",
 
 
 def say(command: list[str]) -> str:
-    return f"openunlearn {' '.join(command[:5])} ..."
+    """The beginning of a command, enough to know it by."""
+    words = command[2:] if command[:2] == ["-m", "openunlearn_nb"] else command
+    return f"{' '.join(words[:3])} ..."
 
 
 def last_words(log: Path) -> str:
-    """The last line that a command said."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "it said nothing"
+    """The last line of a log that tells of a failure; without one, the last line."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "failed" in line or "rror" in line), lines[-1] if lines else "it said nothing")
 
 
 def here(commands: list[list[str]], logs: list[Path]) -> Iterator[None]:
-    """Run the package's commands one after the other in this process."""
+    """Run the package's commands one after the other in this process; raises at the end where one failed."""
     from openunlearn_nb.cli import main
 
+    failed: list[str] = []
     for command, log in zip(commands, logs):
         with log.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
             code = main(command)
         if code:
-            raise RuntimeError(f"{say(command)} ended with {code}: {last_words(log)}")
+            failed.append(f"{say(command)} ended with {code}: {last_words(log)}")
         yield
+    if failed:
+        raise RuntimeError(failed[0])
 
 
 def side_by_side(lines: list[list[str]], logs: list[Path]) -> Iterator[None]:
-    """Run programs at once, each a process; ends them all where one fails, or where nobody waits for them any more."""
+    """Run programs at once, each a process; raises when all have ended and one failed. Ends them where nobody waits any more."""
     running: dict[int, subprocess.Popen] = {}
+    failed: list[str] = []
     try:
         for i, (line, log) in enumerate(zip(lines, logs)):
             with log.open("w", encoding="utf-8") as file:
@@ -51,7 +57,7 @@ def side_by_side(lines: list[list[str]], logs: list[Path]) -> Iterator[None]:
         while running:
             for i in [i for i, process in running.items() if process.poll() is not None]:
                 if code := running.pop(i).returncode:
-                    raise RuntimeError(f"{say(lines[i])} ended with {code}: {last_words(logs[i])}")
+                    failed.append(f"{say(lines[i])} ended with {code}: {last_words(logs[i])}")
             yield
             time.sleep(LOOK)
     finally:
@@ -59,6 +65,8 @@ def side_by_side(lines: list[list[str]], logs: list[Path]) -> Iterator[None]:
             process.terminate()
         for process in running.values():
             process.wait()
+    if failed:
+        raise RuntimeError(failed[0])
 
 
 def run_commands(args: Namespace, name: str, commands: list[list[str]]) -> Iterator[None]:
@@ -108,7 +116,9 @@ def unpack(args: Namespace) -> Found:
     if args.shape == "tiny":
         small_tofu(args.work / "data", 8, 8)
         tokenizer = train_tokenizer([r["question"] + r["answer"] for r in make_tofu()["forget10"]], 500)
-        save_model(tiny_llama(tokenizer, hidden=32, layers=2), tokenizer, args.work / "base")
+        model = tiny_llama(tokenizer, hidden=32, layers=8)  # RMU steers the eighth
+        model.generation_config.eos_token_id = list(range(len(tokenizer)))  # its answers are noise: let them end at once
+        save_model(model, tokenizer, args.work / "base")
     elif not args.data:
         raise Skipped("no --data: the folder of TOFU")
     return {"model": Path(base_of(args)).name, "rows": {name: len(question_pairs(name, data_of(args))) for name in (*TAUGHT, SPLIT)}}
@@ -204,14 +214,10 @@ def arithmetic(args: Namespace) -> Iterator[Found]:
             yield {k: dict(v) for k, v in found.items()}
 
 
-def needs_gpu(package: str) -> None:
-    """Raise where there is no GPU, or a package is missing."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise Skipped("there is no GPU here")
-    if find_spec(package) is None:
-        raise Skipped(f"{package} is not installed")
+def need_package(name: str) -> None:
+    """Raise where a package is missing."""
+    if find_spec(name) is None:
+        raise Skipped(f"{name} is not installed")
 
 
 def four_bits(args: Namespace) -> Found:
@@ -223,7 +229,7 @@ def four_bits(args: Namespace) -> Found:
     from openunlearn_nb.prompts import Encoder
     from openunlearn_nb.scoring import score
 
-    needs_gpu("bitsandbytes")
+    need_package("bitsandbytes")
     need(args, "full")
     path = str(models(args) / "full")
     config, tokenizer, found = RunConfig(model=path, data=data_of(args)), load_tokenizer(path), {}
@@ -240,9 +246,13 @@ def four_bits(args: Namespace) -> Found:
 
 def zero3(args: Namespace) -> Iterator[Found]:
     """An epoch of NPO under DeepSpeed's ZeRO-3, on one GPU: does it run, and how long does it take?"""
+    import torch
+
     from openunlearn_nb.processes import config_file
 
-    needs_gpu("deepspeed")
+    need_package("deepspeed")
+    if not torch.cuda.is_available():
+        raise Skipped("there is no GPU here")
     need(args, "full")
     name = f"zero3-{os.getpid()}"
     command = ["train", "--method", "NPO", "--split", SPLIT, "--model", str(models(args) / "full"), "--quiet", "--output", str(models(args) / name),
