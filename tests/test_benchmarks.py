@@ -232,6 +232,12 @@ def test_a_block_that_grows_stops_when_time_is_up(tmp_path):
     assert 0 < found["result"]["n"] < 999 and "time was up" in found["unfinished"] and ended == [True]
 
 
+def test_a_block_that_there_is_not_is_told(tmp_path):
+    with pytest.raises(OpenUnlearnError, match="Unknown block 'NPO, 5 rows'"):
+        call("run1", "--shape", "tiny", "--only", "NPO, 5 rows", "--output", str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_record_of_something_else_is_left_alone(tmp_path):
     run_blocks([counting([], "a")], Record(tmp_path / "r.json", {"shape": "tiny"}), later())
     with pytest.raises(OpenUnlearnError, match="a record of shape 'tiny', not 'large'"):
