@@ -127,7 +127,10 @@ def main(argv: list[str] | None = None, started: float = STARTED) -> Path:
     for name in names:
         check_choice(name, [block.name for block in of], "block")
     record = Record(args.output / f"gpu_{args.command}_{re.sub('[^A-Za-z0-9]+', '_', card())}.json", described(args))
-    run_blocks([block for block in of if block.name in names], record, started + args.seconds - RESERVE)
+    try:
+        run_blocks([block for block in of if block.name in names], record, started + args.seconds - RESERVE)
+    finally:
+        gc.unfreeze()
     return record.file
 
 
