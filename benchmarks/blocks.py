@@ -1,4 +1,5 @@
-"""Measurements on a machine that may be taken away at any moment: blocks in order of value, one JSON that grows as they end."""
+"""Measurements on a machine that may be taken away at any moment: blocks in order of value, one JSON that grows as they
+end."""
 
 import gc
 import statistics
@@ -24,7 +25,8 @@ class Block(NamedTuple):
 
 
 class Record:
-    """The blocks' results in a JSON file, rewritten whole with each of them. `what`: of which run, which must be the file's own."""
+    """The blocks' results in a JSON file, rewritten whole with each of them. `what`: of which run, which must be the
+    file's own."""
 
     def __init__(self, file: Path, what: Found):
         from openunlearn_nb.errors import OpenUnlearnError
@@ -33,7 +35,10 @@ class Record:
         self.file, self.what, self.started = file, what, time.time()
         there = read_json(file, "record") if file.exists() else what
         if changed := [k for k in what if there.get(k) != what[k]]:
-            raise OpenUnlearnError(f"{file} is a record of {changed[0]} {there.get(changed[0])!r}, not {what[changed[0]]!r}; give another --output.")
+            of = changed[0]
+            raise OpenUnlearnError(
+                f"{file} is a record of {of} {there.get(of)!r}, not {what[of]!r}; give another --output."
+            )
         self.blocks: dict[str, Found] = there.get("blocks", {})
 
     def done(self, name: str) -> bool:
@@ -62,7 +67,8 @@ def one_line(error: BaseException) -> str:
 
 
 def run_block(block: Block, record: Record, deadline: float) -> Found:
-    """Run a block into the record; returns its entry. Whatever goes wrong in it is told there, and ends this block alone."""
+    """Run a block into the record; returns its entry. Whatever goes wrong in it is told there, and ends this block
+    alone."""
     entry: Found = {}
     begin = time.monotonic()
     try:
@@ -73,7 +79,9 @@ def run_block(block: Block, record: Record, deadline: float) -> Found:
                 entry["unfinished"] = f"time was up after {time.monotonic() - begin:.0f} s"
                 break
             if isinstance(found, Iterator) and part != record.blocks.get(block.name, {}).get("result"):
-                record.put(block.name, entry | {"unfinished": "cut off"})  # what stands there if this is the last that is written
+                record.put(
+                    block.name, entry | {"unfinished": "cut off"}
+                )  # what stands there if this is the last that is written
         if isinstance(found, Iterator):
             found.close()  # ends what it has started
     except Skipped as reason:
@@ -99,7 +107,9 @@ def run_blocks(blocks: list[Block], record: Record, deadline: float) -> None:
         else:
             entry = run_block(block, record, deadline)
             free()
-        said = next((f"{k}, {entry[k]}" for k in ("skipped", "failed", "unfinished") if k in entry), f"{entry.get('seconds')} s")
+        said = next(
+            (f"{k}, {entry[k]}" for k in ("skipped", "failed", "unfinished") if k in entry), f"{entry.get('seconds')} s"
+        )
         print(f"{block.name}: {said}", file=sys.stderr, flush=True)
 
 
@@ -112,7 +122,8 @@ def synchronize() -> None:
 
 
 class Measure:
-    """Seconds, and the most GPU memory (GB) in them: in tensors, and taken from the card; on a CPU the process's peak so far."""
+    """Seconds, and the most GPU memory (GB) in them: in tensors, and taken from the card; on a CPU the process's peak
+    so far."""
 
     def __enter__(self):
         import torch

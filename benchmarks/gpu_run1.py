@@ -14,7 +14,16 @@ from typing import Any, NamedTuple
 
 from blocks import Block, Found, Measure, Steps, free, timed
 
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}  # bf16, dense
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "RTX 4090": 165,
+}  # bf16, dense
 
 
 class Scale(NamedTuple):
@@ -32,21 +41,49 @@ class Scale(NamedTuple):
     copied: int  # bytes
 
 
-TINY = dict(vocab_size=600, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            tie_word_embeddings=True)
-SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-               tie_word_embeddings=True)
-LARGE = Scale({}, (30, 60), (20, 120), (4, 8, 32), 6, 400, (64, 200), (128, 30), 8192, 2 ** 30)
-SCALES = {"Llama-3.2-1B": LARGE, "tiny": Scale(TINY, (4, 8), (4, 12), (1, 2, 4), 3, 20, (6, 8), (8, 4), 64, 2 ** 16)}
-METHODS = ("NPO", "RMU", "UNDIAL", "GradDiff", "SimNPO", "IdkDPO", "AltPO", "GradAscent", "SatImp", "WGA", "CEU", "PDU", "Finetune")
+TINY = dict(
+    vocab_size=600,
+    hidden_size=64,
+    intermediate_size=176,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+SMOLLM2 = dict(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+LARGE = Scale({}, (30, 60), (20, 120), (4, 8, 32), 6, 400, (64, 200), (128, 30), 8192, 2**30)
+SCALES = {"Llama-3.2-1B": LARGE, "tiny": Scale(TINY, (4, 8), (4, 12), (1, 2, 4), 3, 20, (6, 8), (8, 4), 64, 2**16)}
+METHODS = (
+    "NPO",
+    "RMU",
+    "UNDIAL",
+    "GradDiff",
+    "SimNPO",
+    "IdkDPO",
+    "AltPO",
+    "GradAscent",
+    "SatImp",
+    "WGA",
+    "CEU",
+    "PDU",
+    "Finetune",
+)
 
 
 def forward_flops(sizes, length: int, labelled: int, layers: int | None = None) -> float:
-    """Floating-point operations of one row's forward through `layers` (default: all): linear layers, attention over all pairs of
-    positions, the head at `labelled` ones."""
+    """Floating-point operations of one row's forward through `layers` (default: all): linear layers, attention over all
+    pairs of positions, the head at `labelled` ones."""
     layers = sizes.layers if layers is None else layers
     linear, head = 2 * length * sizes.linear * layers / sizes.layers, 2 * labelled * sizes.hidden * sizes.vocab
-    return linear + head + 4 * layers * sizes.attention * length ** 2
+    return linear + head + 4 * layers * sizes.attention * length**2
 
 
 def labels_in(example: dict) -> int:
@@ -67,7 +104,9 @@ def random_rows(scale: Scale, vocab: int, n: int, seed: int) -> list[dict]:
     import numpy as np
 
     draw = np.random.default_rng(seed)
-    lengths = zip(draw.integers(scale.prompt[0], scale.prompt[1] + 1, n), draw.integers(scale.answer[0], scale.answer[1] + 1, n))
+    lengths = zip(
+        draw.integers(scale.prompt[0], scale.prompt[1] + 1, n), draw.integers(scale.answer[0], scale.answer[1] + 1, n)
+    )
     rows = []
     for prompt, answer in lengths:
         ids = draw.integers(4, vocab, prompt + answer).tolist()  # the first four are the tokenizer's special ones
@@ -76,7 +115,8 @@ def random_rows(scale: Scale, vocab: int, n: int, seed: int) -> list[dict]:
 
 
 def set_weights(model, dtype) -> None:
-    """The same random weights again, in `dtype`, made where the model is; nothing of an earlier training is left on it."""
+    """The same random weights again, in `dtype`, made where the model is; nothing of an earlier training is left on
+    it."""
     import torch
 
     torch.manual_seed(0)
@@ -116,7 +156,9 @@ class Bench:
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        ids = dict(bos_token_id=None, eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.pad_token_id)
+        ids = dict(
+            bos_token_id=None, eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.pad_token_id
+        )
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             return LlamaForCausalLM(LlamaConfig(**self.config, **ids))
 
@@ -142,7 +184,10 @@ class Bench:
     def parts(self) -> dict[str, list[dict]]:
         """Rows to forget, to keep, and other answers, enough that no step sees a row again."""
         n = self.scale.rows[-1] * self.scale.steps
-        return {name: random_rows(self.scale, self.sizes.vocab, n, seed) for seed, name in enumerate(("forget", "retain", "alternate"))}
+        return {
+            name: random_rows(self.scale, self.sizes.vocab, n, seed)
+            for seed, name in enumerate(("forget", "retain", "alternate"))
+        }
 
     def utilisation(self, tflops: float) -> Found:
         return {"model_tflops": tflops, "model_flops_utilisation": tflops / self.peak if self.peak else None}
@@ -160,12 +205,17 @@ def parts_of(method: str, settings: dict) -> list[str]:
     from openunlearn_nb.methods import get_method, keeps_retain
 
     of = get_method(method)
-    used = {"forget": of.forget_term is not None, "alternate": "alternate" in of.needs, "retain": keeps_retain(settings)}
+    used = {
+        "forget": of.forget_term is not None,
+        "alternate": "alternate" in of.needs,
+        "retain": keeps_retain(settings),
+    }
     return [name for name, there in used.items() if there]
 
 
 def step_flops(bench: Bench, method: str, settings: dict) -> float:
-    """Of one row of each part: a forward and a backward, which is two; and the live reference's forward, where the step has one."""
+    """Of one row of each part: a forward and a backward, which is two; and the live reference's forward, where the step
+    has one."""
     from openunlearn_nb.methods import needs_reference
 
     steers = "module_regex" in settings
@@ -183,10 +233,21 @@ def planned(bench: Bench, method: str, settings: dict, recipe) -> Found:
     from openunlearn_nb.training import optimizer_of
 
     rows = [e for name in parts_of(method, settings) for e in bench.parts[name]]
-    parts = memory_parts(Plan(
-        bench.sizes, method, "single", int(torch.cuda.is_available()), rows=recipe.batch_size, length=max(len(e["input_ids"]) for e in rows),
-        labelled=math.ceil(statistics.mean(map(labels_in, rows))), checkpointing=recipe.gradient_checkpointing,
-        accumulates=recipe.accumulation(1) > 1, optim=optimizer_of(recipe), settings=settings))
+    parts = memory_parts(
+        Plan(
+            bench.sizes,
+            method,
+            "single",
+            int(torch.cuda.is_available()),
+            rows=recipe.batch_size,
+            length=max(len(e["input_ids"]) for e in rows),
+            labelled=math.ceil(statistics.mean(map(labels_in, rows))),
+            checkpointing=recipe.gradient_checkpointing,
+            accumulates=recipe.accumulation(1) > 1,
+            optim=optimizer_of(recipe),
+            settings=settings,
+        )
+    )
     whole = sum(parts.values())
     return {"planned_gb": (whole - parts["margin"]) / 1e9, "planned_with_margin_gb": whole / 1e9}
 
@@ -199,18 +260,47 @@ def training(bench: Bench, method: str, rows: int, checkpointing: bool = False, 
     from openunlearn_nb.training import optimizer_of, train
 
     model, settings, steps = bench.fresh(half=usual), bench.settings(method), Steps()
-    recipe = TrainConfig(effective_batch=bench.scale.rows[-1], batch_size=rows, max_steps=bench.scale.steps, gradient_checkpointing=checkpointing)
+    recipe = TrainConfig(
+        effective_batch=bench.scale.rows[-1],
+        batch_size=rows,
+        max_steps=bench.scale.steps,
+        gradient_checkpointing=checkpointing,
+    )
     used = parts_of(method, settings)
     forget, retain = ([] if method == "Finetune" else bench.parts["forget"]), bench.parts["retain"]
     with Measure() as whole, plainly() if usual else nullcontext():
-        losses = train(model, bench.tokenizer.pad_token_id, method, forget, retain, recipe, settings, [bench.parts["alternate"]], steps).losses
+        losses = train(
+            model,
+            bench.tokenizer.pad_token_id,
+            method,
+            forget,
+            retain,
+            recipe,
+            settings,
+            [bench.parts["alternate"]],
+            steps,
+        ).losses
     a_second = recipe.effective_batch / steps.seconds
-    found = {"method": method, "rows": rows, "checkpointing": checkpointing, "optimizer": optimizer_of(recipe), "steps": len(losses),
-             "first_loss": losses[0], "last_loss": losses[-1], "seconds_a_step": steps.seconds, "seconds_in_all": whole.seconds,
-             "tokens_a_second": a_second * sum(mean_length(bench.parts[name]) for name in used), **whole.memory}
+    found = {
+        "method": method,
+        "rows": rows,
+        "checkpointing": checkpointing,
+        "optimizer": optimizer_of(recipe),
+        "steps": len(losses),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "seconds_a_step": steps.seconds,
+        "seconds_in_all": whole.seconds,
+        "tokens_a_second": a_second * sum(mean_length(bench.parts[name]) for name in used),
+        **whole.memory,
+    }
     if usual:
         return found
-    return found | bench.utilisation(a_second * step_flops(bench, method, settings) / 1e12) | planned(bench, method, settings, recipe)
+    return (
+        found
+        | bench.utilisation(a_second * step_flops(bench, method, settings) / 1e12)
+        | planned(bench, method, settings, recipe)
+    )
 
 
 def ceilings(bench: Bench) -> Found:
@@ -223,7 +313,7 @@ def ceilings(bench: Bench) -> Found:
     found = {"copy_gb_a_second": 2 * one.numel() / timed(lambda: other.copy_(one), 10) / 1e9}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
-        found[f"{name}_product_tflops"] = 2 * n ** 3 / timed(partial(torch.matmul, a, b), 10) / 1e12
+        found[f"{name}_product_tflops"] = 2 * n**3 / timed(partial(torch.matmul, a, b), 10) / 1e12
     return found
 
 
@@ -237,8 +327,13 @@ def scoring(bench: Bench) -> Found:
     with Measure() as whole:
         score(model, examples, pad_id)
     tokens = len(examples) * mean_length(examples)
-    return {"rows": len(examples), "tokens_a_second": tokens / whole.seconds, "seconds": whole.seconds, **whole.memory,
-            **bench.utilisation(len(examples) * mean_flops(bench.sizes, examples) / whole.seconds / 1e12)}
+    return {
+        "rows": len(examples),
+        "tokens_a_second": tokens / whole.seconds,
+        "seconds": whole.seconds,
+        **whole.memory,
+        **bench.utilisation(len(examples) * mean_flops(bench.sizes, examples) / whole.seconds / 1e12),
+    }
 
 
 def generation(bench: Bench) -> Found:
@@ -246,40 +341,59 @@ def generation(bench: Bench) -> Found:
     from openunlearn_nb.generation import generate
 
     model, (rows, new) = bench.fresh(half=True), bench.scale.generated
-    prompts = [e["input_ids"][:e["labels"].count(-100)] for e in random_rows(bench.scale, bench.sizes.vocab, rows, 4)]
-    ends, model.generation_config.eos_token_id = model.generation_config.eos_token_id, bench.sizes.vocab - 1  # as good as never said
+    prompts = [e["input_ids"][: e["labels"].count(-100)] for e in random_rows(bench.scale, bench.sizes.vocab, rows, 4)]
+    ends, model.generation_config.eos_token_id = (
+        model.generation_config.eos_token_id,
+        bench.sizes.vocab - 1,
+    )  # as good as never said
     generate(model, bench.tokenizer, prompts[:4], 4)
     with Measure() as whole:
         generate(model, bench.tokenizer, prompts, new)
     model.generation_config.eos_token_id = ends
-    return {"rows": rows, "new_tokens": new, "tokens_a_second": rows * new / whole.seconds, "seconds": whole.seconds, **whole.memory}
+    return {
+        "rows": rows,
+        "new_tokens": new,
+        "tokens_a_second": rows * new / whole.seconds,
+        "seconds": whole.seconds,
+        **whole.memory,
+    }
 
 
 def against(usual: Found, ours: Found, key: str) -> Found:
     """Both ways side by side."""
-    return {"usual": usual, "ours": ours, "times_faster": usual[key] / ours[key], "memory": ours["peak_gb"] / usual["peak_gb"]}
+    return {
+        "usual": usual,
+        "ours": ours,
+        "times_faster": usual[key] / ours[key],
+        "memory": ours["peak_gb"] / usual["peak_gb"],
+    }
 
 
 def usual_training(bench: Bench, method: str) -> Found:
-    """All logits, a live reference, weights in bf16, against the package (fp32 masters), at the same rows per forward."""
+    """All logits, a live reference, weights in bf16, against the package (fp32 masters), at the same rows per
+    forward."""
     rows = bench.scale.rows[1]
     return against(training(bench, method, rows, usual=True), training(bench, method, rows), "seconds_a_step")
 
 
 def small_tofu(folder: Path, forget: int, others: int) -> Path:
-    """A part of the miniature, as a folder: so many rows of forget10 and its holdout, and so many of each other set that is asked."""
+    """A part of the miniature, as a folder: so many rows of forget10 and its holdout, and so many of each other set
+    that is asked."""
     from openunlearn_nb.miniature_tofu import make_tofu
     from openunlearn_nb.tofu import write_tofu
 
     data = make_tofu()
     part = {name: data[name][:forget] for name in ("forget10", "forget10_perturbed", "holdout10")}
-    part |= {name: data[name][:others] for name in ("retain90", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")}
+    part |= {
+        name: data[name][:others]
+        for name in ("retain90", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
+    }
     return write_tofu(folder, part | {"full": part["retain90"] + part["forget10"]})
 
 
 def evaluation(bench: Bench, usual: bool) -> Found:
-    """TOFU's default metrics on a part of the miniature. Of random weights no answer ends early, so what the package saves by rows
-    that are done is not in it."""
+    """TOFU's default metrics on a part of the miniature. Of random weights no answer ends early, so what the package
+    saves by rows that are done is not in it."""
     from plain import plain_evaluate
 
     from openunlearn_nb.passes import Passes, Spent
@@ -324,8 +438,17 @@ def blocks(args: Namespace) -> list[Block]:
 
     sweep = [(rows, kept) for rows in (many, some, few) for kept in (True, False) if (rows, kept) != (many, False)]
     return [
-        block("ceilings", 10, ceilings), block(f"NPO, {some} rows", 10, training, "NPO", some), block("scoring", 4, scoring),
-        block("generation", 10, generation), *(block(f"{m}, {many} rows", 7, training, m, many) for m in METHODS),
-        *(block(f"NPO, {rows} rows{', checkpointing' if kept else ''}", 8, training, "NPO", rows, kept) for rows, kept in sweep if (rows, kept) != (some, False)),
+        block("ceilings", 10, ceilings),
+        block(f"NPO, {some} rows", 10, training, "NPO", some),
+        block("scoring", 4, scoring),
+        block("generation", 10, generation),
+        *(block(f"{m}, {many} rows", 7, training, m, many) for m in METHODS),
+        *(
+            block(f"NPO, {rows} rows{', checkpointing' if kept else ''}", 8, training, "NPO", rows, kept)
+            for rows, kept in sweep
+            if (rows, kept) != (some, False)
+        ),
         *(block(f"the usual way: {m}", 15, usual_training, m) for m in ("NPO", "UNDIAL", "RMU")),
-        block("SmolLM2-135M, Finetune", 8, smollm2_steps, args), block("the usual way: evaluation", 70, usual_evaluation)]
+        block("SmolLM2-135M, Finetune", 8, smollm2_steps, args),
+        block("the usual way: evaluation", 70, usual_evaluation),
+    ]

@@ -1,4 +1,5 @@
-"""SmolLM2-135M on the whole of TOFU: the blocks of `gpu.py run2`. Models, records and logs stay in `--work`, so that a second call goes on."""
+"""SmolLM2-135M on the whole of TOFU: the blocks of `gpu.py run2`. Models, records and logs stay in `--work`, so that a
+second call goes on."""
 
 import os
 import statistics
@@ -28,7 +29,10 @@ def say(command: list[str]) -> str:
 def last_words(log: Path) -> str:
     """The last line of a log that tells of a failure; without one, the last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "failed" in line or "rror" in line), lines[-1] if lines else "it said nothing")
+    return next(
+        (line for line in reversed(lines) if "failed" in line or "rror" in line),
+        lines[-1] if lines else "it said nothing",
+    )
 
 
 def here(commands: list[list[str]], logs: list[Path]) -> Iterator[None]:
@@ -47,7 +51,8 @@ def here(commands: list[list[str]], logs: list[Path]) -> Iterator[None]:
 
 
 def side_by_side(lines: list[list[str]], logs: list[Path]) -> Iterator[None]:
-    """Run programs at once, each a process; raises when all have ended and one failed. Ends them where nobody waits any more."""
+    """Run programs at once, each a process; raises when all have ended and one failed. Ends them where nobody waits any
+    more."""
     running: dict[int, subprocess.Popen] = {}
     failed: list[str] = []
     try:
@@ -73,7 +78,11 @@ def run_commands(args: Namespace, name: str, commands: list[list[str]]) -> Itera
     """Run commands of the package, what they say in logs: side by side, or with one job here; yields now and then."""
     logs = [args.work / "logs" / f"{name}-{i}.txt" for i in range(len(commands))]
     (args.work / "logs").mkdir(parents=True, exist_ok=True)
-    yield from here(commands, logs) if args.jobs == 1 else side_by_side([["-m", "openunlearn_nb", *command] for command in commands], logs)
+    yield from (
+        here(commands, logs)
+        if args.jobs == 1
+        else side_by_side([["-m", "openunlearn_nb", *command] for command in commands], logs)
+    )
 
 
 def models(args: Namespace) -> Path:
@@ -117,16 +126,32 @@ def unpack(args: Namespace) -> Found:
         small_tofu(args.work / "data", 8, 8)
         tokenizer = train_tokenizer([r["question"] + r["answer"] for r in make_tofu()["forget10"]], 500)
         model = tiny_llama(tokenizer, hidden=32, layers=8)  # RMU steers the eighth
-        model.generation_config.eos_token_id = list(range(len(tokenizer)))  # its answers are noise: let them end at once
+        model.generation_config.eos_token_id = list(
+            range(len(tokenizer))
+        )  # its answers are noise: let them end at once
         save_model(model, tokenizer, args.work / "base")
     elif not args.data:
         raise Skipped("no --data: the folder of TOFU")
-    return {"model": Path(base_of(args)).name, "rows": {name: len(question_pairs(name, data_of(args))) for name in (*TAUGHT, SPLIT)}}
+    return {
+        "model": Path(base_of(args)).name,
+        "rows": {name: len(question_pairs(name, data_of(args))) for name in (*TAUGHT, SPLIT)},
+    }
 
 
 def training_options(args: Namespace, epochs: int, rate: float) -> list[str]:
-    return ["--data", data_of(args), "--epochs", str(epochs), "--learning-rate", str(rate), "--per-device-batch", str(args.rows),
-            "--no-gradient-checkpointing", "--lora", "0"]
+    return [
+        "--data",
+        data_of(args),
+        "--epochs",
+        str(epochs),
+        "--learning-rate",
+        str(rate),
+        "--per-device-batch",
+        str(args.rows),
+        "--no-gradient-checkpointing",
+        "--lora",
+        "0",
+    ]
 
 
 def told(args: Namespace, name: str) -> Found:
@@ -135,15 +160,35 @@ def told(args: Namespace, name: str) -> Found:
 
     record = read_json(models(args) / name / "train.json")
     losses = record["losses"]
-    return {"steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1], "seconds": record["seconds"], "peak_gb": record["peak_memory_gb"]}
+    return {
+        "steps": len(losses),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "seconds": record["seconds"],
+        "peak_gb": record["peak_memory_gb"],
+    }
 
 
 def fine_tunes(args: Namespace) -> Iterator[Found]:
     """Finetune on `full` and on `retain90`, at once."""
     base = base_of(args)
-    commands = [["train", "--method", "Finetune", "--model", base, "--on", name, "--quiet", "--output", str(models(args) / name),
-                 *training_options(args, args.finetune_epochs, args.finetune_rate)]
-                for name in TAUGHT if not (models(args) / name / "train.json").exists()]
+    commands = [
+        [
+            "train",
+            "--method",
+            "Finetune",
+            "--model",
+            base,
+            "--on",
+            name,
+            "--quiet",
+            "--output",
+            str(models(args) / name),
+            *training_options(args, args.finetune_epochs, args.finetune_rate),
+        ]
+        for name in TAUGHT
+        if not (models(args) / name / "train.json").exists()
+    ]
     there = lambda: {name: told(args, name) for name in TAUGHT if (models(args) / name / "train.json").exists()}
     for _ in run_commands(args, "fine-tune", commands):
         yield there()
@@ -169,12 +214,42 @@ def grid(args: Namespace) -> Iterator[Found]:
     """The methods on forget10, evaluated; beside them NPO once more by `train`, which keeps the model."""
     need(args, *TAUGHT)
     full, options = str(models(args) / "full"), training_options(args, args.epochs, args.rate)
-    grid = ["tofu", "--model", full, "--retain-model", str(models(args) / "{retain}"), "--splits", SPLIT, *options, "--quiet",
-            "--jobs", str(args.jobs), "--output", str(args.work / "records"), "--methods"]
-    asked = args.methods.split(",") if args.jobs == 1 else [args.methods]  # one by one, so that each is told when it is done
+    grid = [
+        "tofu",
+        "--model",
+        full,
+        "--retain-model",
+        str(models(args) / "{retain}"),
+        "--splits",
+        SPLIT,
+        *options,
+        "--quiet",
+        "--jobs",
+        str(args.jobs),
+        "--output",
+        str(args.work / "records"),
+        "--methods",
+    ]
+    asked = (
+        args.methods.split(",") if args.jobs == 1 else [args.methods]
+    )  # one by one, so that each is told when it is done
     commands = [[*grid, methods] for methods in asked]
     if not (models(args) / "NPO/train.json").exists():
-        commands.append(["train", "--method", "NPO", "--split", SPLIT, "--model", full, "--quiet", "--output", str(models(args) / "NPO"), *options])
+        commands.append(
+            [
+                "train",
+                "--method",
+                "NPO",
+                "--split",
+                SPLIT,
+                "--model",
+                full,
+                "--quiet",
+                "--output",
+                str(models(args) / "NPO"),
+                *options,
+            ]
+        )
     for _ in run_commands(args, "grid", commands):
         yield cells(args)
     yield cells(args)
@@ -195,7 +270,9 @@ def asked(args: Namespace, name: str, half: bool, retain: dict | None) -> dict[s
     config = RunConfig(model=path, data=data_of(args))
     model, tokenizer = load_model(path, torch.bfloat16 if half else torch.float32), load_tokenizer(path)
     enc = Encoder(tokenizer, prompt_of(config, path, tokenizer), 512, model.config.max_position_embeddings)
-    passes = Passes(model, enc, config.asked, config.batch_size, kept_rows(config, path, model))  # the grid's in bf16 are not asked again
+    passes = Passes(
+        model, enc, config.asked, config.batch_size, kept_rows(config, path, model)
+    )  # the grid's in bf16 are not asked again
     return evaluate(passes, SPLIT, retain, ["default"], against_itself=retain is None)
 
 
@@ -208,7 +285,9 @@ def arithmetic(args: Namespace) -> Iterator[Found]:
         for dtype, values in found.items():
             evaluation = asked(args, name, dtype == "bf16", retain.get(dtype))
             retain.setdefault(dtype, evaluation)
-            entry = {k: of["agg_value"] for k, of in evaluation.items()} | {"ks_distance": evaluation["forget_quality"].get("ks_distance")}
+            entry = {k: of["agg_value"] for k, of in evaluation.items()} | {
+                "ks_distance": evaluation["forget_quality"].get("ks_distance")
+            }
             values[row] = {k: entry.get(k) for k in SHOWN}
             free()
             yield {k: dict(v) for k, v in found.items()}
@@ -221,7 +300,8 @@ def need_package(name: str) -> None:
 
 
 def four_bits(args: Namespace) -> Found:
-    """The fine-tuned model loaded in bf16 and in four bits: bytes of its weights, and the mean NLL of what is to be forgotten."""
+    """The fine-tuned model loaded in bf16 and in four bits: bytes of its weights, and the mean NLL of what is to be
+    forgotten."""
     import torch
 
     from openunlearn_nb.config import RunConfig, prompt_of
@@ -239,8 +319,11 @@ def four_bits(args: Namespace) -> Found:
         model = load_model(path, torch.bfloat16, quantize=kind)
         loaded = time.perf_counter() - begin
         scores = score(model, examples, tokenizer.pad_token_id)
-        found[kind or "bf16"] = {"seconds_to_load": loaded, "weights_gb": model.get_memory_footprint() / 1e9,
-                                 "mean_nll": statistics.mean(-float(s.logps.mean()) for s in scores)}
+        found[kind or "bf16"] = {
+            "seconds_to_load": loaded,
+            "weights_gb": model.get_memory_footprint() / 1e9,
+            "mean_nll": statistics.mean(-float(s.logps.mean()) for s in scores),
+        }
     return found
 
 
@@ -255,11 +338,32 @@ def zero3(args: Namespace) -> Iterator[Found]:
         raise Skipped("there is no GPU here")
     need(args, "full")
     name = f"zero3-{os.getpid()}"
-    command = ["train", "--method", "NPO", "--split", SPLIT, "--model", str(models(args) / "full"), "--quiet", "--output", str(models(args) / name),
-               *training_options(args, 1, args.rate)]
+    command = [
+        "train",
+        "--method",
+        "NPO",
+        "--split",
+        SPLIT,
+        "--model",
+        str(models(args) / "full"),
+        "--quiet",
+        "--output",
+        str(models(args) / name),
+        *training_options(args, 1, args.rate),
+    ]
     log = args.work / "logs/zero3.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config_file("zero3")), "--num_processes", "1", "-m", "openunlearn_nb", *command]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config_file("zero3")),
+        "--num_processes",
+        "1",
+        "-m",
+        "openunlearn_nb",
+        *command,
+    ]
     begin = time.perf_counter()
     for _ in side_by_side([launch], [log]):
         yield {"runs_for": round(time.perf_counter() - begin)}
@@ -269,5 +373,11 @@ def zero3(args: Namespace) -> Iterator[Found]:
 def blocks(args: Namespace) -> list[Block]:
     """Those of run2, most valuable first."""
     block = lambda name, seconds, run: Block(name, partial(run, args), seconds)
-    return [block("model and data", 15, unpack), block("fine-tuning", 60, fine_tunes), block("methods", 60, grid),
-            block("fp32 and bf16", 45, arithmetic), block("four bits", 20, four_bits), block("ZeRO-3", 60, zero3)]
+    return [
+        block("model and data", 15, unpack),
+        block("fine-tuning", 60, fine_tunes),
+        block("methods", 60, grid),
+        block("fp32 and bf16", 45, arithmetic),
+        block("four bits", 20, four_bits),
+        block("ZeRO-3", 60, zero3),
+    ]

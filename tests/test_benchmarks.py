@@ -1,4 +1,5 @@
-"""The scripts in benchmarks/ for a GPU that is had for minutes: rehearsed on a CPU, cut off, short of time; and they count what they say."""
+"""The scripts in benchmarks/ for a GPU that is had for minutes: rehearsed on a CPU, cut off, short of time; and they
+count what they say."""
 
 import json
 import os
@@ -48,13 +49,31 @@ def rehearsal(tmp_path_factory):
 def second(tmp_path_factory):
     """The record of a whole run2, everything in this process, and its command."""
     folder = tmp_path_factory.mktemp("run2")
-    command = ["run2", "--shape", "tiny", "--jobs", "1", "--methods", "NPO,RMU", "--rows", "4", "--finetune-epochs", "1", "--epochs", "1",
-               "--work", str(folder / "work"), "--output", str(folder)]
+    command = [
+        "run2",
+        "--shape",
+        "tiny",
+        "--jobs",
+        "1",
+        "--methods",
+        "NPO,RMU",
+        "--rows",
+        "4",
+        "--finetune-epochs",
+        "1",
+        "--epochs",
+        "1",
+        "--work",
+        str(folder / "work"),
+        "--output",
+        str(folder),
+    ]
     return call(*command), command
 
 
 def test_flops_are_torchs_own(bench):
-    """torch's counter, over a forward that computes the head at the last `labelled` positions only, and over a backward."""
+    """torch's counter, over a forward that computes the head at the last `labelled` positions only, and over a
+    backward."""
     llama, sizes = bench.fresh(), bench.sizes
     llama.set_attn_implementation("eager")
     for length, labelled in [(5, 1), (40, 12), (64, 64)]:
@@ -65,15 +84,23 @@ def test_flops_are_torchs_own(bench):
         assert forward_flops(sizes, length, labelled) == pytest.approx(forward, rel=1e-3)
         with FlopCounterMode(display=False) as counter:
             out.sum().backward()
-        assert counter.get_total_flops() == pytest.approx(2 * forward, rel=0.02)  # embeddings and the first layer's rotation aside
+        assert counter.get_total_flops() == pytest.approx(
+            2 * forward, rel=0.02
+        )  # embeddings and the first layer's rotation aside
     llama.set_attn_implementation("sdpa")
 
 
 def test_a_step_that_asks_for_more_has_more_flops(bench):
-    """NPO: two parts, a forward and a backward of each. IdkDPO: a third part. UNDIAL: one part, and the reference's forward. RMU: no head."""
-    flops = {method: step_flops(bench, method, bench.settings(method)) for method in ("NPO", "IdkDPO", "UNDIAL", "CEU", "RMU")}
+    """NPO: two parts, a forward and a backward of each. IdkDPO: a third part. UNDIAL: one part, and the reference's
+    forward. RMU: no head."""
+    flops = {
+        method: step_flops(bench, method, bench.settings(method))
+        for method in ("NPO", "IdkDPO", "UNDIAL", "CEU", "RMU")
+    }
     assert flops["IdkDPO"] == pytest.approx(1.5 * flops["NPO"], rel=0.1)
-    assert flops["UNDIAL"] == pytest.approx(4 / 3 * flops["CEU"]) and flops["CEU"] == pytest.approx(flops["NPO"] / 2, rel=0.1)
+    assert flops["UNDIAL"] == pytest.approx(4 / 3 * flops["CEU"]) and flops["CEU"] == pytest.approx(
+        flops["NPO"] / 2, rel=0.1
+    )
     assert flops["RMU"] < flops["NPO"]
 
 
@@ -89,7 +116,8 @@ def test_weights_are_the_same_after_every_training(bench):
 
 @pytest.mark.filterwarnings("ignore")
 def test_run1_measures_all_that_it_says(rehearsal):
-    """Every block to its end; every method there is, with its memory beside the plan's; and the usual way against the package's."""
+    """Every block to its end; every method there is, with its memory beside the plan's; and the usual way against the
+    package's."""
     blocks = read_json(rehearsal)["blocks"]
     assert {name: entry for name, entry in blocks.items() if "seconds" not in entry} == {}
     assert set(METHODS) == set(DECLARED)
@@ -98,7 +126,8 @@ def test_run1_measures_all_that_it_says(rehearsal):
         assert found["steps"] == 3 and found["tokens_a_second"] > 0 and 0 < found["model_flops_utilisation"] < 1
         assert found["peak_gb"] > 0.1 and 0 < found["planned_gb"] <= found["planned_with_margin_gb"]
     assert {(rows, kept) for rows in (1, 2, 4) for kept in (True, False)} == {
-        (of["result"]["rows"], of["result"]["checkpointing"]) for name, of in blocks.items() if name.startswith("NPO, ")}
+        (of["result"]["rows"], of["result"]["checkpointing"]) for name, of in blocks.items() if name.startswith("NPO, ")
+    }
     for method in ("NPO", "UNDIAL", "RMU"):
         both = blocks[f"the usual way: {method}"]["result"]
         assert both["usual"]["last_loss"] == pytest.approx(both["ours"]["last_loss"], rel=0.02)  # of weights in bf16
@@ -108,15 +137,20 @@ def test_run1_measures_all_that_it_says(rehearsal):
 
 @pytest.mark.filterwarnings("ignore")
 def test_run2_goes_from_a_base_model_to_the_tables(second):
-    """Two fine-tunings, the methods between their yardsticks, three models in fp32 and bf16; what cannot run here says why."""
+    """Two fine-tunings, the methods between their yardsticks, three models in fp32 and bf16; what cannot run here says
+    why."""
     blocks = read_json(second[0])["blocks"]
     assert set(blocks["fine-tuning"]["result"]) >= {"full", "retain90"}
     assert set(blocks["methods"]["result"]) == {"Retain", "Finetuned", "NPO", "RMU"} and "seconds" in blocks["methods"]
     found = blocks["fp32 and bf16"]["result"]
     assert found["fp32"].keys() == found["bf16"].keys() == {"Retain", "NPO", "Finetuned"}
     assert found["bf16"]["NPO"]["forget_Q_A_Prob"] == pytest.approx(found["fp32"]["NPO"]["forget_Q_A_Prob"], rel=0.05)
-    assert found["fp32"]["Finetuned"] == pytest.approx({k: blocks["methods"]["result"]["Finetuned"][k] for k in found["fp32"]["Finetuned"]}, rel=0.05)
-    assert blocks["four bits"].keys() & {"result", "skipped"} and blocks["ZeRO-3"] == {"skipped": "there is no GPU here"}
+    assert found["fp32"]["Finetuned"] == pytest.approx(
+        {k: blocks["methods"]["result"]["Finetuned"][k] for k in found["fp32"]["Finetuned"]}, rel=0.05
+    )
+    assert blocks["four bits"].keys() & {"result", "skipped"} and blocks["ZeRO-3"] == {
+        "skipped": "there is no GPU here"
+    }
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -134,13 +168,46 @@ def test_a_second_call_runs_nothing_again(second):
 @pytest.mark.slow
 def test_run2_side_by_side(tmp_path):
     """The fine-tunings at once and the cells in worker processes find what one process finds."""
-    command = ["run2", "--shape", "tiny", "--methods", "NPO", "--rows", "4", "--finetune-epochs", "1", "--epochs", "1", "--seconds", "600"]
+    command = [
+        "run2",
+        "--shape",
+        "tiny",
+        "--methods",
+        "NPO",
+        "--rows",
+        "4",
+        "--finetune-epochs",
+        "1",
+        "--epochs",
+        "1",
+        "--seconds",
+        "600",
+    ]
     found = []
     for jobs in ("1", "2"):
         folder = tmp_path / jobs
-        record = read_json(call(*command, "--jobs", jobs, "--only", "model and data;fine-tuning;methods", "--work", str(folder / "work"), "--output", str(folder)))
-        found.append({row: {k: v for k, v in of.items() if k != "seconds"} for row, of in record["blocks"]["methods"]["result"].items()})
-    assert found[0].keys() == {"Retain", "Finetuned", "NPO"} and found[1] == {row: pytest.approx(of) for row, of in found[0].items()}
+        record = read_json(
+            call(
+                *command,
+                "--jobs",
+                jobs,
+                "--only",
+                "model and data;fine-tuning;methods",
+                "--work",
+                str(folder / "work"),
+                "--output",
+                str(folder),
+            )
+        )
+        found.append(
+            {
+                row: {k: v for k, v in of.items() if k != "seconds"}
+                for row, of in record["blocks"]["methods"]["result"].items()
+            }
+        )
+    assert found[0].keys() == {"Retain", "Finetuned", "NPO"} and found[1] == {
+        row: pytest.approx(of) for row, of in found[0].items()
+    }
 
 
 def counting(calls: list[str], name: str, act=lambda: {"found": 1}, seconds: float = 1.0) -> Block:
@@ -176,14 +243,26 @@ def test_a_cut_off_loses_the_block_in_flight_alone(tmp_path):
 
 def test_a_killed_process_leaves_a_whole_record(tmp_path):
     """SIGTERM while a program runs beside: the record holds what was told so far, and the program has ended."""
-    script = (f"import sys, signal, time\nfrom pathlib import Path\nsys.path.insert(0, {str(BENCHMARKS)!r})\n"
-              "from blocks import Block, Record, run_blocks\nfrom gpu_run2 import side_by_side\n"
-              "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\nhere = Path(sys.argv[1])\n"
-              "def long():\n"
-              "    for _ in side_by_side([['-c', 'import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)']], [here / 'log']):\n"
-              "        yield {'program': (here / 'log').read_text().strip()}\n"
-              "run_blocks([Block('a', dict, 1), Block('long', long, 1)], Record(here / 'r.json', {}), time.monotonic() + 60)\n")
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)})
+    script = f"""
+import signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(BENCHMARKS)!r})
+from blocks import Block, Record, run_blocks
+from gpu_run2 import side_by_side
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+here = Path(sys.argv[1])
+program = ["-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
+
+def long():
+    for _ in side_by_side([program], [here / "log"]):
+        yield {{"program": (here / "log").read_text().strip()}}
+
+run_blocks([Block("a", dict, 1), Block("long", long, 1)], Record(here / "r.json", {{}}), time.monotonic() + 60)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    )
     told = lambda: read_json(tmp_path / "r.json")["blocks"].get("long", {}) if (tmp_path / "r.json").exists() else {}
     waited = later(120)
     while not told().get("result", {}).get("program") and time.monotonic() < waited:
@@ -210,9 +289,13 @@ def test_what_goes_wrong_in_a_block_ends_it_alone(tmp_path):
 
 def test_a_block_without_time_is_skipped_and_shorter_ones_run(tmp_path):
     calls: list[str] = []
-    run_blocks([counting(calls, "long", seconds=600), counting(calls, "short")], Record(tmp_path / "r.json", {}), later())
+    run_blocks(
+        [counting(calls, "long", seconds=600), counting(calls, "short")], Record(tmp_path / "r.json", {}), later()
+    )
     found = read_json(tmp_path / "r.json")["blocks"]
-    assert calls == ["short"] and found["long"].keys() == {"skipped"} and "needs about 600 s" in found["long"]["skipped"]
+    assert (
+        calls == ["short"] and found["long"].keys() == {"skipped"} and "needs about 600 s" in found["long"]["skipped"]
+    )
 
 
 def test_a_block_that_grows_stops_when_time_is_up(tmp_path):
@@ -253,11 +336,16 @@ def test_tables_show_the_records(rehearsal, second, tmp_path):
     assert {"tokens/s", "utilisation", "peak GB", "planned GB"} <= set(steps.columns)
     assert list(one["Against the usual way"]["measured"]) == ["NPO", "UNDIAL", "RMU", "evaluation"]
     assert "Not measured" not in one and list(two["Not measured"]["measured"])[-1] == "ZeRO-3"
-    assert list(two["Methods"]["row"]) == ["Retain", "Finetuned", "NPO", "RMU"] and len(two["The same weights, scored in fp32 and in bf16"]) == 6
+    assert (
+        list(two["Methods"]["row"]) == ["Retain", "Finetuned", "NPO", "RMU"]
+        and len(two["The same weights, scored in fp32 and in bf16"]) == 6
+    )
     assert gpu_tables(tmp_path, "run1") == {} and "gpu.py run1" in none_yet("run1")
     broken = json.loads(rehearsal.read_text()) | {"card": "H100", "blocks": {"ceilings": {"failed": "no"}}}
     (tmp_path / "gpu_run1_H100.json").write_text(json.dumps(broken))
-    assert gpu_tables(tmp_path, "run1")["Not measured"].to_dict("index") == {"H100": {"measured": "ceilings", "why": "failed: no"}}
+    assert gpu_tables(tmp_path, "run1")["Not measured"].to_dict("index") == {
+        "H100": {"measured": "ceilings", "why": "failed: no"}
+    }
 
 
 def test_wheels_come_in_parts_that_join(tmp_path):
@@ -268,9 +356,16 @@ def test_wheels_come_in_parts_that_join(tmp_path):
         (tmp_path / "all" / name).write_bytes(os.urandom(size))
     parts = wheels.lay({name: tmp_path / "all" / name for name in sizes}, tmp_path, 100)
     assert [[f.name for f in sorted(part.iterdir())] for part in parts] == [
-        ["a-1.whl", "b-1.whl.1of3"], ["b-1.whl.2of3"], ["b-1.whl.3of3"], ["c-1.whl"], ["d-1.whl"]]
+        ["a-1.whl", "b-1.whl.1of3"],
+        ["b-1.whl.2of3"],
+        ["b-1.whl.3of3"],
+        ["c-1.whl"],
+        ["d-1.whl"],
+    ]
     assert all(sum(f.stat().st_size for f in part.iterdir()) <= 100 for part in parts)
     whole, missing = wheels.join(parts[:2], tmp_path / "joined")
     assert [f.name for f in whole] == ["a-1.whl"] and missing == ["b-1.whl"]
     whole, missing = wheels.join(parts, tmp_path / "joined")
-    assert missing == [] and {f.name: f.read_bytes() for f in whole} == {name: (tmp_path / "all" / name).read_bytes() for name in sizes}
+    assert missing == [] and {f.name: f.read_bytes() for f in whole} == {
+        name: (tmp_path / "all" / name).read_bytes() for name in sizes
+    }
