@@ -17,14 +17,14 @@ and in bf16; four-bit loading and ZeRO-3 on one GPU where bitsandbytes and deeps
 
 The rows of full and retain90 are 337 and 302 thousand tokens of SmolLM2's, 125 and 113 steps an epoch. Arithmetic is
 not what binds it there: 32 rows of 84 tokens are 0.01 s at 250 thousand tokens a second, and the launching of thirty
-layers' kernels about 0.06 (estimates, not measured). So the two are trained side by side, and the methods three at a time. Six epochs are 750
-steps, about a minute for both; the block "SmolLM2-135M, Finetune" of run1 tells what an epoch takes on the card at
-hand, for `--finetune-epochs`.
+layers' kernels about 0.06 (estimates, not measured). So the two are trained side by side, and the methods three at a
+time. Six epochs are 750 and 678 steps, about a minute; the block "SmolLM2-135M, Finetune" of run1 tells what an epoch
+takes on the card at hand, for `--finetune-epochs`.
 
 What the machine needs: Python 3.12 with torch, accelerate 1.15, peft, pandas, scipy and what these need; transformers
 5.17 is too old (its TrainingArguments have no `activation_checkpointing`). benchmarks/wheels.py gathers the rest, 150
-MiB of wheels as of November 2026, in three parts of at most 55 MiB (for transfers of 64, of which
-this repository takes 4 and TOFU 6):
+MiB of wheels as of November 2026, in three parts of at most 55 MiB (for transfers of 64, of which this repository
+takes 4 and TOFU 6):
 
     part1, 55.0 MiB: transformers 5.24 (12.9), datasets 5.2 (0.6), dill, multiprocess, rouge-score, nltk 3.10 (1.6),
                      defusedxml, gguf; for ZeRO-3 deepspeed 0.19 (2.1), hjson, pydantic 2.14 (0.5), pydantic-core (2.2),

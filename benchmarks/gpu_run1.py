@@ -342,10 +342,8 @@ def generation(bench: Bench) -> Found:
 
     model, (rows, new) = bench.fresh(half=True), bench.scale.generated
     prompts = [e["input_ids"][: e["labels"].count(-100)] for e in random_rows(bench.scale, bench.sizes.vocab, rows, 4)]
-    ends, model.generation_config.eos_token_id = (
-        model.generation_config.eos_token_id,
-        bench.sizes.vocab - 1,
-    )  # as good as never said
+    ends = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = bench.sizes.vocab - 1  # as good as never said
     generate(model, bench.tokenizer, prompts[:4], 4)
     with Measure() as whole:
         generate(model, bench.tokenizer, prompts, new)
