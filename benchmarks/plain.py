@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import Trainer
 
 from openunlearn_nb.forwards import find_module
-from openunlearn_nb.losses import activation_mse, control_vector, dpo_loss, npo_loss, simnpo_loss
+from openunlearn_nb.losses import activation_mse, control_vector, dpo_loss, npo_loss, simnpo_loss, undial_loss
 from openunlearn_nb.methods import MethodLoss
 from openunlearn_nb.passes import Passes, Spent
 from openunlearn_nb.prompts import collate, encode
@@ -42,9 +42,25 @@ def activations(model, part: dict, regex: str) -> torch.Tensor:
     return caught[0]
 
 
+def undial_term(model, ref_model, part: dict, beta: float) -> torch.Tensor:
+    """UNDIAL from both models' logits at every position."""
+    def logits(of) -> torch.Tensor:
+        out = of(input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False).logits
+        return out.float()[:, :-1].flatten(0, 1)
+
+    labels = part["labels"][:, 1:].flatten()
+    with torch.no_grad():
+        goal = logits(ref_model)
+    predicted, there = logits(model), labels != -100
+    return undial_loss(predicted[there], goal[there], labels[there], beta)
+
+
 def plain_loss(method: str, model, batch: dict, ref_model=None, compat=None, terms=None, **s) -> MethodLoss:
-    """As `method_loss`, for the five methods of the benchmark."""
+    """As `method_loss`, for the six methods of the benchmarks."""
     nll, n = {}, {}
+    if method == "UNDIAL":  # without a retain term, as published
+        forget = undial_term(model, ref_model, batch["forget"], s["beta"])
+        return MethodLoss(s["gamma"] * forget, {"forget": forget})
     with torch.no_grad():
         before = {part: every_position(ref_model, batch[part])[0] for part in batch if part != "retain"} if method in ("NPO", "IdkDPO") else {}
     if method == "RMU":
@@ -70,7 +86,7 @@ def plainly() -> Iterator[None]:
     """In this context `train` trains the plain way; everything else about a run, its batches too, is the same."""
     with (patch("openunlearn_nb.training.method_loss", plain_loss),
           patch("openunlearn_nb.training.UnlearnTrainer.training_step", Trainer.training_step),
-          patch("openunlearn_nb.training.needs_reference", lambda method, settings: method in ("NPO", "IdkDPO", "RMU")),
+          patch("openunlearn_nb.training.needs_reference", lambda method, settings: method in ("NPO", "IdkDPO", "RMU", "UNDIAL")),
           patch("openunlearn_nb.pairs.with_ref_nll", lambda model, examples, *_: examples),
           patch("openunlearn_nb.pairs.collate", lambda examples, pad_id, side: collate(examples, pad_id, "right"))):
         yield
