@@ -28,8 +28,8 @@ OPTIONS = ["NPO-KL", "NPO-LoRA", "RMU-LoRA", "RMU-checkpointing", "NPO-checkpoin
 def both(tmp_path_factory):
     """Folders with what one process and what two have made."""
     one, two, what = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two"), [*METHODS, *OPTIONS]
-    run([sys.executable, SCRIPT, str(one), *what])
-    accelerate(SCRIPT, str(two), *what)
+    run([sys.executable, SCRIPT, str(one), *what], limit=900)
+    accelerate(SCRIPT, str(two), *what, limit=900)
     return one, two
 
 
