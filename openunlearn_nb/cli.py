@@ -22,7 +22,7 @@ from pathlib import Path
 from . import __version__
 from . import options as o
 from .errors import OpenUnlearnError, check_choice, is_ours
-from .processes import CONFIGS, config_file, end, rank
+from .processes import CONFIGS, SCRIPTS, config_file, end, rank
 
 # %% ../nbs/44_cli.ipynb #82910502
 def parser() -> argparse.ArgumentParser:
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
             "alternates --model Llama-3.2-1B-Instruct --data locuslab/TOFU --split forget10 --output alternates.jsonl")
     command(commands, "report", report_command, o.report_options, "write what a folder of runs shows into one HTML page",
             "report runs/tofu --output report.html")
-    command(commands, "configs", configs_command, o.configs_options, "list the configurations for several GPUs",
+    command(commands, "configs", configs_command, o.configs_options, "list the configurations for several GPUs, and a batch script",
             "configs zero3", quiet="")
     command(commands, "plan", plan_command, o.plan_options, "plan memory: what fits on which GPUs, and what to type",
             "plan --model Llama-2-7b-chat --method NPO --gpus 2 --gpu-memory 48", json="print the plan as JSON, in bytes", quiet="")
@@ -286,9 +286,9 @@ def configs_command(args: argparse.Namespace) -> int:
     if args.name:
         _tell(args, {"file": str(config_file(args.name))}, str(config_file(args.name)))
         return 0
-    lines = [f"{name:<14} {what}" for name, what in CONFIGS.items()]
+    lines = [f"{name:<14} {what}" for name, what in (CONFIGS | SCRIPTS).items()]
     launch = 'accelerate launch --config_file "$(openunlearn configs zero3)" -m openunlearn_nb tofu --model Llama-3.2-1B-Instruct --data locuslab/TOFU'
-    _tell(args, dict(CONFIGS), "\n".join([*lines, "", launch]))
+    _tell(args, CONFIGS | SCRIPTS, "\n".join([*lines, "", launch]))
     return 0
 
 def bench_command(args: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from .errors import OpenUnlearnError
 from .methods import DECLARED_IN, get_method, load_methods, method_settings
 from .models import PRESETS
 from .muse import corpora_in
-from .processes import begin, is_main, launched, on_main
+from .processes import begin, is_main, launched, on_main, visible_devices
 from .records import read_json, write_json
 from .runs import YARDSTICKS, cell_folder, check_asked, check_method, finished, home_of, run_cell
 from .workers import Task, check_main, hold, run_all
@@ -112,9 +112,12 @@ def run_task(grid: GridConfig, output: str, task: Task, progress: Progress) -> d
     return {}
 
 def default_jobs(grid: GridConfig) -> int:
-    "Worker processes: one a core (at most 4) for the embedded model on a CPU, one otherwise."
-    import torch
-    if grid.model != "embedded" or torch.cuda.is_available() or launched() > 1:
+    "Worker processes: one a visible GPU; on a CPU one a core (at most 4) for the embedded model, and one for any other."
+    if launched() > 1:
+        return 1
+    if devices := visible_devices():
+        return len(devices)
+    if grid.model != "embedded":
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(4, cores)
@@ -182,6 +185,8 @@ def note_failure(output: str, task: Task, error: BaseException) -> None:
 def run_grid(grid: GridConfig = GridConfig(), output: str | Path | None = None, jobs: int | None = None,
              show: bool = True) -> list[Task]:
     """Run what is unfinished of a grid, into `output` (runs/tofu, runs/muse); returns the failed tasks. Interrupt it when you like, call it again to go on.
+
+    `jobs`: worker processes, dealt over the visible GPUs in turn (by default one a GPU, see `default_jobs`); 1 runs everything in this process.
 
     In a script, call it under `if __name__ == "__main__":`, because workers are fresh processes that import the script."""
     check_main(jobs)

@@ -10,7 +10,7 @@ __all__ = ['METHOD_NAMES', 'MUSE_DATA', 'tofu_options', 'muse_options', 'own_opt
 # %% ../nbs/43_options.ipynb #a7a1c87d
 import argparse
 
-from .processes import CONFIGS
+from .processes import CONFIGS, SCRIPTS
 
 # %% ../nbs/43_options.ipynb #84b3c7da
 def _names(text: str) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ def _grid_options(p: argparse.ArgumentParser, output: str, methods: str) -> None
     p.add_argument("--best", metavar="METRIC", help="keep the epoch that is best by a metric (default: the last)")
     p.add_argument("--seeds", type=int, nargs="+", metavar="N", help="seeds of unlearning, for a table of mean and spread")
     p.add_argument("--output", default=output, help="folder of the grid's records (default: %(default)s)")
-    p.add_argument("--jobs", type=int, metavar="N", help="worker processes (default: one a core for the embedded model on a CPU)")
+    p.add_argument("--jobs", type=int, metavar="N", help="worker processes, dealt over the GPUs (default: one a GPU; on a CPU one a core for the embedded model)")
 
 def tofu_options(p: argparse.ArgumentParser) -> None:
     "Of `openunlearn tofu`."
@@ -185,4 +185,4 @@ def report_options(p: argparse.ArgumentParser) -> None:
 
 def configs_options(p: argparse.ArgumentParser) -> None:
     "Of `openunlearn configs`."
-    p.add_argument("name", nargs="?", choices=CONFIGS, help="print the path of one (default: list them)")
+    p.add_argument("name", nargs="?", choices=[*CONFIGS, *SCRIPTS], help="print the path of one (default: list them)")

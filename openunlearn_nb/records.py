@@ -21,7 +21,7 @@ from typing import Any
 
 from . import __version__
 from .errors import OpenUnlearnError
-from .processes import world, write_bytes
+from .processes import own_device, world, write_bytes
 from .suites import SUITES, Suite
 
 # %% ../nbs/28_records.ipynb #62c1462f
@@ -101,12 +101,13 @@ def _version_of(package: str) -> str | None:
         return None
 
 def environment() -> dict[str, Any]:
-    "Versions and hardware of this process."
+    "Versions and hardware of this process; `device_id`: which GPU, where the process is a worker with one of its own."
     import torch
     packages = ("torch", "transformers", "accelerate", "datasets", "deepspeed", "bitsandbytes", "scipy", "rouge-score", "lm_eval")
     return {"openunlearn_nb": __version__, "python": sys.version.split()[0],
             **{p: v for p in packages if (v := _version_of(p))}, "system": f"{platform.system()} {platform.machine()}",
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "cpu_threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            **({"device_id": own} if (own := own_device()) else {}), "cpu_threads": torch.get_num_threads(),
             "processes": world()}
 
 def peak_memory() -> dict[str, float]:
