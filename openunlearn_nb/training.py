@@ -248,13 +248,13 @@ def _finish(trainer: UnlearnTrainer, for_saving: bool) -> PreTrainedModel:
     engine = trainer.model_wrapped
     engine.destroy()
     release(engine, keep=model)
+    if trainer.ref_model is not None:
+        release(trainer.ref_model)
     if getattr(model, "is_quantized", False):
         whole = merge_adapter(model).eval()
     else:
         whole = whole_model(model, "cpu" if for_saving else trainer.args.device, main_only=for_saving)
     release(engine, keep=whole)
-    if trainer.ref_model is not None:
-        release(trainer.ref_model)
     return whole
 
 # %% ../nbs/20_training.ipynb #668c51d1
@@ -303,8 +303,14 @@ def _equipped(model: PreTrainedModel, method: str, settings: dict, config: Train
     frozen = [p for name, p in model.named_parameters() if name not in reached and p.requires_grad]
     if not reference:
         return model, None, frozen
-    before = sharded_copy(model) if is_sharded(model) else in_evaluation_dtype(copy.deepcopy(model))
+    before = sharded_copy(model) if is_sharded(model) else _rounded_copy(model)
     return model, before.requires_grad_(False).eval(), frozen
+
+def _rounded_copy(model: PreTrainedModel) -> PreTrainedModel:
+    "A second model, its fp32 weights rounded as for evaluation; each weight is rounded before it is copied."
+    dtype = evaluation_dtype()
+    rounded = {id(p): nn.Parameter(p.detach().to(dtype, copy=True)) for p in model.parameters() if p.dtype == torch.float32}
+    return copy.deepcopy(model, rounded)
 
 def _reached(model: PreTrainedModel, method: str, settings: dict, patterns: list[str]) -> set[str]:
     "Parameters to train: those the patterns name, without those the loss cannot depend on. (DeepSpeed's optimizer would decay these all the same.)"

@@ -150,7 +150,7 @@ for method, settings in (("NPO", {}), ("RMU", {"module_regex": r"model\\.layers\
     model = load_model(str(start), sharded=True)
     held = sum(p.ds_tensor.numel() + p.numel() * (not p.ds_persist) for p in model.parameters()) / sum(p.ds_numel for p in model.parameters())
     recipe = TrainConfig(learning_rate=1e-3, epochs=1, effective_batch=16, batch_size=4, max_steps=2, gradient_checkpointing=False)
-    trained = train(model, tokenizer.pad_token_id, method, examples[:80], examples[80:120], recipe, settings)
+    trained = train(model, tokenizer.pad_token_id, method, examples[:80], examples[80:120], recipe, settings, for_saving=method == "UNDIAL")
     del model
     found.append({"held": held, "living": living() / sum(p.nbytes for p in trained.model.parameters())})
     del trained
@@ -163,9 +163,19 @@ if is_main():
 def test_after_each_of_three_cells_only_the_trained_model_is_left(tmp_path):
     """ZeRO-3 loads a half of every weight on each of two processes, and a finished training gives back all but the model that it made."""
     done = accelerate(script(tmp_path, THREE_CELLS), str(tmp_path), PYTHONPATH=os.pathsep.join([str(Path(SCRIPT).parent), os.environ.get("PYTHONPATH", "")]))
-    for cells in json.loads(done.stdout.strip().splitlines()[-1]):
-        assert all(cell["held"] == pytest.approx(0.5, abs=0.01) for cell in cells)
-        assert all(1 <= cell["living"] <= 1.1 for cell in cells), cells
+    main, other = json.loads(done.stdout.strip().splitlines()[-1])
+    assert all(cell["held"] == pytest.approx(0.5, abs=0.01) for cell in [*main, *other])
+    assert all(1 <= cell["living"] <= 1.1 for cell in [*main, *other[:2]]), (main, other)
+    assert other[2]["living"] < 0.1  # the last model was for saving, which the main process does
+
+
+def test_rmu_leaves_weights_that_its_loss_does_not_reach(both):
+    """AdamW of one process leaves weights without a gradient alone; DeepSpeed's would decay them."""
+    for folder in both:
+        start, end = load_file(folder / "start/model.safetensors"), load_file(folder / "RMU.safetensors")
+        after = [name for name in end if "layers.2." in name or name == "model.norm.weight"]
+        assert len(after) > 5 and all((start[name] == end[name]).all() for name in after)
+        assert not (start["model.layers.0.mlp.up_proj.weight"] == end["model.layers.0.mlp.up_proj.weight"]).all()
 
 
 @pytest.fixture(scope="module")
