@@ -19,7 +19,7 @@ from openunlearn_nb.training import train
 
 SETTINGS = {"RMU": {"module_regex": r"model\.layers\.1"}, "NPO-KL": {"retain_loss_type": "KL"},
             "PDU": {"retain_loss_eps": 0.3, "dual_warmup_epochs": 1}}
-STEPS = 20
+STEPS = 15
 
 
 class PowerCut(Exception):
