@@ -205,6 +205,18 @@ def _look_at(trainer: UnlearnTrainer, look: Callable[[int, PreTrainedModel], Non
     if own:
         model.train()
 
+def _let_go(trainer: UnlearnTrainer) -> None:
+    "Free what DeepSpeed holds once the whole model is made: an engine outlives its last user, by hooks that no collection of garbage finds."
+    engine, slices = trainer.model_wrapped, trainer.model_wrapped.optimizer.optimizer
+    zero, engine.optimizer = engine.optimizer, None
+    masters = [flat for group in slices.param_groups for flat in group["params"]]
+    slices.state.clear()  # the moments
+    vars(zero).clear()  # buffers of weights and gradients
+    models = [model for model in (trainer.model, trainer.ref_model) if isinstance(model, nn.Module)]
+    weights = [p for model in models for p in model.parameters()]
+    for tensor in masters + weights + [p.ds_tensor for p in weights if hasattr(p, "ds_tensor")]:
+        tensor.data = tensor.data.new_empty(0)
+
 def _finish(trainer: UnlearnTrainer) -> PreTrainedModel:
     "The trained model in one piece and evaluation mode, out of all that was put around it."
     model = trainer.model
@@ -212,6 +224,8 @@ def _finish(trainer: UnlearnTrainer) -> PreTrainedModel:
         quantized = getattr(model, "is_quantized", False)
         whole = merge_adapter(model) if quantized else whole_model(model)
         trainer.model_wrapped.destroy()
+        if not quantized:
+            _let_go(trainer)  # before there are two models on the device
         return whole.to(trainer.args.device).eval()
     return (merge_adapter(model) if hasattr(model, "get_base_model") else model).eval()
 
