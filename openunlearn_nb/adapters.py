@@ -60,11 +60,11 @@ class AdapterOff:
 @torch.no_grad()
 def merge_adapter(model: nn.Module) -> PreTrainedModel:
     "The ordinary model that a `PeftModel` amounts to."
-    deltas = {name: layer.get_delta_weight("default") for name, layer in bare(model).named_modules() if hasattr(layer, "get_delta_weight")}
+    adapted = {name: layer for name, layer in bare(model).named_modules() if hasattr(layer, "get_delta_weight")}
     base = model.unload()
     if getattr(base, "is_quantized", False):
         base = base.dequantize()
-    for name, delta in deltas.items():
+    for name, layer in adapted.items():  # one by one: all of them together are as large as the model, or in fp32 twice that
         weight = base.get_submodule(name).weight
-        weight.data = (weight.float() + delta.float()).to(weight.dtype)
+        weight.data = (weight.float() + layer.get_delta_weight("default").float()).to(weight.dtype)
     return base.requires_grad_(True)

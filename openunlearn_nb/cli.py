@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -307,7 +308,8 @@ def bench_command(args: argparse.Namespace) -> int:
     return 0
 
 def plan_command(args: argparse.Namespace) -> int:
-    from openunlearn_nb import memory as m
+    from openunlearn_nb import phases as ph
+    from openunlearn_nb.memory import GB, LAYOUTS, Plan, check_plan, model_config, model_sizes
     from openunlearn_nb.methods import get_method
     from openunlearn_nb.models import quiet
     from openunlearn_nb.pairs import published_recipe
@@ -316,19 +318,27 @@ def plan_command(args: argparse.Namespace) -> int:
     recipe = published_recipe(args.benchmark, method)
     given = lambda value, default: default if value is None else value
     rows = given(args.per_device_batch, recipe.batch_size)
-    plan = m.check_plan(m.Plan(
-        m.model_sizes(m.model_config(args.model)), method, "lora", args.gpus, args.gpu_memory, rows, given(args.length, recipe.max_length),
+    plan = check_plan(Plan(
+        model_sizes(model_config(args.model)), method, "lora", args.gpus, args.gpu_memory, rows, given(args.length, recipe.max_length),
         given(args.labelled, 0), accumulates=recipe.effective_batch > rows * max(1, args.gpus), optim=given(args.optim, ""), rank=args.rank,
         settings=parse_settings(args.set)))
-    table = m.plan_table(plan)
-    best = m.recommend(table)
-    line = best and m.launch_line(args.model, plan, best, args.benchmark)
+    table = ph.plan_table(plan)
+    best = ph.recommend(table)
+    line = best and ph.launch_line(args.model, plan, best, args.benchmark)
     on = f"{args.gpus} x {args.gpu_memory:g} GB" if args.gpus else f"a CPU with {args.gpu_memory:g} GB"
-    told = [f"{args.model} ({plan.model.parameters / 1e9:.2f}e9 parameters), {method}, {on}: {plan.rows} rows of {plan.length} tokens a forward, "
-            f"{plan.labelled} of them labelled", f"GB {'per GPU' if args.gpus else 'of memory'}; rows: the most that fit", m.plan_text(table)]
+    told = [f"{args.model} ({plan.model.parameters / 1e9:.2f}e9 parameters), {method}, {on}\n"
+            f"{plan.rows} rows of {plan.length} tokens a forward, {plan.labelled} of them labelled",
+            f"GB {'per GPU' if args.gpus else 'of memory'} at the worst moment of each phase (!: more than there is; *: fits with paging)\n"
+            "rows: the most a forward; eval-each, which is an option, does not count for the verdict", ph.plan_text(table)]
     if not args.gpus:
-        told.append("This is what is alive; set MALLOC_MMAP_THRESHOLD_=65536, or the process keeps up to as much again that it has freed.")
-    told += [f"Take {m.LAYOUTS[best['layout']].label}:", str(line)] if best else [f"Nothing fits: not even one row of {plan.length} tokens."]
+        told.append("This is what is alive; set MALLOC_MMAP_THRESHOLD_=65536, or the process keeps up to as much again\nthat it has freed.")
+    if best:
+        asked, host = plan.length + plan.new_tokens, f"; the machine needs {best['host'] / GB:.0f} GB of its own" if best["host"] else ""
+        told += [f"Take {LAYOUTS[best['layout']].label}:", ph.shell_lines(str(line)), ph.parts_text(best), textwrap.fill(
+            f"Evaluating leaves {best['left'] / GB:.1f} GB for keys and values: {best['left'] / (asked * best['cache_bytes']):,.0f} "
+            f"rows of {asked} tokens{host}.", 96)]
+    else:
+        told.append(textwrap.fill(ph.nearest(plan, table), 96))
     _tell(args, {"table": table, "recommended": best and best["layout"], "command": line}, "\n\n".join(told))
     return 0
 
