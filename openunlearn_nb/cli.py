@@ -321,7 +321,7 @@ def plan_command(args: argparse.Namespace) -> int:
     plan = check_plan(Plan(
         model_sizes(model_config(args.model)), method, "lora", args.gpus, args.gpu_memory, rows, given(args.length, recipe.max_length),
         given(args.labelled, 0), accumulates=recipe.effective_batch > rows * max(1, args.gpus), optim=given(args.optim, ""), rank=args.rank,
-        settings=parse_settings(args.set)))
+        settings=parse_settings(args.set), whole_load=args.whole_load))
     table = ph.plan_table(plan)
     best = ph.recommend(table)
     line = best and ph.launch_line(args.model, plan, best, args.benchmark)
@@ -337,6 +337,8 @@ def plan_command(args: argparse.Namespace) -> int:
         told += [f"Take {LAYOUTS[best['layout']].label}:", ph.shell_lines(str(line)), ph.parts_text(best), textwrap.fill(
             f"Evaluating leaves {best['left'] / GB:.1f} GB for keys and values: {best['left'] / (asked * best['cache_bytes']):,.0f} "
             f"rows of {asked} tokens{host}.", 96)]
+        if told_of_load := ph.whole_load_note(plan, best):
+            told.append(textwrap.fill(told_of_load, 96))
     else:
         told.append(textwrap.fill(ph.nearest(plan, table), 96))
     _tell(args, {"table": table, "recommended": best and best["layout"], "command": line}, "\n\n".join(told))

@@ -143,7 +143,8 @@ def trained_parameters(model: nn.Module, patterns: list[str]) -> list[str]:
 
 def parameters_up_to(model: nn.Module, regex: str) -> list[str]:
     "Names of the parameters that the output of the module named by `regex` can depend on: its own, and those registered before it."
-    last = next(name for name, module in bare(model).named_modules() if module is find_module(model, regex))
+    wanted = find_module(model, regex)
+    last = next(name for name, module in bare(model).named_modules() if module is wanted)
     names = [name for name, _ in bare(model).named_parameters()]
     own = [i for i, name in enumerate(names) if name.startswith(f"{last}.")]
     return names[:own[-1] + 1] if own else names

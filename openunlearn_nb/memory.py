@@ -94,8 +94,8 @@ class Layout(NamedTuple):
     sharded_load: bool = False  # weights are sharded while they are read, so that no GPU holds the whole model before training
 
 LAYOUTS = {
-    "single": Layout("one process"), "zero2": Layout("ZeRO-2", 2), "zero3": Layout("ZeRO-3", 3),
-    "zero3_offload": Layout("ZeRO-3 offload", 3, True), "lora": Layout("LoRA", base="bf16"), "qlora": Layout("QLoRA", base="nf4"),
+    "single": Layout("one process"), "zero2": Layout("ZeRO-2", 2), "zero3": Layout("ZeRO-3", 3, sharded_load=True),
+    "zero3_offload": Layout("ZeRO-3 offload", 3, True, sharded_load=True), "lora": Layout("LoRA", base="bf16"), "qlora": Layout("QLoRA", base="nf4"),
 }
 LIVE = 1e9  # numbers: DeepSpeed's stage3_max_live_parameters, and its sub_group_size
 OPTIMIZERS = {"paged_adamw_32bit": 8, "adamw_torch": 8, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}  # bytes for each trained number
@@ -117,6 +117,7 @@ class Plan:
     accumulates: bool = True  # several forwards make one step, so that gradients are there when one begins
     optim: str = ""  # default: paged_adamw_32bit, on the CPU adamw_torch
     rank: int = 8
+    whole_load: bool = False  # ZeRO-3 without zero3_init_flag: every GPU loads all weights before they are sharded
     new_tokens: int = 200  # that an evaluation generates after a prompt of `length` tokens
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the method
 
@@ -145,8 +146,7 @@ class Asks(NamedTuple):
     parts: int  # whose activations are kept at once
     heads: int  # parts that go through the head
     layers: int  # that the parts pass
-    trained: int  # numbers
-    reached: int  # of these, those that get a gradient
+    trained: int  # numbers: what the loss depends on, of what is asked to be trained
     outside: int  # of these, those outside the layers
     stand: bool = True  # whether gradients are there when a backward begins: of an earlier forward, or of the other term
 
@@ -162,13 +162,13 @@ def asks(plan: Plan) -> Asks:
     number = re.findall(r"\d+", s["module_regex"]) if steers and not heads else []
     layers = min(m.layers, int(number[-1]) + 1) if number else m.layers
     if LAYOUTS[plan.layout].base:
-        adapter = plan.rank * m.per_rank
-        return Asks(parts, heads, layers, adapter, adapter * layers // m.layers, 0, stand)
+        adapter = plan.rank * m.per_rank * layers // m.layers
+        return Asks(parts, heads, layers, adapter, 0, stand)
     layer = lambda name: int(found[1]) if (found := re.search(r"\.(\d+)\.", name)) else 0 if "embed" in name else layers
-    trained = {n: c for n, c in m.counts.items() if any(re.fullmatch(p, n) for p in s.get("trainable_params_regex", [".*"]))}
-    reached = {n: c for n, c in trained.items() if heads or layer(n) < layers}
-    outside = sum(c for n, c in reached.items() if not re.search(r"\.\d+\.", n))
-    return Asks(parts, heads, layers, sum(trained.values()), sum(reached.values()), outside, stand)
+    asked = {n: c for n, c in m.counts.items() if any(re.fullmatch(p, n) for p in s.get("trainable_params_regex", [".*"]))}
+    trained = {n: c for n, c in asked.items() if heads or layer(n) < layers}
+    outside = sum(c for n, c in trained.items() if not re.search(r"\.\d+\.", n))
+    return Asks(parts, heads, layers, sum(trained.values()), outside, stand)
 
 # %% ../nbs/20a_plan.ipynb #9951fb4b
 class Arithmetic(NamedTuple):
@@ -217,7 +217,7 @@ def moments(plan: Plan) -> Iterator[dict[str, float]]:
     copies = _passing(plan) + casts * (not plan.checkpointing)
     yield moment(ask.parts, 0, max(4 * ask.heads + 4 * bool(ask.heads), TARGETS.get(plan.method, 0), of_kl), 0, max(copies, casts))
     for i in range(ask.parts, 0, -1):
-        waits = each * (i < ask.parts) * (ask.outside if plan.reentrant and plan.checkpointing else ask.reached)
+        waits = each * (i < ask.parts) * (ask.outside if plan.reentrant and plan.checkpointing else ask.trained)
         if ask.heads:
             yield moment(i, 0, 4 * min(i, ask.heads) + BACKWARD.get(plan.method, 4), waits, copies)
         yield moment(i, inside, 4 * min(i - 1, ask.heads), max(waits, shared), copies)
@@ -239,8 +239,8 @@ def _step(plan: Plan, ask: Asks) -> float:
     if layout.stage:
         share = ask.trained / plan.gpus
         return 4 * (1 + torch_adamw) * (min(share, LIVE) if layout.stage == 3 else share)
-    copies = (4 * ask.reached if plan.gpus else 8 * max(plan.model.counts.values())) * torch_adamw
-    return copies + 4 * ask.reached * (not ask.stand)
+    copies = (4 * ask.trained if plan.gpus else 8 * max(plan.model.counts.values())) * torch_adamw
+    return copies + 4 * ask.trained * (not ask.stand)
 
 # %% ../nbs/20a_plan.ipynb #542544b9
 def standing(plan: Plan) -> dict[str, float]:
@@ -250,9 +250,9 @@ def standing(plan: Plan) -> dict[str, float]:
     live = needs_reference(plan.method, plan.settings) and not layout.base
     if layout.base:
         weights = {"nf4": 0.516 * m.linear + 2 * (p - m.linear), "bf16": (2 if plan.gpus else 4) * p}[layout.base]
-        return {"weights": weights, "masters": 4 * ask.trained, "gradients": 4 * ask.reached * several, "optimizer": state * ask.reached}
+        return {"weights": weights, "masters": 4 * ask.trained, "gradients": 4 * ask.trained * several, "optimizer": state * ask.trained}
     if not layout.stage:
-        return {"weights": 4 * p, "gradients": 4 * ask.reached * ask.stand, "optimizer": state * ask.reached, "reference": 4 * p * live}
+        return {"weights": 4 * p, "gradients": 4 * ask.trained * ask.stand, "optimizer": state * ask.trained, "reference": (2 if plan.gpus else 4) * p * live}
     shard = n if layout.stage == 3 else 1
     sums = 2 if layout.stage == 2 and plan.accumulates else 1  # ZeRO-2 adds up beside the new ones
     share = ask.trained / n

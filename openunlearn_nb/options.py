@@ -44,8 +44,8 @@ def _training_options(p: argparse.ArgumentParser) -> None:
                        "times the learning rate; 0: the weights (default: an adapter for 100M parameters or more on a CPU)")
     small.add_argument("--qlora", type=int, nargs="?", const=8, metavar="RANK", help="the same, with the weights in four bits (needs bitsandbytes)")
     p.add_argument("--optim", metavar="NAME", help="optimizer, such as paged_adamw_8bit (default: paged_adamw_32bit on a GPU, adamw_torch on a CPU)")
-    p.add_argument("--per-device-batch", type=int, metavar="N", help="rows per device and forward (default: 4, or less); the effective batch stays")
-    p.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="less memory, more time (default: on; embedded model: off)")
+    p.add_argument("--per-device-batch", type=int, metavar="N", help="rows per device and forward (default: on one GPU what fits, else 4 or less)")
+    p.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="less memory, more time (default: on one GPU as needed)")
     p.add_argument("--save-each", choices=["epoch"], help="keep a checkpoint, from which the same command goes on after an interruption")
 
 def _metrics(p: argparse.ArgumentParser) -> None:
@@ -158,6 +158,7 @@ def plan_options(p: argparse.ArgumentParser) -> None:
     add("--length", type=int, metavar="N", help="tokens of the longest row (default: where the benchmark cuts, 512 or 2048)")
     add("--labelled", type=int, metavar="N", help="of these, tokens with a label (default, and 0: all)")
     add("--optim", help="paged_adamw_32bit (default on a GPU), adamw_torch, adamw_bnb_8bit or paged_adamw_8bit")
+    add("--whole-load", action="store_true", help="ZeRO-3 by a configuration of your own without zero3_init_flag, which loads all weights on every GPU")
     add("--rank", type=int, default=8, metavar="N", help="rank of LoRA's adapters (default: %(default)s)")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method (repeatable)")
 

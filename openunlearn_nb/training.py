@@ -250,7 +250,7 @@ def _finish(trainer: UnlearnTrainer, for_saving: bool) -> PreTrainedModel:
     release(engine, keep=model)
     if trainer.ref_model is not None:
         release(trainer.ref_model)
-    if getattr(model, "is_quantized", False):
+    if hasattr(model, "get_base_model") and not is_sharded(model):
         whole = merge_adapter(model).eval()
     else:
         whole = whole_model(model, "cpu" if for_saving else trainer.args.device, main_only=for_saving)

@@ -27,7 +27,7 @@ def work(task, progress):
     return {"seen": sum(processes.gathered(1))}
 
 told = []
-run_tasks([Task("first", "NPO"), Task("second", "NPO")], work, Inline(lambda *_: None), 1, lambda task, values, error: told.append((task.split, values, str(error))))
+run_tasks([Task("first", "NPO"), Task("second", "NPO")], work, Inline(lambda *_: None), lambda task, values, error: told.append((task.split, values, str(error))))
 everybody = processes.gathered(told)
 if processes.is_main():
     print(json.dumps(everybody))
@@ -59,7 +59,7 @@ def work(task, progress):
         raise OpenUnlearnError("only the main process cannot read its file")
     return {"seen": sum(processes.gathered(1))}
 
-run_tasks([Task("first", "NPO"), Task("second", "NPO")], work, Inline(lambda *_: None), 1, lambda *_: None)
+run_tasks([Task("first", "NPO"), Task("second", "NPO")], work, Inline(lambda *_: None), lambda *_: None)
 print("went on")
 """
 

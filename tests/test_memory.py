@@ -10,14 +10,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from transformers import LlamaConfig
 
 from openunlearn_nb.errors import OpenUnlearnError
 from openunlearn_nb.memory import GB, LAYOUTS, Plan, check_plan, memory_parts, model_config, model_sizes
-from openunlearn_nb.phases import (PHASES, generating, largest_batch, nearest, phase_parts, plan_table, plan_text, recommend,
-                                    scoring, shell_lines, verdict)
+from openunlearn_nb.phases import (fitting_rows, generating, largest_batch, nearest, phase_parts, plan_table, plan_text, recommend, scoring,
+                                   shell_lines, verdict, whole_load_note)
 
 RUN = r"""
 import json, sys, warnings
@@ -166,7 +167,7 @@ for event in sorted((e for e in p.profiler.kineto_results.events() if e.name() =
 print(json.dumps(most))
 """
 
-STEERED = {"module_regex": r"model\\.layers\\.2"}
+STEERED = {"module_regex": r"model\.layers\.2"}
 PHASE_CASES = {
     "load, with a copy as reference": (llama(384, 5, 8192), dict(phase="load", method="RMU", settings=STEERED)),
     "load, asked for the reference's likelihoods": (llama(256, 4, 16384), dict(phase="load", method="NPO", rows=1, length=512, labelled=256)),
@@ -225,24 +226,60 @@ def test_what_is_known_not_to_fit():
 
 
 def test_a_training_step_that_fits_is_not_a_run_that_fits():
-    reference = plan_table(Plan(SIZES["Llama-2-7b-chat"], "RMU", gpus=4, memory=24))
-    offload = {row["layout"]: row for row in reference}["zero3_offload"]
-    assert offload["verdicts"] == dict.fromkeys(PHASES, "fits") | {"load": "does not fit"} and offload["verdict"] == "does not fit"
-    assert recommend(reference)["layout"] == "lora" and "no: load\n" in plan_text(reference)
+    plan = Plan(SIZES["Llama-2-7b-chat"], "RMU", gpus=4, memory=24, whole_load=True)  # every GPU loads all weights, twice
+    whole = plan_table(plan)
+    offload = {row["layout"]: row for row in whole}["zero3_offload"]
+    assert offload["verdicts"]["train"] == "fits" and offload["verdicts"]["load"] == offload["verdict"] == "does not fit"
+    assert recommend(whole)["layout"] == "lora" and "no: load\n" in plan_text(whole)
     plan = Plan(model_sizes(model_config("Llama-3.1-8B-Instruct")), gpus=8, memory=16)
     rows = plan_table(plan)
     assert {row["layout"]: row["verdicts"]["train"] for row in rows}["qlora"] == "fits" and recommend(rows) is None
-    assert "evaluate does not fit one GPU" in nearest(plan, rows) and "LoRA comes nearest" in nearest(plan, rows)
+    assert "evaluate do not fit one GPU" in nearest(plan, rows)
+
+
+def test_loading_in_shards_is_what_makes_it_fit():
+    plan = Plan(SIZES["Llama-2-7b-chat"], "RMU", gpus=4, memory=24)
+    best = recommend(plan_table(plan))
+    assert best["layout"] == "zero3" and "would need 27.4 GB to load" in whole_load_note(plan, best)
+    roomy = replace(plan, memory=48)
+    assert whole_load_note(roomy, recommend(plan_table(roomy))) == ""
 
 
 @pytest.mark.parametrize("method,parts", [("RMU", ("weights", "reference")), ("NPO", ("weights",))])
-def test_a_load_in_shards_needs_no_whole_model(monkeypatch, method, parts):
+def test_a_load_in_shards_needs_no_whole_model(method, parts):
     plan = Plan(SIZES["Llama-2-7b-chat"], method, "zero3_offload", gpus=4, memory=24)
-    whole = phase_parts(plan, "load")
-    monkeypatch.setitem(LAYOUTS, "zero3_offload", LAYOUTS["zero3_offload"]._replace(sharded_load=True))
-    sharded = phase_parts(plan, "load")
+    whole, sharded = phase_parts(replace(plan, whole_load=True), "load"), phase_parts(plan, "load")
     assert all(sharded[part] == whole[part] / 4 == plan.model.parameters / 2 for part in parts)
     assert sharded["copies"] >= 2 * plan.model.largest and sum(sharded.values()) < sum(whole.values()) and verdict(plan) == "fits"
+
+
+@pytest.mark.parametrize("memory,expected", [(80, (32, False)), (2, (1, True))])
+def test_rows_and_checkpointing_follow_from_memory(memory, expected):
+    assert fitting_rows(Plan(SIZES["Llama-3.2-1B-Instruct"], "NPO", "single", gpus=1, memory=memory, length=160), 32) == expected
+
+
+def test_less_memory_means_checkpointing_before_it_means_few_rows():
+    of = lambda memory: fitting_rows(Plan(SIZES["Llama-3.2-1B-Instruct"], "NPO", "single", gpus=1, memory=memory, length=512), 32)
+    found = [of(memory) for memory in range(26, 81, 2)]
+    rows, saving = zip(*found)
+    assert any(saving) and not saving[-1] and all(32 % r == 0 for r in rows)
+    assert all(r >= 8 for r, s in found if not s)
+
+
+def test_a_run_on_one_gpu_takes_the_rows_that_fit(monkeypatch):
+    """The GPU's memory is faked; the recipe that is trained by, and recorded, is the one that was chosen."""
+    from openunlearn_nb import runs
+    from openunlearn_nb.config import RunConfig
+    from openunlearn_nb.models import tiny_llama, train_tokenizer
+    from openunlearn_nb.pairs import TrainConfig
+
+    model = tiny_llama(train_tokenizer(["some text"], 300), hidden=32, layers=1)
+    examples = [{"input_ids": [5] * 20, "labels": [-100] * 10 + [5] * 10}]
+    chosen = lambda **config: runs.for_this_gpu(RunConfig(model="own", **config), TrainConfig(), "NPO", {}, model, examples)
+    assert chosen() == TrainConfig()
+    monkeypatch.setattr(runs, "usable_memory", lambda device: int(40 * GB))
+    assert (chosen().batch_size, chosen().gradient_checkpointing) == (32, False)
+    assert chosen(gradient_checkpointing=True).gradient_checkpointing and chosen(per_device_batch=2) == TrainConfig() == chosen(compat="open-unlearning")
 
 
 def test_an_epoch_is_looked_at_in_what_is_left_of_training():
