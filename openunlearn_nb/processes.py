@@ -213,6 +213,7 @@ def on_main(work: Callable[[], T]) -> T:
     "What `work` returns: called by the main process alone, and told to all. If it raises, all raise an `OpenUnlearnError` with its message."
     if not _group():
         return work()
+    wait_for_all()  # what led the others here, such as a file that is not there yet, may change once this one works
     told: tuple[Any, str | None] = (None, None)
     if is_main():
         try:

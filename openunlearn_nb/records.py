@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .devices import device_type
 from .errors import OpenUnlearnError
 from .processes import own_device, world, write_bytes
 from .suites import SUITES, Suite
@@ -106,7 +107,7 @@ def environment() -> dict[str, Any]:
     packages = ("torch", "transformers", "accelerate", "datasets", "deepspeed", "bitsandbytes", "scipy", "rouge-score", "lm_eval")
     return {"openunlearn_nb": __version__, "python": sys.version.split()[0],
             **{p: v for p in packages if (v := _version_of(p))}, "system": f"{platform.system()} {platform.machine()}",
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "device": torch.cuda.get_device_name() if device_type() == "cuda" else device_type(),
             **({"device_id": own} if (own := own_device()) else {}), "cpu_threads": torch.get_num_threads(),
             "processes": world()}
 

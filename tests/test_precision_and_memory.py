@@ -10,7 +10,7 @@ from openunlearn_nb import devices, generation, scoring, training
 from openunlearn_nb.errors import OpenUnlearnError
 from openunlearn_nb.generation import generate
 from openunlearn_nb.miniature_tofu import make_tofu
-from openunlearn_nb.models import quiet, save_model, tiny_llama, train_tokenizer
+from openunlearn_nb.models import load_model, quiet, save_model, tiny_llama, train_tokenizer
 from openunlearn_nb.pairs import TrainConfig
 from openunlearn_nb.prompts import PROMPTS, Encoder, encode_all
 from openunlearn_nb.scoring import score
@@ -143,3 +143,14 @@ def test_a_model_that_is_spread_over_devices_gives_the_same_numbers(tiny, tmp_pa
     assert generate(spread, tokenizer, prompts, 8) == generate(model, tokenizer, prompts, 8)
     pairs = zip(score(spread, examples, tokenizer.pad_token_id), score(model, examples, tokenizer.pad_token_id))
     assert max(abs(a.logps - b.logps).max() for a, b in pairs) < 1e-5
+
+
+def test_an_attention_is_chosen_by_its_name(tiny, tmp_path):
+    tokenizer, examples, model = tiny
+    save_model(model, tokenizer, tmp_path / "model")
+    eager = load_model(str(tmp_path / "model"), attention="eager")
+    assert eager.config._attn_implementation == "eager"
+    pairs = zip(score(eager, examples, tokenizer.pad_token_id), score(model, examples, tokenizer.pad_token_id))
+    assert max(abs(a.logps - b.logps).max() for a, b in pairs) < 1e-5
+    with pytest.raises(OpenUnlearnError, match="Cannot load the model .*eagre"):
+        load_model(str(tmp_path / "model"), attention="eagre")
