@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from .adapters import AdapterOff, merge_adapter, with_adapter
 from .checkpoints import last_checkpoint, load_checkpoint, save_checkpoint, whole_model
-from .devices import computes_in_bf16, device_type, evaluation_dtype
+from .devices import computes_in_bf16, device_type, evaluation_dtype, is_out_of_memory
 from .errors import OpenUnlearnError
 from .forwards import parameters_up_to, trained_parameters
 from .losses import control_vector
@@ -347,6 +347,11 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
         trainer.add_callback(_AfterEpoch(acts))
         try:
             trainer.train(resume_from_checkpoint=keep and (found := last_checkpoint(keep, what or {})) and str(found))
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            raise OpenUnlearnError(f"Memory ran out in training, with {args.per_device_train_batch_size} rows a forward: give a smaller "
+                                   "--per-device-batch, --gradient-checkpointing or --lora (openunlearn plan tells what fits).") from e
         finally:
             if not trainer.is_deepspeed_enabled:
                 trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # take off the autocast around forward, which would

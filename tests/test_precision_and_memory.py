@@ -154,3 +154,14 @@ def test_an_attention_is_chosen_by_its_name(tiny, tmp_path):
     assert max(abs(a.logps - b.logps).max() for a, b in pairs) < 1e-5
     with pytest.raises(OpenUnlearnError, match="Cannot load the model .*eagre"):
         load_model(str(tmp_path / "model"), attention="eagre")
+
+
+def test_a_training_that_does_not_fit_says_what_would(tiny, monkeypatch):
+    tokenizer, examples, model = tiny
+
+    def never(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(training, "method_loss", never)
+    with pytest.raises(OpenUnlearnError, match="Memory ran out in training, with 4 rows a forward: give a smaller --per-device-batch"):
+        train(copy.deepcopy(model), tokenizer.pad_token_id, "NPO", examples[:16], examples[16:], TrainConfig(epochs=1))
