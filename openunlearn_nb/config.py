@@ -26,13 +26,13 @@ from .models import PRESETS, load_model, load_tokenizer, preset_of
 from .muse import Muse, corpus_of
 from .own import Own
 from .pairs import TrainConfig, published_recipe
+from .processes import under_deepspeed
 from .prompts import Encoder, PromptFormat, prompt_format
 from .records import read_json
 from .smollm2 import resolve
 from .suites import BETTER, SUITES, Suite, wanted
 from .tofu import Tofu
 from .wmdp import Wmdp
-from .zero import under_deepspeed
 
 BENCHMARKS: dict[str, type[Tofu] | type[Muse] | type[Wmdp] | type[Own]] = {"TOFU": Tofu, "MUSE": Muse, "WMDP": Wmdp, "OWN": Own}
 Progress = Callable[[float], None]  # told the share of the work done, 0 to 1

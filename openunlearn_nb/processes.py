@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['T', 'FRESH', 'WAIT', 'CONFIGS', 'SCRIPTS', 'CHOSEN', 'OWN', 'build_locks', 'holder', 'clear_build_locks', 'launched',
-           'begin', 'end', 'rank', 'world', 'is_main', 'config_file', 'launch_environment', 'own_device',
-           'visible_devices', 'only_device', 'gathered', 'wait_for_all', 'mine', 'merged', 'on_main', 'raised_by_all',
-           'write_bytes', 'alone']
+           'under_deepspeed', 'begin', 'end', 'rank', 'world', 'is_main', 'config_file', 'launch_environment',
+           'own_device', 'visible_devices', 'only_device', 'gathered', 'wait_for_all', 'mine', 'merged', 'on_main',
+           'raised_by_all', 'write_bytes', 'alone']
 
 # %% ../nbs/01_processes.ipynb #e60095f9
 import multiprocessing
@@ -74,12 +74,16 @@ def launched() -> int:
     "How many processes a launcher has started."
     return int(os.environ.get("WORLD_SIZE", 1))
 
+def under_deepspeed() -> bool:
+    "Whether a launcher has set DeepSpeed up; it may be for one process alone."
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
 _errors: Any = None  # a second group, on which processes that have raised an error find each other
 
 def begin() -> None:
     "Join the other processes, where a launcher started several; call it once per process, before the work."
     global _errors
-    if launched() > 1:
+    if launched() > 1 or under_deepspeed():
         import torch
         import torch.distributed as dist
         from accelerate import PartialState

@@ -32,7 +32,7 @@ from .forwards import parameters_up_to, trained_parameters
 from .losses import control_vector
 from .methods import get_method, keeps_retain, method_loss, method_settings, needs_reference
 from .pairs import PairDataset, TrainConfig, build_dataset, collate_parts, with_ref_nll
-from .processes import launched
+from .processes import launched, under_deepspeed
 from .zero import is_sharded, release, sharded_copy, unsharded
 
 # %% ../nbs/20_training.ipynb #9bf2911c
@@ -184,7 +184,7 @@ def sharded_reference(ref: PreTrainedModel, accelerator) -> nn.Module:
 
 def _set_up_launch(args: TrainingArguments, quantized: bool, n_examples: int) -> None:
     "Set up a launch of several processes: raise where it cannot train, and say what will be otherwise than in one."
-    if launched() == 1:
+    if launched() == 1 and not under_deepspeed():
         return
     if extra := -n_examples % (args.per_device_train_batch_size * launched()):
         warnings.warn(f"{n_examples} rows cannot be dealt out evenly, {args.per_device_train_batch_size} to each of {launched()} processes: {extra} "
@@ -277,7 +277,7 @@ def _fresh_accelerator() -> Iterator[None]:
     try:
         yield
     finally:
-        if launched() > 1:
+        if launched() > 1 or under_deepspeed():
             AcceleratorState._reset_state()
             unset_hf_deepspeed_config()
 

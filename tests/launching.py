@@ -27,10 +27,10 @@ def run(line: list[str], limit: float = LIMIT, check: bool = True, **env: str) -
     return subprocess.CompletedProcess(line, process.returncode, out, err)
 
 
-def accelerate(*command: str, config: str = "zero3", **how) -> subprocess.CompletedProcess:
-    """`accelerate launch` with a shipped configuration, on two processes; only the precision is the CPU's."""
+def accelerate(*command: str, config: str = "zero3", processes: int = 2, **how) -> subprocess.CompletedProcess:
+    """`accelerate launch` with a shipped configuration; only the precision is the CPU's."""
     line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file(config)), "--mixed_precision", "no",
-            "--main_process_port", "0", *command]
+            "--main_process_port", "0", "--num_processes", str(processes), *command]
     return run(line, **how)
 
 

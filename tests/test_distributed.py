@@ -57,6 +57,15 @@ def test_zero3_equals_one_process_in_all_else(both, tmp_path):
         assert_same(both[0], tmp_path, what)
 
 
+@pytest.mark.slow
+def test_zero3_on_one_process(both, tmp_path):
+    """As on one GPU; the second cell's model is loaded in shards, like the first's."""
+    what = ["NPO", "RMU-sharded", "NPO-sharded LoRA"]
+    accelerate(SCRIPT, str(tmp_path), *what, processes=1)
+    for name in what:
+        assert_same(both[0], tmp_path, name)
+
+
 def test_the_weights_really_move(both):
     """Else equal weights would show nothing."""
     one, _ = both
