@@ -240,21 +240,24 @@ def _look_at(trainer: UnlearnTrainer, look: Callable[[int, PreTrainedModel], Non
         else:
             look(epoch, whole_model(trainer.model, trainer.args.device))
 
+def _let_go(trainer: UnlearnTrainer, keep: nn.Module | None = None) -> None:
+    "Release what DeepSpeed and the reference hold, except the weights of the module `keep`."
+    trainer.model_wrapped.destroy()
+    release(trainer.model_wrapped, keep)
+    if isinstance(trainer.ref_model, nn.Module):
+        release(trainer.ref_model)
+
 def _finish(trainer: UnlearnTrainer, for_saving: bool) -> PreTrainedModel:
     "The trained model in one piece and evaluation mode, out of all that was put around it; all else that training held is released."
     model = trainer.model
     if not trainer.is_deepspeed_enabled:
         return (merge_adapter(model) if hasattr(model, "get_base_model") else model).eval()
-    engine = trainer.model_wrapped
-    engine.destroy()
-    release(engine, keep=model)
-    if trainer.ref_model is not None:
-        release(trainer.ref_model)
+    _let_go(trainer, keep=model)
     if hasattr(model, "get_base_model") and not is_sharded(model):
         whole = merge_adapter(model).eval()
     else:
         whole = whole_model(model, "cpu" if for_saving else trainer.args.device, main_only=for_saving)
-    release(engine, keep=whole)
+    release(trainer.model_wrapped, keep=whole)
     return whole
 
 # %% ../nbs/20_training.ipynb #668c51d1
@@ -347,7 +350,9 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
         trainer.add_callback(_AfterEpoch(acts))
         try:
             trainer.train(resume_from_checkpoint=keep and (found := last_checkpoint(keep, what or {})) and str(found))
-        except RuntimeError as e:
+        except BaseException as e:
+            if trainer.is_deepspeed_enabled and hasattr(trainer.model_wrapped, "destroy"):
+                _let_go(trainer)
             if not is_out_of_memory(e):
                 raise
             raise OpenUnlearnError(f"Memory ran out in training, with {args.per_device_train_batch_size} rows a forward: give a smaller "

@@ -164,14 +164,25 @@ def living():
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 found = []
-for method, settings in (("NPO", {}), ("RMU", {"module_regex": r"model\\.layers\\.1"}), ("UNDIAL", {})):
+for method, settings in (("NPO", {}), ("UNDIAL", {}), ("RMU", {"module_regex": r"model\\.layers\\.1"})):
     model = load_model(str(start), sharded=True)
     held = sum(p.ds_tensor.numel() + p.numel() * (not p.ds_persist) for p in model.parameters()) / sum(p.ds_numel for p in model.parameters())
     recipe = TrainConfig(learning_rate=1e-3, epochs=1, effective_batch=16, batch_size=4, max_steps=2, gradient_checkpointing=False)
-    trained = train(model, tokenizer.pad_token_id, method, examples[:80], examples[80:120], recipe, settings, for_saving=method == "UNDIAL")
+    trained = train(model, tokenizer.pad_token_id, method, examples[:80], examples[80:120], recipe, settings, for_saving=method == "RMU")
     del model
     found.append({"held": held, "living": living() / sum(p.nbytes for p in trained.model.parameters())})
     del trained
+
+def cut(epoch, model):
+    raise KeyError
+
+recipe = TrainConfig(learning_rate=1e-3, epochs=2, effective_batch=16, batch_size=4, gradient_checkpointing=False)
+size = 4 * sum(p.ds_numel for p in load_model(str(start), sharded=True).parameters())
+try:
+    train(load_model(str(start), sharded=True), tokenizer.pad_token_id, "RMU", examples[:16], examples[80:120], recipe, settings, look=cut)
+except KeyError:
+    pass
+found.append({"held": 0.5, "living": living() / size})
 found = gathered(found)
 if is_main():
     print(json.dumps(found))
@@ -183,8 +194,9 @@ def test_after_each_of_three_cells_only_the_trained_model_is_left(tmp_path):
     done = accelerate(script(tmp_path, THREE_CELLS), str(tmp_path), PYTHONPATH=os.pathsep.join([str(Path(SCRIPT).parent), os.environ.get("PYTHONPATH", "")]))
     main, other = json.loads(done.stdout.strip().splitlines()[-1])
     assert all(cell["held"] == pytest.approx(0.5, abs=0.01) for cell in [*main, *other])
-    assert all(1 <= cell["living"] <= 1.1 for cell in [*main, *other[:2]]), (main, other)
-    assert other[2]["living"] < 0.1  # the last model was for saving, which the main process does
+    assert all(1 <= cell["living"] <= 1.1 for cell in [*main[:3], *other[:2]]), (main, other)
+    assert other[2]["living"] < 0.1  # the third model was for saving, which the main process does
+    assert main[3]["living"] < 0.1 > other[3]["living"]  # the fourth training failed
 
 
 def test_rmu_leaves_weights_that_its_loss_does_not_reach(both):
