@@ -87,7 +87,7 @@ def plainly() -> Iterator[None]:
     with (patch("openunlearn_nb.training.method_loss", plain_loss),
           patch("openunlearn_nb.training.UnlearnTrainer.training_step", Trainer.training_step),
           patch("openunlearn_nb.training.needs_reference", lambda method, settings: method in ("NPO", "IdkDPO", "RMU", "UNDIAL")),
-          patch("openunlearn_nb.pairs.with_ref_nll", lambda model, examples, *_: examples),
+          patch("openunlearn_nb.pairs.with_ref_nll", lambda model, examples, **_: examples),
           patch("openunlearn_nb.pairs.collate", lambda examples, pad_id, side: collate(examples, pad_id, "right"))):
         yield
 
