@@ -189,6 +189,7 @@ if is_main():
 """
 
 
+@pytest.mark.slow
 def test_after_each_of_three_cells_only_the_trained_model_is_left(tmp_path):
     """ZeRO-3 loads a half of every weight on each of two processes, and a finished training gives back all but the model that it made."""
     done = accelerate(script(tmp_path, THREE_CELLS), str(tmp_path), PYTHONPATH=os.pathsep.join([str(Path(SCRIPT).parent), os.environ.get("PYTHONPATH", "")]))
