@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from openunlearn_nb.miniature_tofu import make_tofu
 from openunlearn_nb.models import load_model, quiet, save_model, tiny_llama, train_tokenizer
 from openunlearn_nb.pairs import TrainConfig
-from openunlearn_nb.processes import begin, is_main, wait_for_all
+from openunlearn_nb.processes import begin, end, is_main, wait_for_all
 from openunlearn_nb.prompts import PROMPTS, Encoder, encode_all
 from openunlearn_nb.training import train
 
@@ -68,6 +68,7 @@ def main(out: Path, whats: list[str]) -> None:
             (out / f"{what}.json").write_text(json.dumps(trained.losses))
             save_file({k: v.contiguous() for k, v in trained.model.state_dict().items() if k != "lm_head.weight"}, out / f"{what}.safetensors")
             print(what, trained.losses[:1], trained.losses[-1:], flush=True)
+    end()  # else gloo's threads may outlive the interpreter, which aborts the process
 
 
 if __name__ == "__main__":

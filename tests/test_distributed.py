@@ -148,7 +148,7 @@ import torch
 from distributed_run import data
 from openunlearn_nb.models import load_model, quiet, save_model, tiny_llama
 from openunlearn_nb.pairs import TrainConfig
-from openunlearn_nb.processes import begin, gathered, is_main
+from openunlearn_nb.processes import begin, end, gathered, is_main
 from openunlearn_nb.training import train
 
 torch.set_num_threads(1)
@@ -186,10 +186,10 @@ found.append({"held": 0.5, "living": living() / size})
 found = gathered(found)
 if is_main():
     open(sys.argv[1] + "/found.json", "w").write(json.dumps(found))  # standard output is shared with libraries and the other process
+end()
 """
 
 
-@pytest.mark.slow
 def test_after_each_of_three_cells_only_the_trained_model_is_left(tmp_path):
     """ZeRO-3 loads a half of every weight on each of two processes, and a finished training gives back all but the model that it made."""
     accelerate(script(tmp_path, THREE_CELLS), str(tmp_path), PYTHONPATH=os.pathsep.join([str(Path(SCRIPT).parent), os.environ.get("PYTHONPATH", "")]))
