@@ -23,7 +23,7 @@ from pathlib import Path
 from . import __version__
 from . import options as o
 from .errors import OpenUnlearnError, check_choice, is_ours
-from .processes import CONFIGS, SCRIPTS, config_file, end, rank
+from .processes import CONFIGS, SCRIPTS, config_file, end, raised_by_all, rank
 
 # %% ../nbs/44_cli.ipynb #82910502
 def parser() -> argparse.ArgumentParser:
@@ -380,10 +380,12 @@ def main(argv: list[str] | None = None) -> int:
             if args.command != "table":
                 _hush_imports()
             code = args.run(args)
-            end()  # after an error the process just ends: the others may not come to an end of the group
+            end()
             return code
     except OpenUnlearnError as e:
         print(f"openunlearn{f' (process {rank()})' if rank() else ''}: {e}", file=sys.stderr)
+        if raised_by_all():  # where one has it alone, the others do not come to leave the group
+            end()
     except BrokenPipeError:  # the reader (head, less) went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
