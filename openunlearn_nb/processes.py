@@ -47,25 +47,32 @@ def holder(file: Path) -> int | None:
     return None
 
 def clear_build_locks(fresh: float = FRESH) -> None:
-    "Remove locks that no process holds, and say which; say what a launch is about to wait for."
+    "Remove this user's locks that no process holds, and say which; say what a launch is about to wait for."
     for lock in build_locks():
-        name, told = lock.parent.name, False
-        while lock.exists():
-            if pid := holder(lock):
-                warnings.warn(f"Process {pid} is compiling {name}; this launch waits for it.")
-                break
-            try:
-                age = time.time() - lock.stat().st_mtime
-                if age > fresh:
-                    lock.unlink()
-                    warnings.warn(f"Removed the lock of {name}, which no process holds any more: a launch was ended while it compiled.")
-                    break
-            except FileNotFoundError:
-                break
-            if not told:
-                warnings.warn(f"Waiting up to {fresh:g} s for the lock of {name}, which no process on this machine holds.")
-                told = True
+        try:
+            _clear(lock, fresh)
+        except FileNotFoundError:  # its holder is done
+            continue
+        except OSError as e:
+            warnings.warn(f"The lock {lock} cannot be looked after ({e.strerror}); the launch may wait for it.")
+
+def _clear(lock: Path, fresh: float) -> None:
+    name = lock.parent.name
+    pid, about = holder(lock), lock.stat()
+    if pid or about.st_uid != os.getuid():
+        who = f"Process {pid}" if pid else "Another user"
+        warnings.warn(f"{who} is compiling {name}; this launch waits for it.")
+        return
+    left = about.st_mtime + fresh - time.time()
+    if left > 0:
+        warnings.warn(f"Waiting {left:.0f} s for the lock of {name}, which no process on this machine holds.")
+        while time.time() < about.st_mtime + fresh:
+            lock.stat()  # raises once it is gone
             time.sleep(0.5)
+        _clear(lock, fresh)  # it may be somebody's new one by now
+        return
+    lock.unlink()
+    warnings.warn(f"Removed the lock of {name}, which no process holds any more: a launch was ended while it compiled.")
 
 # %% ../nbs/01_processes.ipynb #e2cb6623
 WAIT = timedelta(hours=6)  # for a process that does something alone, such as teaching the embedded model
@@ -87,7 +94,7 @@ def begin() -> None:
         import torch
         import torch.distributed as dist
         from accelerate import PartialState
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if under_deepspeed() and os.environ.get("LOCAL_RANK", "0") == "0":
             clear_build_locks()
         PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
         _errors = _errors or dist.new_group(backend="gloo")
