@@ -210,6 +210,12 @@ def cells(args: Namespace) -> Found:
     return rows
 
 
+def npo_training(args: Namespace, name: str, options: list[str]) -> list[str]:
+    """The command that unlearns forget10 by NPO from the fine-tuned model, into a model called `name`."""
+    start, output = str(models(args) / "full"), str(models(args) / name)
+    return ["train", "--method", "NPO", "--split", SPLIT, "--model", start, "--quiet", "--output", output, *options]
+
+
 def grid(args: Namespace) -> Iterator[Found]:
     """The methods on forget10, evaluated; beside them NPO once more by `train`, which keeps the model."""
     need(args, *TAUGHT)
@@ -235,21 +241,7 @@ def grid(args: Namespace) -> Iterator[Found]:
     )  # one by one, so that each is told when it is done
     commands = [[*grid, methods] for methods in asked]
     if not (models(args) / "NPO/train.json").exists():
-        commands.append(
-            [
-                "train",
-                "--method",
-                "NPO",
-                "--split",
-                SPLIT,
-                "--model",
-                full,
-                "--quiet",
-                "--output",
-                str(models(args) / "NPO"),
-                *options,
-            ]
-        )
+        commands.append(npo_training(args, "NPO", options))
     for _ in run_commands(args, "grid", commands):
         yield cells(args)
     yield cells(args)
@@ -338,19 +330,7 @@ def zero3(args: Namespace) -> Iterator[Found]:
         raise Skipped("there is no GPU here")
     need(args, "full")
     name = f"zero3-{os.getpid()}"
-    command = [
-        "train",
-        "--method",
-        "NPO",
-        "--split",
-        SPLIT,
-        "--model",
-        str(models(args) / "full"),
-        "--quiet",
-        "--output",
-        str(models(args) / name),
-        *training_options(args, 1, args.rate),
-    ]
+    command = npo_training(args, name, training_options(args, 1, args.rate))
     log = args.work / "logs/zero3.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     launch = [
