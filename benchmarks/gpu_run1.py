@@ -439,7 +439,7 @@ def blocks(args: Namespace) -> list[Block]:
         block("ceilings", 10, ceilings),
         block(f"NPO, {some} rows", 10, training, "NPO", some),
         block("scoring", 4, scoring),
-        block("generation", 10, generation),
+        block("generation", 17, generation),
         *(block(f"{m}, {many} rows", 7, training, m, many) for m in METHODS),
         *(
             block(f"NPO, {rows} rows{', checkpointing' if kept else ''}", 8, training, "NPO", rows, kept)
@@ -448,5 +448,5 @@ def blocks(args: Namespace) -> list[Block]:
         ),
         *(block(f"the usual way: {m}", 15, usual_training, m) for m in ("NPO", "UNDIAL", "RMU")),
         block("SmolLM2-135M, Finetune", 8, smollm2_steps, args),
-        block("the usual way: evaluation", 70, usual_evaluation),
+        block("the usual way: evaluation", 135, usual_evaluation),
     ]

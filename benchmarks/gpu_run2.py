@@ -354,10 +354,10 @@ def blocks(args: Namespace) -> list[Block]:
     """Those of run2, most valuable first."""
     block = lambda name, seconds, run: Block(name, partial(run, args), seconds)
     return [
-        block("model and data", 15, unpack),
-        block("fine-tuning", 60, fine_tunes),
-        block("methods", 60, grid),
-        block("fp32 and bf16", 45, arithmetic),
+        block("model and data", 21, unpack),
+        block("fine-tuning", 90, fine_tunes),
+        block("methods", 70, grid),
+        block("fp32 and bf16", 30, arithmetic),
         block("four bits", 20, four_bits),
         block("ZeRO-3", 60, zero3),
     ]

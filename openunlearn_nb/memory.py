@@ -98,7 +98,7 @@ LAYOUTS = {
     "zero3_offload": Layout("ZeRO-3 offload", 3, True, sharded_load=True), "lora": Layout("LoRA", base="bf16"), "qlora": Layout("QLoRA", base="nf4"),
 }
 LIVE = 1e9  # numbers: DeepSpeed's stage3_max_live_parameters, and its sub_group_size
-OPTIMIZERS = {"paged_adamw_32bit": 8, "adamw_torch": 8, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}  # bytes for each trained number
+OPTIMIZERS = {"paged_adamw_32bit": 8, "adamw_torch": 8, "adamw_torch_fused": 8, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}  # bytes for each trained number
 GB = 2.0 ** 30  # a "48 GB" GPU has 48 of these, within a few percent
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _passing(plan: Plan) -> float:
 
 def _step(plan: Plan, ask: Asks) -> float:
     "Bytes that the optimizer's step needs for a while: gradients in fp32, and torch's own AdamW copies of what it updates at once."
-    layout, torch_adamw = LAYOUTS[plan.layout], plan.optim == "adamw_torch"
+    layout, torch_adamw = LAYOUTS[plan.layout], plan.optim.startswith("adamw_torch")
     if layout.offload or layout.base:
         return 0
     if layout.stage:

@@ -66,7 +66,7 @@ def for_this_gpu(config: RunConfig, recipe: TrainConfig, method: str, settings: 
     if memory is None or launched() > 1 or config.per_device_batch or config.compat or config.model == "embedded":
         return recipe
     layout = ("qlora" if config.quantize else "lora") if recipe.lora else "single"
-    optim = optimizer_of(recipe).removesuffix("_fused")
+    optim = optimizer_of(recipe)
     plan = Plan(model_sizes(model.config), method, layout, gpus=1, memory=memory / GB, length=max(len(e["input_ids"]) for e in examples),
                 labelled=max(sum(label != -100 for label in e["labels"]) for e in examples), optim=optim if optim in OPTIMIZERS else "adamw_torch",
                 rank=recipe.lora or 8, settings=settings)

@@ -14,6 +14,7 @@ from openunlearn_nb.models import load_model, quiet, save_model, tiny_llama, tra
 from openunlearn_nb.pairs import TrainConfig
 from openunlearn_nb.prompts import PROMPTS, Encoder, encode_all
 from openunlearn_nb.scoring import score
+from openunlearn_nb.memory import OPTIMIZERS
 from openunlearn_nb.training import in_evaluation_dtype, optimizer_of, train
 
 
@@ -59,6 +60,7 @@ def test_without_bitsandbytes_a_gpu_takes_fused_adamw(monkeypatch):
     monkeypatch.setattr(training, "device_type", lambda: "cuda")
     monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
     assert optimizer_of(TrainConfig()) == "adamw_torch_fused" and optimizer_of(TrainConfig(optim="adafactor")) == "adafactor"
+    assert optimizer_of(TrainConfig()) in OPTIMIZERS  # `plan` knows it
 
 
 def test_an_epoch_is_evaluated_in_the_precision_of_the_last(tiny, monkeypatch):
