@@ -84,7 +84,8 @@ def _config(kind, benchmark: str, args: argparse.Namespace):
         given |= {"lora": args.qlora, "quantize": "nf4"}
     for file in given.get("imports") or ():
         load_methods(file)
-    return kind(**{name: tuple(value) if name == "imports" else value for name, value in given.items() if value is not None})
+    several = ("imports", "template_args")
+    return kind(**{name: tuple(value) if name in several else value for name, value in given.items() if value is not None})
 
 def print_tables(suites: dict[str, dict], style: str = "text", what: str = "recomputed from per-example values") -> None:
     "Print `{suite: {model: values}}` in a style; as text, the published numbers follow in a table of their own."

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'Progress', 'WITHOUT_EFFECT', 'PLACEHOLDERS', 'LARGE', 'LORA_RATE', 'WMDP_PUBLISHED', 'RunConfig',
-           'check_config', 'check_split', 'model_path', 'prompt_of', 'open_model', 'adapter_rank', 'recipe_of']
+           'template_arguments', 'check_config', 'check_split', 'model_path', 'prompt_of', 'open_model', 'adapter_rank',
+           'recipe_of']
 
 # %% ../nbs/33_config.ipynb #a2f01eb8
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,8 @@ class RunConfig:
     epochs: int | None = None
     learning_rate: float | None = None
     prompt: str | None = None
+    system: str | None = None  # system message of the chat template; empty: none; None: the prompt format's own
+    template_args: tuple[str, ...] = ()  # NAME=VALUE for the chat template, such as enable_thinking=false; values are read as JSON where they are
     train_rows: int | None = None  # rows (documents) taught to the embedded model; None: all
     max_length: int | None = None  # tokens of a question, with its answer (TOFU: in training too) or its worked examples; None: 512
     shots: int = 10  # worked examples before a question of MUSE
@@ -111,6 +115,20 @@ class RunConfig:
         "The metrics asked for, by their names."
         return wanted(self.suite, self.metrics)
 
+# %% ../nbs/33_config.ipynb #54b4f3ef
+def template_arguments(given: Sequence[str]) -> dict[str, Any]:
+    "Arguments of a chat template from NAME=VALUE: what is JSON is read as such (false, 3), all else is text."
+    arguments = {}
+    for argument in given:
+        name, equals, value = argument.partition("=")
+        if not equals or not name.isidentifier():
+            raise OpenUnlearnError(f"A template argument is NAME=VALUE, such as enable_thinking=false, not {argument!r}.")
+        try:
+            arguments[name] = json.loads(value)
+        except ValueError:
+            arguments[name] = value
+    return arguments
+
 # %% ../nbs/33_config.ipynb #66671082
 PLACEHOLDERS: dict[str, dict[str, str | None]] = {
     "TOFU": {"retain_model": "{retain}", "model": None, "data": None}, "MUSE": dict.fromkeys(["retain_model", "model", "data"], "{corpus}"),
@@ -121,6 +139,7 @@ def check_config(config: RunConfig) -> None:
     check_choice(config.benchmark, BENCHMARKS, "benchmark")
     if config.classifier.startswith((".", "/", "~")) and not Path(config.classifier).expanduser().is_dir():
         raise OpenUnlearnError(f"No folder with a classifier {config.classifier!r}; give a folder, a Hub id, or 'characters'.")
+    template_arguments(config.template_args)
     if config.compat is not None:
         check_choice(config.compat, COMPAT, "compat")
     for name, only in (("quantize", "nf4"), ("eval_each", "epoch"), ("save_each", "epoch"), ("device_map", "auto")):
@@ -171,11 +190,21 @@ def model_path(config: RunConfig, split: str, retain: bool = False, progress: Pr
     return resolve(given.replace("{retain}", taught).replace("{corpus}", corpus_of(split))) if given else ""
 
 def prompt_of(config: RunConfig, path: str, tokenizer) -> PromptFormat:
-    "The prompt a model wants: as asked; as it was trained (`train.json` beside it); its preset's; or by its tokenizer."
-    if config.prompt is None and (trained := Path(path).expanduser() / "train.json").exists():
-        return PromptFormat(**read_json(trained, "training record")["prompt"])
-    preset = preset_of(path)
-    return prompt_format(config.prompt or (preset.prompt if preset else None), tokenizer)
+    """The prompt a model wants: as asked; as it was trained (`train.json` beside it); its preset's; or by its tokenizer.
+
+    A system message and template arguments of the user's go into it."""
+    trained = Path(path).expanduser() / "train.json"
+    if config.prompt is None and trained.exists():
+        fmt = PromptFormat(**read_json(trained, "training record")["prompt"])
+    else:
+        preset = preset_of(path)
+        fmt = prompt_format(config.prompt or (preset.prompt if preset else None), tokenizer)
+    arguments = template_arguments(config.template_args)
+    if not fmt.chat and (config.system or arguments):
+        what = "system message" if config.system else f"template argument {next(iter(arguments))}"
+        raise OpenUnlearnError(f"A {what} needs a chat template, and the prompt of {path} has none; --prompt chat takes the tokenizer's.")
+    system = fmt.system if config.system is None else config.system or None
+    return replace(fmt, system=system, template_args=fmt.template_args | arguments, compat=config.compat or fmt.compat)
 
 # %% ../nbs/33_config.ipynb #54198cf4
 def open_model(config: RunConfig, path: str, for_training: bool) -> tuple[PreTrainedModel, Encoder]:

@@ -23,7 +23,7 @@ from .errors import OpenUnlearnError, check_choice
 from .models import cache_dir
 from .muse import load_muse
 from .processes import begin
-from .prompts import Encoder
+from .prompts import Encoder, pinned_clock
 from .records import finite, run_record, write_json, write_text
 from .runs import check_output
 
@@ -99,7 +99,9 @@ def _run(model: PreTrainedModel, enc: Encoder, config: RunConfig, **how) -> dict
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     try:
-        return simple_evaluate(HFLM(pretrained=model, tokenizer=enc.tokenizer, batch_size=config.batch_size), random_seed=config.seed, **how)
+        with pinned_clock():
+            asked = HFLM(pretrained=model, tokenizer=enc.tokenizer, batch_size=config.batch_size, chat_template_args=enc.fmt.template_args)
+            return simple_evaluate(asked, random_seed=config.seed, system_instruction=config.system or None, **how)
     except Exception as e:  # a task's data out of reach, too many examples asked for, ...: lm-eval raises all kinds
         raise OpenUnlearnError(f"lm-eval cannot run {', '.join(how['tasks'])}: {' '.join(str(e).split())[:300] or type(e).__name__}") from e
 

@@ -16,7 +16,8 @@ from itertools import pairwise
 from .data import check_rows, content_hash, load_rows, miniature_seed, split_names
 from .errors import OpenUnlearnError, check_choice
 from .miniature_muse import make_muse
-from .prompts import Encoder, Prompts, all_conversation_ids, encode_passage, encode_passages
+from .prompts import (PASSAGE_FORMAT, Encoder, Prompts, all_conversation_ids, encode_passage, encode_passages,
+                                   without_added_eos)
 
 # %% ../nbs/07_muse.ipynb #40a79b46
 CORPORA = ("News", "Books")
@@ -83,7 +84,7 @@ def chunk(enc: Encoder, texts: list[str], what: str = "the corpus") -> list[str]
 
 def chunk_examples(enc: Encoder, texts: list[str], what: str) -> list[dict]:
     "Examples of the pieces, every token but the first trained on."
-    examples = [encode_passage(enc.tokenizer, "", piece, enc.max_length) for piece in chunk(enc, texts, what)]
+    examples = [encode_passage(enc.tokenizer, "", piece, enc.max_length, enc.fmt.compat) for piece in chunk(enc, texts, what)]
     return [{k: v[:enc.positions] for k, v in e.items() if k != "n"} for e in examples]
 
 # %% ../nbs/07_muse.ipynb #7f4e218a
@@ -152,7 +153,7 @@ STOPS = ("\n\n", "\nQuestion", "Question:")
 def few_shot(enc: Encoder, rows: list[dict], shots: list[dict], what: str) -> list[list[int] | None]:
     "Ids of each question after the worked examples; None where they are longer than `max_length`."
     pairs, limit = [(s["question"], s["answer"]) for s in shots], min(enc.max_length, (enc.positions or enc.max_length + 32) - 32)
-    ids = all_conversation_ids(enc.tokenizer, [(row["question"], None) for row in rows], enc.fmt, pairs)
+    ids = all_conversation_ids(enc.tokenizer, [(row["question"], None) for row in rows], enc.fmt, pairs, published=True)
     if long := [len(i) for i in ids if len(i) > limit]:
         warnings.warn(f"{len(long)} of {len(ids)} few-shot prompts of {what} have more than {limit} tokens (up to {max(long)}) and "
                       "would lose their question: they are not asked and score null. A larger --max-length (if the model reads as "
@@ -161,7 +162,8 @@ def few_shot(enc: Encoder, rows: list[dict], shots: list[dict], what: str) -> li
 
 def beginnings(enc: Encoder, prefixes: list[str], new_tokens: int, what: str) -> list[list[int]]:
     "Ids of texts to be continued, their oldest tokens cut off where the model could not read them and what it generates."
-    room, ids = enc.positions and max(1, enc.positions - new_tokens), enc.tokenizer(prefixes)["input_ids"]
+    room = enc.positions and max(1, enc.positions - new_tokens)
+    ids = [without_added_eos(enc.tokenizer, i, PASSAGE_FORMAT) for i in enc.tokenizer(prefixes)["input_ids"]]
     if room and (long := sum(len(i) > room for i in ids)):
         warnings.warn(f"{long} of {len(ids)} beginnings of {what} have more tokens than the {room} that the model can read besides "
                       "what it generates; their oldest tokens are left out.")

@@ -26,6 +26,10 @@ def _model_options(p: argparse.ArgumentParser, shape: str = "locuslab/TOFU", own
     else:
         add("--data", default="miniature", help=f"'miniature', a folder shaped like {shape}, or a Hub id (default: %(default)s)")
     add("--prompt", help="chat, llama-2, llama-3 or plain (default: the preset's; chat where the tokenizer has a template)")
+    add("--system", metavar="TEXT", help="system message of the chat template; '' for none (default: the prompt's own)")
+    add("--template-arg", dest="template_args", action="append", default=[], metavar="NAME=VALUE",
+        help="an argument of the chat template, such as enable_thinking=false (repeatable)")
+    add("--compat", metavar="open-unlearning", help="the reference code's arithmetic and label borders, where they differ")
     add("--seed", type=int, help="seed of unlearning (default: 0)")
     add("--train-rows", type=int, metavar="N", help="teach the embedded model only N rows (MUSE: N documents of each set)")
     add("--max-length", type=int, metavar="N", help="tokens of a question with its answer (TOFU: in training too) or examples (default: 512)")
@@ -36,7 +40,6 @@ def _model_options(p: argparse.ArgumentParser, shape: str = "locuslab/TOFU", own
 def _training_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--epochs", type=int, metavar="N", help="epochs (default: as published, 10 for most)")
     p.add_argument("--learning-rate", type=float, metavar="LR", help="default: as published, 1e-5 for most; the embedded model has its own")
-    p.add_argument("--compat", metavar="open-unlearning", help="train by the reference code's arithmetic, where it differs from the papers'")
     p.add_argument("--import", dest="imports", action="append", default=[], metavar="FILE", help="run a Python file that declares methods of your own")
     p.add_argument("--alternates", metavar="FILE", help="other answers for AltPO, made by openunlearn alternates (default: the model is asked)")
     small = p.add_mutually_exclusive_group()

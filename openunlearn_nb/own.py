@@ -18,7 +18,7 @@ from .data import check_rows, content_hash, miniature_seed
 from .errors import OpenUnlearnError, check_choice
 from .miniature_tofu import REFUSALS
 from .muse import beginnings, chunk, chunk_examples
-from .prompts import Encoder, Prompts, all_conversation_ids, encode_all, encode_passages
+from .prompts import Encoder, Prompts, ask_all, encode_all, encode_passages
 from .tofu import Pairs
 
 # %% ../nbs/08a_own.ipynb #103aa571
@@ -144,7 +144,7 @@ class OwnQuestions(OwnRows):
     def asked(self, side: str, enc: Encoder) -> Prompts:
         "Questions, or the first halves of pieces of text, with what should follow."
         if pairs := self.pairs_of(side):
-            return Prompts(all_conversation_ids(enc.tokenizer, [(q, None) for q, _ in pairs], enc.fmt), [a for _, a in pairs])
+            return ask_all(enc, pairs)
         ids = enc.tokenizer(self.pieces(side, enc), add_special_tokens=False)["input_ids"]
         halves = [(i[:(len(i) + 1) // 2], i[(len(i) + 1) // 2:][:NEW_TOKENS]) for i in ids]
         begun, truths = (enc.tokenizer.batch_decode(half) for half in zip(*halves))

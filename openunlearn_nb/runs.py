@@ -34,7 +34,7 @@ from .pairs import TrainConfig, alternate_examples, published_recipe
 from .passes import Passes
 from .phases import fitting_rows
 from .processes import begin, gathered, launched, on_main
-from .prompts import Encoder
+from .prompts import Encoder, example_prompt
 from .provenance import changes, model_card, origin_of
 from .records import read_json, read_retain_log, run_record, to_json, write_json, write_run
 from .smollm2 import resolve
@@ -160,7 +160,7 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
     model, enc = open_model(config, path, for_training=True)
     model, trained = unlearn(config, method, split, model, enc, settings, on or "", progress, keep=kept, for_saving=True)
     record = run_record(started, benchmark=config.benchmark, method=method, split=on if method == "Finetune" else split, model_path=path,
-                        start=origin_of(path), prompt=asdict(enc.fmt), config=config.fingerprint(), **trained)
+                        start=origin_of(path), prompt=asdict(enc.fmt), rendered_prompt=example_prompt(enc), config=config.fingerprint(), **trained)
     save_model(model, enc.tokenizer, output, {"train.json": to_json(record), "README.md": model_card(record)})
     _discard(kept)
     return record
@@ -208,7 +208,8 @@ def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log
                           lambda share: progress(teaching + (1 - teaching) * share), config.classifier)
     values = summary(evaluation, config.wanted)
     write_run(output, suite, evaluation, values, run_record(
-        started, benchmark=suite.name, model=config.label, row="Evaluated", model_path=path, start=origin_of(path), prompt=asdict(enc.fmt), **what))
+        started, benchmark=suite.name, model=config.label, row="Evaluated", model_path=path, start=origin_of(path), prompt=asdict(enc.fmt),
+        rendered_prompt=example_prompt(enc), **what))
     return values
 
 # %% ../nbs/35_runs.ipynb #0562e07b
@@ -314,7 +315,7 @@ def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Pro
     values = summary(evaluation, config.wanted)
     write_run(folder, config.suite, evaluation, values, run_record(
         started, benchmark=config.benchmark, model=config.label, split=split, row=row, model_path=path, start=origin_of(path),
-        prompt=asdict(enc.fmt), config=config.fingerprint(), data=source.hashes(split), max_rows=source.max_rows, **trained))
+        prompt=asdict(enc.fmt), rendered_prompt=example_prompt(enc), config=config.fingerprint(), data=source.hashes(split), max_rows=source.max_rows, **trained))
     (folder / "failed.json").unlink(missing_ok=True)  # of an earlier attempt
     _discard(folder / "checkpoint")
     return values

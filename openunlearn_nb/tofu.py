@@ -17,7 +17,7 @@ from typing import NamedTuple
 from .data import check_rows, content_hash, load_rows, local_folder, miniature_seed, write_folder
 from .errors import OpenUnlearnError, check_choice
 from .miniature_tofu import REFUSALS, make_tofu
-from .prompts import Encoder, Prompts, all_conversation_ids, encode_all
+from .prompts import Encoder, Prompts, ask_all, encode_all
 
 # %% ../nbs/05_tofu.ipynb #17d36a05
 TOFU_ID = "locuslab/TOFU"
@@ -150,8 +150,7 @@ class TofuQuestions(TofuRows):
 
     def asked(self, config: str, enc: Encoder) -> Prompts:
         "The questions of a config as prompts."
-        pairs = question_pairs(config, self.data)
-        return Prompts(all_conversation_ids(enc.tokenizer, [(q, None) for q, _ in pairs], enc.fmt), [a for _, a in pairs])
+        return ask_all(enc, question_pairs(config, self.data))
 
     def truths(self, split: str) -> list[str]:
         "The true answers of a split's forget rows."
