@@ -81,7 +81,8 @@ class RunConfig:
         "What all runs that share a table must have in common."
         own = {f.name: getattr(self, f.name) for f in fields(RunConfig) if f.name not in WITHOUT_EFFECT}
         file = Path(self.alternates).expanduser() if self.alternates else None
-        return own | {"metrics": sorted(self.metrics), "template_args": list(self.template_args), "alternates": content_hash(file.read_text("utf-8")) if file and file.is_file() else self.alternates}
+        return own | {"metrics": sorted(self.metrics), "template_args": list(self.template_args),
+                      "alternates": content_hash(file.read_text("utf-8")) if file and file.is_file() else self.alternates}
 
     @property
     def label(self) -> str:
