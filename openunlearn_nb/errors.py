@@ -54,7 +54,7 @@ def one_line(text: str) -> str:
 
 def markdown_text(text: str) -> str:
     "Text that Markdown shows as it is: no markup, no link, no new cell or line."
-    text = re.sub(r"([\\`*\[\]|~])", r"\\\1", one_line(text).replace("&", "&amp;").replace("<", "&lt;"))
+    text = re.sub(r"([\\`*\[\]|~$])", r"\\\1", one_line(text).replace("&", "&amp;").replace("<", "&lt;"))
     text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", text)  # within a word it means nothing
     return re.sub(r"(?i)\bwww\.", r"www\.", text.replace("://", r":\//"))  # bare addresses become links too
 
