@@ -145,15 +145,19 @@ def check_shape(value: Any, shape: Any, at: str = "") -> None:
         for i, inner in enumerate(value):
             check_shape(inner, of[0], f"{at}[{i}]")
     elif isinstance(of, dict):
-        for name, wanted in of.items():
-            _check_field(value, name, wanted, f"{at}." if at else "")
+        for name in of:
+            _check_field(value, of, name, f"{at}." if at else "")
 
-def _check_field(value: dict, name: str, wanted: Any, at: str) -> None:
+def _check_field(value: dict, shape: dict, name: str, at: str) -> None:
+    wanted = shape[name]
     if name in ("*", "#"):
         for key, inner in value.items():
             if name == "#" and not (key.isascii() and key.isdigit() and len(key) < 10):
                 raise ValueError(f"{at}{key:.60} is no number of a row")
             check_shape(inner, wanted, f"{at}{key:.60}")
+    elif name == "!":
+        if unknown := value.keys() - {known.removesuffix("?") for known in shape}:
+            raise ValueError(f"{at}{min(unknown):.60} is none of its fields")
     elif (bare := name.removesuffix("?")) in value:
         check_shape(value[bare], wanted, f"{at}{bare}")
     elif bare == name:

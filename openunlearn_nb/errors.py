@@ -75,11 +75,11 @@ def _is_number(text: str) -> bool:
 
 def csv_text(text: str) -> str:
     "Text that a spreadsheet shows and does not compute: what would begin a formula gets a quote before it; a number stays one."
-    text = printable(text)
-    formula = text.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "＝", "＋", "－", "＠"))
+    text = one_line(text)
+    formula = text.lstrip(" ").startswith(("=", "+", "-", "@", "＝", "＋", "－", "＠"))
     return f"'{text}" if formula and not _is_number(text) else text
 
 def plot_text(text: str) -> str:
     "Text that matplotlib draws as it is: dollars begin no formula, and an underscore at the beginning does not hide it from the legend."
-    text = one_line(text).replace("$", r"\$")
+    text = printable(text).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
