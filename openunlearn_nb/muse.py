@@ -73,16 +73,14 @@ def load_muse(config: str, split: str, corpus: str = "News", data: str = "miniat
     return check_rows(load_rows(source_of(data, corpus), config, split), columns, where, may_be_empty=columns.keys() == {"text"})
 
 # %% ../nbs/07_muse.ipynb #02edf74a
-def _lost(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
-    "How many replacement characters ids are decoded to."
-    return tokenizer.decode(ids).count("\ufffd")
-
 def _is_whole(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int, end: int) -> bool:
-    "Whether the last character of `ids[start:end]` is there: else some of the next tokens would make one of what is decoded as none."
-    if not _lost(tokenizer, ids[max(start, end - 32):end]):
+    """Whether the last character of `ids[start:end]` is there.
+
+    Where it is not, the text ends with `\\ufffd`, and some of the next tokens complete the character without making the text longer."""
+    if not tokenizer.decode(ids[max(start, end - 32):end]).endswith("\ufffd"):
         return True
-    lost = _lost(tokenizer, ids[start:end])
-    return all(_lost(tokenizer, ids[start:end + more]) >= lost for more in range(1, 9))
+    length = len(tokenizer.decode(ids[start:end]))
+    return all(len(tokenizer.decode(ids[start:end + more])) > length for more in range(1, min(9, len(ids) - end + 1)))
 
 def character_border(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int, end: int) -> int:
     """The `end` of a piece of ids that begins at `start`: moved back, until no character is cut in two.
