@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, set_seed
 
+from .data import check_shape, parse_json, wrong_with
 from .errors import OpenUnlearnError
 from .generation import generate
 from .prompts import Encoder, all_conversation_ids
@@ -64,16 +65,23 @@ def write_alternates(path: str | Path, pairs: Sequence[tuple[str, str]], alterna
 def read_alternates(path: str | Path, questions: Sequence[str]) -> list[list[str]]:
     "The other answers to each of the questions, from a file."
     try:
-        rows = [json.loads(line) for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
-        known = [(str(row["question"]), row["alternate"]) for row in rows]
+        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")  # and not splitlines: JSON may hold other line separators
     except OSError as e:
         raise OpenUnlearnError(f"Cannot read the alternates {path}: {e.strerror}.") from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise OpenUnlearnError(f"{path} is not a file of alternates: a JSON object a line, with question and alternate, is expected ({e}).") from e
+    except ValueError as e:
+        raise OpenUnlearnError(f"Cannot read the alternates {path}: it is not UTF-8 text.") from e
     texts: dict[str, list[str]] = {}
-    for question, text in known:
-        if isinstance(text, str) and text.strip():
-            texts.setdefault(question, []).append(text)
+    for i, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+            check_shape(row, {"question": str, "alternate": str})
+            if wrong := wrong_with(row["alternate"]):
+                raise ValueError(f"alternate is {row['alternate']!r:.60}; {wrong}")
+        except ValueError as e:
+            raise OpenUnlearnError(f"Line {i} of {path} is no alternate: a JSON object with question and alternate is expected ({e}).") from e
+        texts.setdefault(row["question"], []).append(row["alternate"])
     if missing := [q for q in questions if q not in texts]:
         raise OpenUnlearnError(f"{path} has no alternate for {len(missing)} of {len(questions)} questions, the first being {missing[0]!r}.")
     return [texts[q] for q in questions]

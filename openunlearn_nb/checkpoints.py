@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.initialization import no_init_weights
 
+from .data import check_shape, parse_json
 from .errors import OpenUnlearnError
 from .forwards import bare
 from .processes import is_main, on_main
@@ -152,7 +153,8 @@ def last_checkpoint(folder: Path, what: dict[str, Any]) -> Path | None:
     if not (found := _found(folder)):
         return None
     try:
-        about = json.loads((found[0] / "run.json").read_text())
+        about = parse_json((found[0] / "run.json").read_text())
+        check_shape(about, {"what": {"*": object}, "scheduler": {"_last_lr": [float]}, "settings": {"*": object}})
         TrainerState.load_from_json(str(found[0] / "trainer_state.json"))
         load_file(found[0] / "state.safetensors")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:

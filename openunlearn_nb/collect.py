@@ -100,7 +100,8 @@ def _values(run: Run, yardstick: dict | None) -> dict[str, float | None]:
     try:
         entries = recompute(read_json(run.file, "evaluation"), yardstick, run.suite)
     except (AttributeError, KeyError, TypeError, ValueError) as e:  # somebody's file, of any shape
-        raise OpenUnlearnError(f"The evaluation {run.file} is not in the published shape ({type(e).__name__}: {e}).") from e
+        why = f"a row lacks {e}" if isinstance(e, KeyError) else f"{type(e).__name__}: {e}"
+        raise OpenUnlearnError(f"The evaluation {run.file} is not in the published shape ({why}).") from e
     values = {name: entry["agg_value"] for name, entry in entries.items()}
     if "forget_quality" in entries:
         values["ks_distance"] = entries["forget_quality"].get("ks_distance")
@@ -110,7 +111,7 @@ def _general(runs: Iterable[Run]) -> dict[str, Values]:
     "What lm-eval measured, all models in one table."
     rows: dict[str, dict] = {}
     for run in runs:
-        values = {name: entry["agg_value"] for name, entry in read_json(run.file, "evaluation").items()}
+        values = {name: entry.get("agg_value") for name, entry in read_json(run.file, "evaluation").items()}
         if twice := values.keys() & rows.setdefault(run.row, {}).keys():
             raise OpenUnlearnError(f"Two evaluations of {run.row} on {min(twice)}, one of them {run.file.parent}; give a folder that holds one of them.")
         rows[run.row] |= values

@@ -21,12 +21,25 @@ from .records import read_json
 from .scoring import score
 
 # %% ../nbs/42_explore.ipynb #ce5dd70a
+def _texts(enc: Encoder, ids: Sequence[int]) -> list[str]:
+    "What each token says; of the parts of a character, the last one says it."
+    texts, begun = [], []
+    for t in ids:
+        begun.append(t)
+        text = enc.tokenizer.decode(begun)
+        cut = text.endswith("\ufffd") and len(begun) < 4  # no character has more than four bytes
+        texts.append("" if cut else text)
+        begun = begun if cut else []
+    return texts
+
 def token_probs(model: PreTrainedModel, enc: Encoder, question: str, answer: str) -> list[tuple[str, float]]:
-    "The tokens of an answer (what closes it included) with their probabilities."
+    """The tokens of an answer (what closes it included) with their probabilities.
+
+    A character that is written as several tokens stands with the last of them; the others have no text."""
     example = encode_all(enc, [(question, answer)])[0]
     labels = [t for t in example["labels"] if t != -100]
     logps = score(model, [example], enc.tokenizer.pad_token_id)[0].logps
-    return [(enc.tokenizer.decode([t]), math.exp(p)) for t, p in zip(labels, logps)]
+    return list(zip(_texts(enc, labels), map(math.exp, logps)))
 
 def heat_strip(tokens: Sequence[tuple[str, float]]) -> str:
     "Tokens as HTML, the darker the likelier; the probability is in each one's title. Text is escaped."
@@ -65,15 +78,18 @@ def explorer(models: dict[str, PreTrainedModel], enc: Encoder, pairs: Sequence[t
     show()
     return w.VBox([menu, page])
 
-def epochs_table(values: dict[str, dict[str, float]], epoch: int) -> str:
+def epochs_table(values: dict[str, dict[str, float | None]], epoch: int) -> str:
     "The metrics after one epoch, beside those after the first, as HTML."
     first, now = values[min(values, key=int)], values[str(epoch)]
-    rows = "".join(f"<tr><th>{escape(k)}</th><td>{first.get(k, float('nan')):.3g}</td><td>{v:.3g}</td></tr>" for k, v in now.items())
+    cell = lambda value: "-" if value is None else f"{value:.3g}"
+    rows = "".join(f"<tr><th>{escape(k)}</th><td>{cell(first.get(k))}</td><td>{cell(v)}</td></tr>" for k, v in now.items())
     return f'<table style="text-align:left"><tr><th></th><th>epoch {min(values, key=int)}</th><th>epoch {epoch}</th></tr>{rows}</table>'
 
 def epochs_explorer(folder: str | Path) -> Any:
     "A slider over the epochs of a run made with `--eval-each epoch` (its folder holds epochs.json); a widget."
     w, values = _widgets(), read_json(Path(folder) / "epochs.json", "course of an evaluation")
+    if not values:
+        raise OpenUnlearnError(f"{folder} holds an epochs.json without any epoch.")
     numbers = sorted(map(int, values))
     slider, page = w.SelectionSlider(options=numbers, value=numbers[-1], description="epoch"), w.HTML()
     def show(change: Any = None) -> None:

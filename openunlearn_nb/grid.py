@@ -22,7 +22,7 @@ from pathlib import Path
 from .config import Progress, RunConfig, check_config, check_split, model_path, recipe_of
 from .data import content_hash
 from .embedded import embedded_model
-from .errors import OpenUnlearnError
+from .errors import OpenUnlearnError, one_line, printable
 from .methods import DECLARED_IN, get_method, load_methods, method_settings
 from .models import PRESETS
 from .muse import corpora_in
@@ -147,24 +147,27 @@ class Display:
             return self.note(str(share))
         self.shares[key] = share
         running = ", ".join(f"{b or 'training'} {a} {v:.0%}" for (a, b), v in self.shares.items() if v < 1)
-        self.bar.set_postfix_str(running, refresh=False)
+        self.bar.set_postfix_str(one_line(running), refresh=False)
         self.bar.update(sum(self.weights[k] * v for k, v in self.shares.items()) - self.bar.n)
+
+    def write(self, text: str) -> None:
+        self.bar.write(printable(text), file=sys.stderr)
 
     def note(self, message: str) -> None:
         if message not in self.told:
             self.told.add(message)
-            self.bar.write(f"note: {message}", file=sys.stderr)
+            self.write(f"note: {message}")
 
     def done(self, task: Task, values: dict | None, error: BaseException | None) -> None:
         self.report(task.key, 1.0)
         if error:
             where = "" if isinstance(error, OpenUnlearnError) or not task.row else f" (traceback in {task.split}/{task.row}/failed.json)"
-            self.bar.write(f"{task}: failed. {reason_of(error)}{where}", file=sys.stderr)
+            self.write(f"{task}: failed. {reason_of(error)}{where}")
         elif not task.row and self.show:
-            self.bar.write(f"{task}: done", file=sys.stderr)
+            self.write(f"{task}: done")
         elif self.show and values:
             line = "  ".join(f"{k} {values[k]:.3g}" for k in self.columns if k in values)
-            self.bar.write(f"{task.split} {task.row:<10} {line}", file=sys.stderr)
+            self.write(f"{task.split} {task.row:<10} {line}")
 
 # %% ../nbs/37_grid.ipynb #0c542f66
 def reason_of(error: BaseException) -> str:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Row', 'prob_row', 'prob_list_row', 'mean', 'losses', 'truth_ratios', 'closer_to_1_better', 'true_better', 'prob_mean',
-           'normalised_probs', 'forget_quality', 'ks_interval', 'harmonic_mean', 'rouge_row', 'extraction_strength',
-           'exact_memorization']
+           'normalised_probs', 'forget_quality', 'ks_interval', 'harmonic_mean', 'unicode_words', 'rouge_row',
+           'extraction_strength', 'exact_memorization']
 
 # %% ../nbs/22_metrics.ipynb #2fb13289
+import unicodedata
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from nltk.stem.porter import PorterStemmer
@@ -108,26 +109,72 @@ def harmonic_mean(values: Sequence[float | None]) -> float | None:
     return float(stats.hmean(there)) if all(v > 0 for v in there) else 0.0
 
 # %% ../nbs/22_metrics.ipynb #c66e8ebf
+_stem = cache(PorterStemmer().stem)
+
 class _Words(Tokenizer):
     "rouge-score's own words and stems, each word stemmed once."
-
-    def __init__(self):
-        self.stem = lru_cache(maxsize=None)(PorterStemmer().stem)
+    stem = staticmethod(_stem)
 
     def tokenize(self, text: str) -> list[str]:
         return tokenize(text, self)
 
-@lru_cache(maxsize=1)
-def _scorer() -> RougeScorer:
-    return RougeScorer(["rouge1", "rougeL"], tokenizer=_Words())
+_UNSPACED = ("CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "HENTAIGANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TAI ", "NEW TAI ",
+             "YI ", "JAVANESE ", "BALINESE ")  # how the names of letters begin whose scripts put no spaces between words
 
-def rouge_row(prompt: str | None, truth: str, generation: str | None) -> Row:
-    "ROUGE of one generation, with its texts, as the published logs have it; `None`s where nothing was asked."
+@cache
+def _kind(c: str) -> str:
+    "What a character is in a word: letter, alone (a word of its own), mark, nothing; or gap, between words."
+    category, name = unicodedata.category(c), unicodedata.name(c, "")
+    if name.startswith("VARIATION SELECTOR") or (category == "Cf" and c != "\u200b"):  # joiners, soft hyphens; but zero width space parts words
+        return "nothing"
+    if category[0] in "LN":
+        return "alone" if name.startswith(_UNSPACED) else "letter"
+    return "mark" if category[0] == "M" else "gap"
+
+def unicode_words(text: str) -> list[str]:
+    "The words of a text in any script, ASCII ones stemmed."
+    words: list[str] = []
+    before = "gap"
+    for c in unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()):
+        kind = _kind(c)
+        if kind == "nothing" or (kind == "mark" and before == "gap"):
+            continue
+        if kind == "mark" or kind == before == "letter":
+            words[-1] += c
+            continue
+        if kind != "gap":
+            words.append(c)
+        before = kind
+    return [_stem(word) if len(word) > 3 and word.isascii() else word for word in words]
+
+class _UnicodeWords(Tokenizer):
+    def tokenize(self, text: str) -> list[str]:
+        return unicode_words(text)
+
+# %% ../nbs/22_metrics.ipynb #a9add122
+@lru_cache(maxsize=2)
+def _scorer(words: Tokenizer) -> RougeScorer:
+    return RougeScorer(["rouge1", "rougeL"], tokenizer=words)
+
+_WORDS, _UNICODE_WORDS = _Words(), _UnicodeWords()
+
+def _is_foreign(text: str) -> bool:
+    "Whether a text has a letter or digit beyond ASCII."
+    return any(not c.isascii() and (c.isalpha() or c.isdecimal()) for c in unicodedata.normalize("NFC", text))
+
+def rouge_row(prompt: str | None, truth: str, generation: str | None, published: bool = False) -> Row:
+    """ROUGE of one generation, with its texts, as the published logs have it; `None`s where nothing was asked.
+
+    `published`: by rouge-score's words. Else by Unicode words where the truth has a letter beyond ASCII, which the row then says, and
+    `None`s where it has no word at all."""
     texts = {"input": prompt, "ground_truth": truth, "generation": generation}
-    if generation is None:
+    foreign = not published and _is_foreign(truth)
+    words = _UNICODE_WORDS if foreign else _WORDS
+    if generation is None or not (published or words.tokenize(truth)):
         return {"rouge1_recall": None, "rougeL_f1": None, "rougeL_recall": None, **texts}
-    r = _scorer().score(truth, generation)
-    return {"rouge1_recall": r["rouge1"].recall, "rougeL_f1": r["rougeL"].fmeasure, "rougeL_recall": r["rougeL"].recall, **texts}
+    r = _scorer(words).score(truth, generation)
+    row = {"rouge1_recall": r["rouge1"].recall, "rougeL_f1": r["rougeL"].fmeasure, "rougeL_recall": r["rougeL"].recall, **texts}
+    return row | {"words": "unicode"} if foreign else row
 
 # %% ../nbs/22_metrics.ipynb #418edfaf
 def extraction_strength(scores: TokenScores) -> Row:

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['CORPORA', 'STUDIES', 'SPLITS', 'CONFIGS', 'PASSAGE', 'STOPS', 'corpus_of', 'forget_set', 'source_of', 'corpora_in',
-           'splits_of', 'load_muse', 'chunk', 'chunk_examples', 'MuseRows', 'MuseTexts', 'few_shot', 'beginnings',
-           'MuseQuestions', 'Muse']
+           'splits_of', 'load_muse', 'character_border', 'chunk', 'chunk_examples', 'MuseRows', 'MuseTexts', 'few_shot',
+           'beginnings', 'MuseQuestions', 'Muse']
 
 # %% ../nbs/07_muse.ipynb #e83eb59b
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+
+from transformers import PreTrainedTokenizerBase
 
 from .data import check_rows, content_hash, load_rows, miniature_seed, split_names
 from .errors import OpenUnlearnError, check_choice
@@ -72,15 +74,34 @@ def load_muse(config: str, split: str, corpus: str = "News", data: str = "miniat
     return check_rows(load_rows(source_of(data, corpus), config, split), columns, where, may_be_empty=columns.keys() == {"text"})
 
 # %% ../nbs/07_muse.ipynb #02edf74a
+def _is_whole(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int, end: int) -> bool:
+    """Whether the last character of `ids[start:end]` is there.
+
+    Where it is not, the text ends with `\\ufffd`, and some of the next tokens complete the character without making the text longer."""
+    if not tokenizer.decode(ids[max(start, end - 32):end]).endswith("\ufffd"):
+        return True
+    length = len(tokenizer.decode(ids[start:end]))
+    return all(len(tokenizer.decode(ids[start:end + more])) > length for more in range(1, min(9, len(ids) - end + 1)))
+
+def character_border(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int, end: int) -> int:
+    """The `end` of a piece of ids that begins at `start`: moved back, until no character is cut in two.
+
+    Where a single character is longer than the piece, moved forward."""
+    near = [*range(end, max(start, end - 16), -1), *range(end + 1, min(len(ids), end + 16) + 1)]
+    return next((at for at in near if at >= len(ids) or _is_whole(tokenizer, ids, start, at)), end)
+
 def chunk(enc: Encoder, texts: list[str], what: str = "the corpus") -> list[str]:
-    "The joined texts in pieces of `max_length` tokens."
+    "The joined texts in pieces of `max_length` tokens, a few fewer where the cut would go through a character."
     if empty := sum(not t.strip() for t in texts):
         warnings.warn(f"{empty} of {len(texts)} documents of {what} are empty; joined with the others they add blank lines only.")
     ids = enc.tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"]
     if not ids:
         raise OpenUnlearnError(f"{what} holds no text.")
     size = min(enc.max_length, (enc.positions or enc.max_length + 1) - 1)
-    return enc.tokenizer.batch_decode([ids[i:i + size] for i in range(0, len(ids), size)])
+    borders = [0]
+    while borders[-1] < len(ids):
+        borders.append(character_border(enc.tokenizer, ids, borders[-1], min(borders[-1] + size, len(ids))))
+    return enc.tokenizer.batch_decode([ids[a:b] for a, b in pairwise(borders)])
 
 def chunk_examples(enc: Encoder, texts: list[str], what: str) -> list[dict]:
     "Examples of the pieces, every token but the first trained on."

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from .collect import row_order
+from .errors import plot_text
 from .suites import rows_of
 from .tables import digits
 
@@ -32,10 +33,10 @@ def style_of(row: str) -> tuple[str, str, str]:
     return STYLES.get(row, ("#444444", "h", ":"))
 
 def tidy(ax: Axes, **labels: Any) -> Axes:
-    "Our look: no box, faint grid, labels."
+    "Our look: no box, faint grid, labels, drawn as they are (`plot_text`)."
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25, linewidth=0.6)
-    ax.set(**labels)
+    ax.set(**{name: plot_text(label) if isinstance(label, str) else label for name, label in labels.items()})
     return ax
 
 # %% ../nbs/32_plots.ipynb #972237d7
@@ -56,7 +57,7 @@ def quality_against_utility(rows: dict[str, dict], ax: Axes | None = None, title
     for row in sorted(rows, key=row_order):
         colour, marker, _ = style_of(row)
         ax.scatter(as_number(rows[row].get("model_utility")), log_quality(rows[row].get("forget_quality")), color=colour, marker=marker,
-                   s=130 if row == "Retain" else 55, label=row, zorder=3, clip_on=False)
+                   s=130 if row == "Retain" else 55, label=plot_text(row), zorder=3, clip_on=False)
     ax.axhline(math.log10(0.05), color="0.5", linewidth=0.8, linestyle="--")
     ax.text(0, math.log10(0.05) - 0.3, "p = 0.05", fontsize=7, color="0.4", va="top")
     ax.set_ylim(FLOOR - 1, 1.5)
@@ -72,7 +73,7 @@ def truth_ratio_ecdf(evaluations: dict[str, dict], ax: Axes | None = None, title
     for row, x in values.items():
         colour, _, line = style_of(row)
         ax.step(np.minimum(x, cut), np.arange(1, len(x) + 1) / len(x), where="post", color=colour, linestyle=line,
-                label=row, linewidth=2.2 if row == "Retain" else 1.4)
+                label=plot_text(row), linewidth=2.2 if row == "Retain" else 1.4)
     if len(values) == 2:
         test = stats.ks_2samp(*values.values())
         heights = [np.searchsorted(v, test.statistic_location, side="right") / len(v) for v in values.values()]
@@ -95,13 +96,13 @@ def metric_bars(rows: dict[str, dict], metrics: list[str], title: str = "") -> p
     names = sorted(rows, key=row_order, reverse=True)
     for ax, metric in zip(axes, metrics):
         values = [as_number(rows[n].get(metric)) for n in names]
-        bars = ax.barh(names, values, color=[style_of(n)[0] for n in names], height=0.65)
+        bars = ax.barh(list(map(plot_text, names)), values, color=[style_of(n)[0] for n in names], height=0.65)
         ax.bar_label(bars, [digits(v) for v in values], padding=2, fontsize=7)
         if "Retain" in rows:
             ax.axvline(as_number(rows["Retain"].get(metric)), color=STYLES["Retain"][0], linewidth=1, linestyle="--")
         ax.margins(x=0.25)  # room for the labels
         tidy(ax, xlabel=metric)
-    fig.suptitle(title)
+    fig.suptitle(plot_text(title))
     fig.tight_layout()
     return fig
 
@@ -113,12 +114,12 @@ def step_lines(points: dict[str, list[dict]], metrics: list[str], retain: dict, 
         number = log_quality if metric == "forget_quality" else as_number
         for row, values in points.items():
             colour, marker, line = style_of(row)
-            ax.plot(range(len(values)), [number(v.get(metric)) for v in values], color=colour, marker=marker, markersize=4, linestyle=line, label=row)
+            ax.plot(range(len(values)), [number(v.get(metric)) for v in values], color=colour, marker=marker, markersize=4, linestyle=line, label=plot_text(row))
         if metric in retain:
             ax.axhline(number(retain[metric]), color=STYLES["Retain"][0], linewidth=1, linestyle="--", label="Retain")
         tidy(ax, xlabel=xlabel, title=f"log10 {metric}" if number is log_quality else metric)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    fig.suptitle(title)
+    fig.suptitle(plot_text(title))
     fig.tight_layout()
     fig.legend(*axes[-1].get_legend_handles_labels(), frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return fig

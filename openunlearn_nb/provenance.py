@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .errors import OpenUnlearnError
+from .errors import OpenUnlearnError, markdown_text, printable
 from .processes import on_main
 from .records import text_hash
 
@@ -75,7 +75,7 @@ A model that has unlearned something answers as if it did not know it. Whether i
 """
 
 def _code(value: Any) -> str:
-    return "`" + " ".join(str(value).split()).replace("`", "'").replace("|", "/")[:200] + "`"
+    return "`" + " ".join(printable(str(value)).split()).replace("`", "'").replace("|", "/")[:200] + "`"
 
 def model_card(record: dict[str, Any]) -> str:
     "The README of a model, from its `train.json`."
@@ -85,8 +85,8 @@ def model_card(record: dict[str, Any]) -> str:
             **record["start"], "data": record["config"]["data"], "settings": record["settings"], "training": record["training"],
             "steps": len(record["losses"]), "seed": record["config"]["seed"]}
     what = "A language model fine-tuned on a benchmark of unlearning." if taught else "A language model made to forget."
-    return _CARD.format(title=f"{record['method']}, {record['benchmark']} {record['split']}", what=what,
-                        version=record["environment"]["openunlearn_nb"], rows="\n".join(f"| {k} | {_code(v)} |" for k, v in rows.items()),
+    return _CARD.format(title=markdown_text(f"{record['method']}, {record['benchmark']} {record['split']}"), what=what,
+                        version=record["environment"]["openunlearn_nb"], rows="\n".join(f"| {markdown_text(k)} | {_code(v)} |" for k, v in rows.items()),
                         command=record["benchmark"].lower())
 
 def push_to_hub(folder: Path, repo: str) -> str:

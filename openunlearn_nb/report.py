@@ -72,8 +72,8 @@ def plots_of(suite: str, split: str, rows: dict[str, dict], evaluations: dict[st
     fig, ax = plt.subplots(figsize=(5.4, 3.6))
     quality_against_utility(rows, ax, f"{what}: {split}").legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     found.append(figure(fig, f"{split}: forget quality against model utility"))
-    others = [row for row in evaluations if row != "Retain" and "forget_truth_ratio" in evaluations[row]]
-    if others and "forget_truth_ratio" in retain:
+    others = [row for row in evaluations if row != "Retain" and _has_rows(evaluations[row], "forget_truth_ratio")]
+    if others and _has_rows(retain, "forget_truth_ratio"):
         fig, axes = plt.subplots(-(-len(others) // 4), 4, figsize=(11, 2.6 * -(-len(others) // 4)), squeeze=False, sharey=True)
         for ax, row in zip(axes.flat, others):
             truth_ratio_ecdf({row: evaluations[row], "Retain": retain}, ax, row).set_xlabel("")
@@ -84,6 +84,9 @@ def plots_of(suite: str, split: str, rows: dict[str, dict], evaluations: dict[st
         found.append(figure(fig, f"{split}: truth ratios of each row and of Retain"))
     return found
 
+def _has_rows(evaluation: dict, metric: str) -> bool:
+    return bool(evaluation.get(metric, {}).get("value_by_index"))
+
 def answers_of(suite: str, evaluations: dict[str, dict], count: int = 4) -> str:
     "The first questions about what is to be forgotten and what is to be kept, and every model's answer."
     quoted = SUITES[suite].quoted
@@ -91,7 +94,7 @@ def answers_of(suite: str, evaluations: dict[str, dict], count: int = 4) -> str:
     return "".join(f"<h4>In the models' words: {what}</h4>{part}" for what, part in zip(("to forget", "to keep"), parts) if part)
 
 def _quoted(evaluations: dict[str, dict], metric: str, count: int) -> str:
-    said = {row: e[metric]["value_by_index"] for row, e in evaluations.items() if metric in e}
+    said = {row: e[metric]["value_by_index"] for row, e in evaluations.items() if _has_rows(e, metric)}
     if not said:
         return ""
     some = list(next(iter(said.values())))[:count]

@@ -10,11 +10,10 @@ __all__ = ['COLUMNS', 'PUBLISHED', 'columns_of', 'published', 'digits', 'grid', 
 import csv
 import io
 import math
-import re
 from importlib import resources
 
 from .collect import Values, row_order
-from .errors import check_choice
+from .errors import check_choice, csv_text, latex_text, markdown_text, one_line
 from .muse import STUDIES
 from .suites import SUITES
 
@@ -59,6 +58,7 @@ def grid(values: dict, columns: list[str] = COLUMNS) -> tuple[list[str], list[st
 def to_text(values: dict, columns: list[str] = COLUMNS) -> str:
     "For a terminal: one block of columns a split, long column names broken in two."
     over, head, body = grid(values, columns)
+    over, head, body = list(map(one_line, over)), list(map(one_line, head)), [list(map(one_line, row)) for row in body]
     first, last = zip(*(h.split("_", 1) if "_" in h else ("", h) for h in head))
     widths = [max(map(len, column)) for column in zip(first, last, *body)]
     n = len(columns)
@@ -71,31 +71,31 @@ def to_text(values: dict, columns: list[str] = COLUMNS) -> str:
 def to_markdown(values: dict, columns: list[str] = COLUMNS) -> str:
     "A Markdown table, split and metric in one header line (a lone split beside the first column)."
     over, head, body = grid(values, columns)
-    cell = lambda text: text.replace("|", "\\|").replace("<", "&lt;")
     names = [f"{s} {h}".strip() for s, h in zip(over, head)]
     if len(values) == 1:
         names = [f"{head[0]} ({over[1]})", *head[1:]]
-    lines = [names, ["---", *["---:"] * (len(head) - 1)], *body]
-    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
+    row = lambda cells: "| " + " | ".join(cells) + " |"
+    rule = row(["---", *["---:"] * (len(head) - 1)])
+    return "\n".join([row(map(markdown_text, names)), rule, *(row(map(markdown_text, cells)) for cells in body)])
 
 def to_latex(values: dict, columns: list[str] = COLUMNS) -> str:
     "A LaTeX tabular for booktabs."
     over, head, body = grid(values, columns)
-    escape = lambda text: re.sub(r"([_&%#${}])", r"\\\1", re.sub(r"[\\~^]", "-", text))
-    spans = " & ".join(f"\\multicolumn{{{len(columns)}}}{{c}}{{{escape(s)}}}" for s in values)
+    spans = " & ".join(f"\\multicolumn{{{len(columns)}}}{{c}}{{{latex_text(s)}}}" for s in values)
     lines = [f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", "\\toprule", f" & {spans} \\\\",
-             " & ".join(map(escape, head)) + " \\\\", "\\midrule",
-             *(" & ".join(map(escape, line)) + " \\\\" for line in body), "\\bottomrule", "\\end{tabular}"]
+             " & ".join(map(latex_text, head)) + " \\\\", "\\midrule",
+             *(" & ".join(map(latex_text, line)) + " \\\\" for line in body), "\\bottomrule", "\\end{tabular}"]
     return "\n".join(lines)
 
 def to_csv(tables: dict[str, Values], columns: list[str] = SUITES["TOFU"].shown) -> str:
     "One line a model, split and row, in full precision; the columns of the published CSV files and more."
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["model", "method", "split", *columns])
+    safe = lambda cells: [csv_text(cell) if isinstance(cell, str) else cell for cell in cells]
+    writer.writerow(safe(["model", "method", "split", *columns]))
     for model, splits in tables.items():
         for split, rows in splits.items():
-            writer.writerows([model, row, split, *(rows[row].get(c) for c in columns)] for row in rows)
+            writer.writerows(safe([model, row, split, *(rows[row].get(c) for c in columns)]) for row in rows)
     return out.getvalue()
 
 # %% ../nbs/31_tables.ipynb #5059a423

@@ -6,13 +6,13 @@
 __all__ = ['SPLITS', 'ENOUGH', 'read_texts', 'Wmdp']
 
 # %% ../nbs/08_wmdp.ipynb #d4144ca5
-import json
 import random
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
-from .data import content_hash, load_rows, local_folder, miniature_seed
+from .data import check_rows, content_hash, load_rows, local_folder, miniature_seed, parse_json, wrong_with
 from .errors import OpenUnlearnError, check_choice
 from .muse import Muse, chunk_examples
 from .prompts import Encoder
@@ -31,12 +31,12 @@ def read_texts(file: Path) -> list[str]:
     texts = []
     for i, line in enumerate(lines, start=1):
         try:
-            value = json.loads(line) if line.lstrip().startswith(('{"', '"')) else line
+            value = parse_json(line) if line.lstrip().startswith(('{"', '"')) else line
         except ValueError:
             value = {}  # cut off in the middle
-        text = value.get("text") if isinstance(value, dict) else value
-        if not isinstance(text, str):
-            raise OpenUnlearnError(f"Line {i} of {file} has no text: {line[:60]!r}; {{\"text\": \"...\"}} is expected.")
+        text: Any = value.get("text") if isinstance(value, dict) else value
+        if wrong := wrong_with(text, may_be_empty=True):
+            raise OpenUnlearnError(f"Line {i} of {file} has no text that can be read: {line[:60]!r}; as {{\"text\": \"...\"}}, {wrong}.")
         texts.append(text)
     if not any(text.strip() for text in texts):
         raise OpenUnlearnError(f"The corpus {file} holds no text.")
@@ -63,7 +63,7 @@ class Wmdp:
             return self.taught_by.documents(_LIKE[split], {"forget": "forget", "retain": "retain1"}[side])
         name = f"{check_choice(split, SPLITS, 'WMDP corpus')}-{side}-corpus"
         if (folder := local_folder(self.data)) is None:
-            return [row["text"] for row in load_rows(self.data, name)]
+            return [row["text"] for row in check_rows(load_rows(self.data, name), {"text": str}, f"{name} of {self.data}", may_be_empty=True)]
         return read_texts(Path(folder) / f"{name}.jsonl")
 
     def taught(self, split: str) -> tuple[str, str]:
