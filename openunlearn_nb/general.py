@@ -22,7 +22,7 @@ from .data import content_hash, miniature_seed
 from .errors import OpenUnlearnError, check_choice
 from .models import cache_dir
 from .muse import load_muse
-from .processes import begin, hold
+from .processes import begin, hold, output_path
 from .prompts import Encoder
 from .records import finite, run_record, write_json, write_text
 from .runs import check_output
@@ -109,7 +109,7 @@ def evaluate_general(config: RunConfig, tasks: Sequence[str], output: str | Path
     "Run lm-eval's tasks on a model, write the record into a folder, and return the summary. `chat`: through the tokenizer's chat template."
     started = time.time()
     begin()
-    check_config(config)
+    check_config(config), output_path(output, "folder")
     if include and not Path(include).expanduser().is_dir():
         raise OpenUnlearnError(f"No folder with tasks {include!r}.")
     disable_progress_bar()  # of datasets; lm-eval has its own

@@ -97,14 +97,13 @@ def drop_left_over_launch() -> None:
     numbers = {name: os.environ.get(name, "").strip() for name in LAUNCH[:3]}
     missing = [name for name in LAUNCH if not os.environ.get(name, "").strip()]
     wrong = [name for name, value in numbers.items() if value and not value.isdecimal()]
-    left = [name for name in numbers if name in os.environ]
-    if not left or not missing and not wrong:
+    if not missing and not wrong:
         return
-    told = ", ".join(f"{name}={os.environ[name]}" for name in left)
-    why = f"{missing[0]} is not set" if missing else f"{wrong[0]} is no number"
-    for name in left:
-        del os.environ[name]
-    warnings.warn(f"{told} in the environment was left by something else, as {why}: this process works alone.")
+    for name in numbers:
+        os.environ.pop(name, None)
+    if left := ", ".join(f"{name}={value}" for name, value in numbers.items() if value):
+        why = f"{missing[0]} is not set" if missing else f"{wrong[0]} is no number"
+        warnings.warn(f"{left} in the environment was left by something else, as {why}: this process works alone.")
 
 _errors: Any = None  # a second group, on which processes that have raised an error find each other
 _meeting: Any = None  # the store at which the processes met
