@@ -24,7 +24,8 @@ from pathlib import Path
 from . import __version__
 from . import options as o
 from .errors import OpenUnlearnError, check_choice, is_ours
-from .processes import CONFIGS, SCRIPTS, begin, config_file, drop_left_over_launch, end, hold, output_path, raised_by_all, rank
+from .processes import (CONFIGS, SCRIPTS, begin, config_file, drop_left_over_launch, end, hold, output_path,
+                                       raised_by_all, rank)
 
 # %% ../nbs/44_cli.ipynb #82910502
 def parser() -> argparse.ArgumentParser:

@@ -65,15 +65,19 @@ def seed_in_name(folder: Path) -> int | None:
     return int(folder.name[4:]) if re.fullmatch("seed[0-9]+", folder.name) else None
 
 def _seed_of(file: Path, record: dict[str, Any]) -> int | None:
-    "The seed of a run in a grid of several, by its record (of a row that was not trained: by its grid's); a folder's name that differs is told."
+    """The seed of a run in a grid of several, by its record; of a row that was not trained, by its grid's.
+
+    Told where the folder's name says otherwise."""
     if not (folder := next((p for p in file.parents if seed_in_name(p) is not None), None)):
         return None
     grid, named = folder / "grid.json", seed_in_name(folder)
-    config = record.get("config") if "training" in record else read_json(grid, "grid configuration") if grid.exists() else None
+    config = record.get("config")
+    if "training" not in record:
+        config = read_json(grid, "grid configuration") if grid.exists() else None
     seed = config.get("seed") if isinstance(config, dict) else None
     if not isinstance(seed, int) or seed == named:
         return named
-    warnings.warn(f"The folder {folder} is called after seed {named}, and its records are of seed {seed}; the records count.")
+    warnings.warn(f"The folder {folder} is called after seed {named}, and its records are of seed {seed}, which counts.")
     return seed
 
 def _is_copy(run: Run, other: Run) -> bool:
@@ -82,8 +86,9 @@ def _is_copy(run: Run, other: Run) -> bool:
     return run.seed is not None and same("run.json") and same(run.file.name)
 
 def _beside_seeds(path: Path, file: Path) -> Path | None:
-    "The folder that begins like a seed's and is none (`seed0.bak`), if `file` lies in one beside those of seeds below `path`."
-    odd = [p for p in file.parents if p.is_relative_to(path) and p != path and p.name.startswith("seed") and seed_in_name(p) is None]
+    "The folder below `path` that is called like a seed's and is none (`seed0.bak`), if `file` lies in one beside those of seeds."
+    below = [p for p in file.parents if p.is_relative_to(path) and p != path]
+    odd = [p for p in below if p.name.startswith("seed") and seed_in_name(p) is None]
     return next((p for p in odd if any(seed_in_name(other) is not None for other in p.parent.iterdir())), None)
 
 def identify(file: Path) -> Run | None:
@@ -96,7 +101,8 @@ def identify(file: Path) -> Run | None:
         raise OpenUnlearnError(f"The run record {file.parent / 'run.json'} does not say its {missing[0]}.")
     if suite in SUITES:
         check_choice(record["split"], SUITES[suite].splits, f"split in {file.parent / 'run.json'}")
-    return Run(suite, record["model"], record["split"], record["row"], file, _seed_of(file, record), record.get("retain_log"))
+    seed = _seed_of(file, record)
+    return Run(suite, record["model"], record["split"], record["row"], file, seed, record.get("retain_log"))
 
 # %% ../nbs/30_collect.ipynb #7459cf3f
 def find_runs(folder: str | Path, pattern: str = "**/", suites: Iterable[str] = (*SUITES, GENERAL)) -> list[Run]:

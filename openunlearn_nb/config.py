@@ -120,10 +120,10 @@ PLACEHOLDERS: dict[str, dict[str, str | None]] = {
     "WMDP": dict.fromkeys(["model", "data"]), "OWN": dict.fromkeys(["retain_model", "model", "data"])}
 
 def check_optimizer(name: str) -> None:
-    "Raise for an optimizer that transformers does not know, or that it cannot make here, because its package is not installed."
+    "Raise for an optimizer that transformers does not know, or cannot make here, as its package is not installed."
     check_choice(name, [known.value for known in OptimizerNames], "optimizer")
-    recipe: Any = SimpleNamespace(optim=OptimizerNames(name), optim_args=None, optim_target_modules=None, learning_rate=1e-5, adam_beta1=0.9,
-                                  adam_beta2=0.999, adam_epsilon=1e-8, parallel_mode=None)
+    recipe: Any = SimpleNamespace(optim=OptimizerNames(name), optim_args=None, optim_target_modules=None, parallel_mode=None,
+                                  learning_rate=1e-5, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8)
     try:
         Trainer.get_optimizer_cls_and_kwargs(recipe)
     except Exception as e:  # a package that is missing, or needs what we do not give: all kinds

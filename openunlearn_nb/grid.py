@@ -233,7 +233,7 @@ def run_seeds(grid: GridConfig, seeds: Sequence[int], output: str | Path | None 
     if not seeds or len(set(seeds)) < len(seeds):
         raise OpenUnlearnError(f"--seeds takes different numbers, not {' '.join(map(str, seeds)) or 'none'}.")
     grids = {output / f"seed{seed}": check_grid(replace(grid, seed=seed)) for seed in seeds}
-    for other in sorted(file.parent for file in output.glob("seed*/grid.json")):  # all seeds of a folder are of one configuration
+    for other in sorted(file.parent for file in output.glob("seed*/grid.json")):  # all are of one configuration
         if (seed := seed_in_name(other)) is None:
             warnings.warn(f"The folder {other} is ignored: beside the folders of seeds, it is not called after one.")
         else:

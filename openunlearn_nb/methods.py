@@ -46,14 +46,15 @@ ALIASES = {"DPO": "IdkDPO"}
 ROWS = ("Finetuned", "Retain", "Evaluated")  # of a table, beside the methods
 
 def check_name(name: str) -> str:
-    "Return `name` if a method may be called so: it is a row of tables, a folder of runs, and a word of `--methods A,B`."
+    "Return `name` if a method may be called so: it is a row of tables, a folder, and a word of `--methods A,B`."
     if not isinstance(name, str) or not name.strip():
         raise OpenUnlearnError(f"A method cannot be called {name!r}; give it a name.")
     if name.lower() in {taken.lower() for taken in (*ROWS, *ALIASES)}:
-        raise OpenUnlearnError(f"A method cannot be called {name!r}, which already stands for something else; give it a name of its own.")
-    if not name.isprintable() or set(name) & set("/\\,") or name.strip(" .") != name or len(name.encode(errors="replace")) > 100:
-        raise OpenUnlearnError(f"A method cannot be called {name[:100]!r}; give it a short name without slashes, commas, control characters, "
-                               "and dots or blanks at its ends.")
+        raise OpenUnlearnError(f"A method cannot be called {name!r}, which stands for something else; give it another name.")
+    clean = name.isprintable() and not set(name) & set("/\\,") and name.strip(" .") == name
+    if not clean or len(name.encode(errors="replace")) > 100:
+        raise OpenUnlearnError(f"A method cannot be called {name[:100]!r}; give it a short name without slashes, commas, "
+                               "control characters, and dots or blanks at its ends.")
     return name
 
 def declare(name: str, equation: str, source: str, needs: tuple[str, ...] = (), recipe: dict | None = None, **defaults):
@@ -136,7 +137,8 @@ def method_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     check_choice(merged["retain_loss_type"], types, f"retain_loss_type of {chosen.name}")
     if not (chosen.forget_term and merged["gamma"]) and not keeps_retain(merged):
         raise OpenUnlearnError("alpha and gamma are both 0: there is nothing to train.")
-    for key, does in (("alpha", "makes the model forget what it should keep"), ("gamma", "teaches the model what it should forget")):
+    opposite = {"alpha": "makes the model forget what it should keep", "gamma": "teaches the model what it should forget"}
+    for key, does in opposite.items():
         if merged[key] < min(0, chosen.defaults[key]):
             raise OpenUnlearnError(f"{key} must be 0 or more, not {merged[key]}: a negative weight {does}.")
     for key in ("beta", "beta1", "beta2", "dual_step_size", "dual_warmup_epochs"):

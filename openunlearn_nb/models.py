@@ -150,16 +150,17 @@ def tiny_llama(tokenizer: PreTrainedTokenizerBase, hidden: int = 128, layers: in
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id))
 
 # %% ../nbs/09_models.ipynb #e8b1b6f4
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, texts: dict[str, str] | None = None,
-               same: bool = False) -> Path:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path,
+               texts: dict[str, str] | None = None, same: bool = False) -> Path:
     """Save model (safetensors), tokenizer and `texts` (by file name) in a new `folder`, by the main process.
 
-    `same`: a model that stands there already is the same one (the cache's names hold all that decides), and is left as it is."""
+    `same`: a model that stands there already is the same one, as in the cache, and is left as it is."""
     folder = output_path(folder, "folder")
     on_main(lambda: _save(model, tokenizer, folder, texts or {}, same))
     return folder
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, texts: dict[str, str], same: bool) -> None:
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, texts: dict[str, str],
+          same: bool) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-", ignore_cleanup_errors=True) as scratch:

@@ -118,8 +118,8 @@ def _meet() -> None:
     try:
         _meeting = next(rendezvous("env://", timeout=JOIN))[0]
     except Exception as e:  # no answer, a port that is taken, an address that is none: torch raises all kinds
-        raise OpenUnlearnError(f"WORLD_SIZE is {launched()}, and the other processes did not join within {JOIN.total_seconds():g} s; unset "
-                               "WORLD_SIZE for one process, or start all of them with a launcher (openunlearn configs).") from e
+        raise OpenUnlearnError(f"WORLD_SIZE is {launched()}, and the other processes did not join within {JOIN.total_seconds():g} s; "
+                               "unset WORLD_SIZE for one process, or start all with a launcher (openunlearn configs).") from e
 
 def begin() -> None:
     "Join the other processes, where a launcher started several; call it once per process, before the work."
@@ -287,7 +287,8 @@ def raised_by_all(seconds: float = 60) -> bool:
 def output_path(given: str | Path, kind: str = "file") -> Path:
     """The place that results go to, `~` expanded. Raises `OpenUnlearnError` where nothing of its kind can stand there.
 
-    `kind`: `file`, which is replaced if it exists; `new file`; `folder`, which may hold earlier results; `new folder`, which is missing or empty."""
+    `kind`: `file`, which is replaced if it exists; `new file`; `folder`, which may hold earlier results; `new folder`, which
+    is missing or empty."""
     text, wanted = os.fspath(given), kind.split()[-1]
     if not text.strip():
         raise OpenUnlearnError(f"The output {text!r} has no name; give a {wanted} as --output.")
@@ -296,7 +297,7 @@ def output_path(given: str | Path, kind: str = "file") -> Path:
     try:
         path = Path(text).expanduser()
     except RuntimeError as e:  # ~someone
-        raise OpenUnlearnError(f"The output {text!r} is below the home folder of nobody here; give another --output.") from e
+        raise OpenUnlearnError(f"The output {text!r} is in the home folder of nobody here; give another --output.") from e
     try:
         _check_kind(path, kind)
     except OSError as e:  # a name of more than 255 bytes, a folder that is a file, a link to itself
@@ -309,7 +310,8 @@ def _shortened(path: Path) -> str:
 def _check_kind(path: Path, kind: str) -> None:
     "Raise where something of another kind stands at `path`."
     real = _real(path)
-    if any(place.parent == Path("/dev") or place.is_relative_to("/proc") for place in (real, _real(path.parent) / path.name)):
+    places = (real, _real(path.parent) / path.name)
+    if any(place.parent == Path("/dev") or place.is_relative_to("/proc") for place in places):
         raise OpenUnlearnError(f"{path} is a device, not a {kind.split()[-1]}; give another --output.")
     try:
         mode = real.stat().st_mode
@@ -322,7 +324,8 @@ def _check_kind(path: Path, kind: str) -> None:
     if kind == "folder" and not stat.S_ISDIR(mode):
         raise OpenUnlearnError(f"{path} is a file; give a folder as --output.")
     if kind == "file" and not stat.S_ISREG(mode):
-        raise OpenUnlearnError(f"{path} is a {'folder' if stat.S_ISDIR(mode) else 'device, a pipe or a socket'}; give a file as --output.")
+        what = "folder" if stat.S_ISDIR(mode) else "device, a pipe or a socket"
+        raise OpenUnlearnError(f"{path} is a {what}; give a file as --output.")
 
 def _real(path: Path) -> Path:
     "Where a path leads through all links."
@@ -330,7 +333,9 @@ def _real(path: Path) -> Path:
 
 # %% ../nbs/01_processes.ipynb #f5f3aac5
 def write_bytes(path: str | Path, data: bytes) -> Path:
-    "Write a file at an `output_path`, by the main process: to a temporary file, then renamed into place. All processes must call it; if it fails, all raise."
+    """Write a file at an `output_path`, by the main process: to a temporary file, then renamed into place.
+
+    All processes must call it; if it fails, all raise."""
     return on_main(lambda: _write(output_path(path), data))
 
 def _write(path: Path, data: bytes) -> Path:
@@ -345,11 +350,12 @@ def _write(path: Path, data: bytes) -> Path:
     except OSError as e:
         if scratch:
             Path(scratch).unlink(missing_ok=True)
-        raise OpenUnlearnError(f"Cannot write {_shortened(path)}: {e.strerror}. Nothing half-written was left behind.") from e
+        told = f"Cannot write {_shortened(path)}: {e.strerror}. Nothing half-written was left behind."
+        raise OpenUnlearnError(told) from e
     return path
 
 def make_folder(folder: Path) -> None:
-    "Make a folder where it is missing, and write a file in it that vanishes; raises `OSError` where that cannot be done."
+    "Make a folder where it is missing, and write a file in it that vanishes; raises `OSError` where it cannot."
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"0")
@@ -358,7 +364,7 @@ def make_folder(folder: Path) -> None:
 # %% ../nbs/01_processes.ipynb #30edde62
 @contextmanager
 def hold(output: str | Path, kind: str = "folder") -> Iterator[Path]:
-    "An `output_path` that no other process of this package writes to meanwhile. Raises where one does, or where nothing can be written."
+    "An `output_path` that no other run writes to meanwhile. Raises where one does, or where nothing can be written."
     held: list[FileLock] = []  # on the main process alone
     try:
         yield on_main(lambda: _take(output, kind, held))
@@ -380,13 +386,14 @@ def _take(output: str | Path, kind: str, held: list[FileLock]) -> Path:
             make_folder(path)
     except Timeout:
         pid = holder(file)
-        raise OpenUnlearnError(f"Another process{f' ({pid})' if pid else ''} is writing to {path}; wait for it, or give another --output.") from None
+        who = f"Another process ({pid})" if pid else "Another process"
+        raise OpenUnlearnError(f"{who} is writing to {path}; wait for it, or give another --output.") from None
     except OSError as e:
         raise OpenUnlearnError(f"Cannot write {_shortened(path)}: {e.strerror}.") from e
     return output_path(output, kind)  # looked at again: another process may have been done there just now
 
 def _lock_of(place: Path) -> Path:
-    "The file whose lock is an output's: beside it, or, in a folder beside which nothing can be written (a container's), in it."
+    "The file whose lock is an output's: beside it; in it, where it is a folder beside which nothing can be written."
     if place.is_dir() and (os.path.ismount(place) or not os.access(place.parent, os.W_OK)):
         return place / ".lock"
     return place.with_name(f".{place.name}.lock")

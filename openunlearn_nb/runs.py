@@ -75,12 +75,12 @@ def for_this_gpu(config: RunConfig, recipe: TrainConfig, method: str, settings: 
     return replace(recipe, batch_size=rows, gradient_checkpointing=checkpointing)
 
 def count_overlap(forget: list[dict], retain: list[dict]) -> int:
-    "How many examples to forget are, token by token, among those to keep; told, since one term of the loss then undoes the other."
-    content = lambda e: (tuple(e["input_ids"]), tuple(e["labels"]))
-    kept = set(map(content, retain))
-    both = sum(content(e) in kept for e in forget)
+    "How many examples to forget are, token by token, among those to keep; a warning tells it, where there are any."
+    kept = {(*e["input_ids"], None, *e["labels"]) for e in retain}
+    both = sum((*e["input_ids"], None, *e["labels"]) in kept for e in forget)
     if both:
-        warnings.warn(f"{both} of {len(forget)} examples to forget are among those to keep as well: what one term of the loss does to them, the other undoes.")
+        warnings.warn(f"{both} of {len(forget)} examples to forget are among those to keep as well: what one term of the loss "
+                      "does to them, the other undoes.")
     return both
 
 def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, enc: Encoder, settings: dict | None = None,

@@ -256,7 +256,7 @@ def test_a_damaged_training_checkpoint(tmp_path, capsys):
 
 
 def test_two_grids_in_one_folder(small_grid, tmp_path, capsys):
-    from openunlearn_nb.workers import hold
+    from openunlearn_nb.processes import hold
 
     folder, grid = small_grid
     with hold(folder):
