@@ -10,6 +10,7 @@ __all__ = ['parser', 'say', 'print_tables', 'table_command', 'grid_command', 'pa
 # %% ../nbs/44_cli.ipynb #d0364fab
 import argparse
 import errno
+import io
 import json
 import logging
 import os
@@ -24,7 +25,8 @@ from typing import TextIO
 from . import __version__
 from . import options as o
 from .errors import OpenUnlearnError, check_choice, is_ours, one_line, printable
-from .processes import CONFIGS, SCRIPTS, config_file, end, raised_by_all, rank
+from .processes import (CONFIGS, SCRIPTS, begin, config_file, drop_left_over_launch, end, hold, output_path,
+                                       raised_by_all, rank)
 
 # %% ../nbs/44_cli.ipynb #82910502
 def parser() -> argparse.ArgumentParser:
@@ -159,20 +161,21 @@ def grid_command(benchmark: str):
     "The command that runs a benchmark's grid."
     def run(args: argparse.Namespace) -> int:
         from openunlearn_nb.collect import find_runs
-        from openunlearn_nb.grid import GridConfig, run_grid, run_seeds
+        from openunlearn_nb.grid import GridConfig, grid_folder, run_grid, run_seeds
         from openunlearn_nb.muse import STUDIES
         if getattr(args, "study", None):
             args.splits = tuple(STUDIES[args.study])
         if args.seeds and args.seed is not None:
             raise OpenUnlearnError("--seed and --seeds say the same thing twice; give one of them.")
         grid, pattern = _config(GridConfig, benchmark, args), "seed*/*/*/" if args.seeds else "*/*/"
+        output = grid_folder(grid, args.output)
         if args.seeds:
-            failed = run_seeds(grid, args.seeds, args.output, args.jobs, show=not args.quiet)
+            failed = run_seeds(grid, args.seeds, output, args.jobs, show=not args.quiet)
         else:
-            failed = run_grid(grid, args.output, args.jobs, show=not args.quiet)
-        if not any(Path(args.output).glob(f"{pattern}run.json")):
+            failed = run_grid(grid, output, args.jobs, show=not args.quiet)
+        if not any(output.glob(f"{pattern}run.json")):
             return 1  # nothing to lay out; each failure was told
-        _print_runs(find_runs(args.output, pattern, [benchmark]), "json" if args.json else "text")
+        _print_runs(find_runs(output, pattern, [benchmark]), "json" if args.json else "text")
         return 1 if failed else 0
     return run
 
@@ -225,9 +228,9 @@ def train_command(args: argparse.Namespace) -> int:
         raise OpenUnlearnError(f"--on names something twice: {', '.join(args.on)}.")
     if args.push_to_hub and (several or args.push_to_hub.count("/") != 1):
         raise OpenUnlearnError(f"--push-to-hub takes OWNER/NAME for one model, not {args.push_to_hub!r}{' for several' if several else ''}.")
-    done, lines = [], []
+    done, lines, folder = [], [], output_path(args.output, "folder")
     for name in args.on or [None]:
-        output = f"{args.output}/{name}" if several else args.output
+        output = str(folder / name if several else folder)
         with _progress(args.method, args) as progress:
             record = train_model(config, args.method, _default_split(args.benchmark, args), name, parse_settings(args.set), output, progress)
         at = push_to_hub(Path(output), args.push_to_hub) if args.push_to_hub else None
@@ -273,16 +276,15 @@ def alternates_command(args: argparse.Namespace) -> int:
     check_config(config)
     if args.repeats < 1 or not args.temperature > 0:
         raise OpenUnlearnError(f"--repeats must be 1 or more and --temperature above 0, not {args.repeats} and {args.temperature}.")
-    if Path(args.output).exists():
-        raise OpenUnlearnError(f"{args.output} exists; give a new file for the answers.")
     pairs = config.source.pairs(check_split(config, args.split))
-    model, enc = open_model(config, model_path(config, args.split), for_training=False)
-    with _progress(args.model, args) as progress:
-        found = make_alternates(model, enc, pairs, args.repeats, config.model != "embedded", args.temperature, config.seed, progress)
-    write_alternates(args.output, pairs, found)
+    with hold(args.output, "new file") as file:
+        model, enc = open_model(config, model_path(config, args.split), for_training=False)
+        with _progress(args.model, args) as progress:
+            found = make_alternates(model, enc, pairs, args.repeats, config.model != "embedded", args.temperature, config.seed, progress)
+        write_alternates(file, pairs, found)
     answers = sum(map(len, found))
-    _tell(args, {"file": args.output, "answers": answers, "questions": len(pairs)},
-          f"{args.output}: {answers} other answers to {len(pairs)} questions of {args.split}")
+    _tell(args, {"file": str(file), "answers": answers, "questions": len(pairs)},
+          f"{file}: {answers} other answers to {len(pairs)} questions of {args.split}")
     return 0
 
 # %% ../nbs/44_cli.ipynb #9fad7d93
@@ -310,10 +312,11 @@ def bench_command(args: argparse.Namespace) -> int:
     quiet()
     if args.steps < 2:
         raise OpenUnlearnError(f"--steps must be 2 or more, not {args.steps}: the first one is not measured.")
-    with _progress("bench", args) as progress:
+    begin()
+    with hold(args.output, "file") as file, _progress("bench", args) as progress:
         record = bench(_config(RunConfig, args.benchmark, args), _default_split(args.benchmark, args), args.method, args.steps, progress)
+        write_json(file, record)
     memory = ", ".join(f"{k} {v:g} GB" for k, v in record["peak_memory_gb"].items())
-    file = write_json(args.output, record)
     _tell(args, record, f"{bench_text(record['phases'])}\n\npeak memory: {memory}\nrecord: {file}")
     return 0
 
@@ -381,12 +384,16 @@ def _notes():
 def main(argv: list[str] | None = None) -> int:
     "Run a command; returns the exit code."
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # one for ASCII alone has no ±; a question mark takes its place
+            stream.reconfigure(errors="replace")
     args = parser().parse_args(argv)
-    if is_later_process():  # the main process prints
-        sys.stdout = open(os.devnull, "w")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _notes()
+            drop_left_over_launch()
+            if is_later_process():  # the main process prints
+                sys.stdout = open(os.devnull, "w")
             if args.command != "table":
                 _hush_imports()
             code = args.run(args)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'Progress', 'WITHOUT_EFFECT', 'PLACEHOLDERS', 'LARGE', 'LORA_RATE', 'WMDP_PUBLISHED', 'RunConfig',
-           'template_arguments', 'check_config', 'check_split', 'model_path', 'prompt_of', 'open_model', 'adapter_rank',
-           'recipe_of']
+           'template_arguments', 'check_optimizer', 'check_config', 'check_split', 'model_path', 'prompt_of',
+           'open_model', 'adapter_rank', 'recipe_of']
 
 # %% ../nbs/33_config.ipynb #a2f01eb8
 import json
@@ -13,10 +13,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
+from transformers.training_args import OptimizerNames
 
 from .data import Asked, Benchmark, content_hash
 from .devices import device_type, evaluation_dtype
@@ -135,6 +137,16 @@ PLACEHOLDERS: dict[str, dict[str, str | None]] = {
     "TOFU": {"retain_model": "{retain}", "model": None, "data": None}, "MUSE": dict.fromkeys(["retain_model", "model", "data"], "{corpus}"),
     "WMDP": dict.fromkeys(["model", "data"]), "OWN": dict.fromkeys(["retain_model", "model", "data"])}
 
+def check_optimizer(name: str) -> None:
+    "Raise for an optimizer that transformers does not know, or cannot make here, as its package is not installed."
+    check_choice(name, [known.value for known in OptimizerNames], "optimizer")
+    recipe: Any = SimpleNamespace(optim=OptimizerNames(name), optim_args=None, optim_target_modules=None, parallel_mode=None,
+                                  learning_rate=1e-5, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8)
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(recipe)
+    except Exception as e:  # a package that is missing, or needs what we do not give: all kinds
+        raise OpenUnlearnError(f"The optimizer {name} cannot be used here: {' '.join(str(e).split())[:300]}") from e
+
 def check_config(config: RunConfig) -> None:
     "Raise for values that cannot work, before anything is loaded."
     check_choice(config.benchmark, BENCHMARKS, "benchmark")
@@ -143,6 +155,8 @@ def check_config(config: RunConfig) -> None:
     template_arguments(config.template_args)
     if config.compat is not None:
         check_choice(config.compat, COMPAT, "compat")
+    if config.optim is not None:
+        check_optimizer(config.optim)
     for name, only in (("quantize", "nf4"), ("eval_each", "epoch"), ("save_each", "epoch"), ("device_map", "auto")):
         if (value := getattr(config, name)) is not None:
             check_choice(value, [only], name)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import OpenUnlearnError
+from .processes import output_path
 from .prompts import Encoder, Prompts
 
 # %% ../nbs/03_data.ipynb #86e27ba7
@@ -180,7 +181,7 @@ def miniature_seed(data: str) -> int | None:
 # %% ../nbs/03_data.ipynb #150fb10a
 def write_folder(folder: str | Path, configs: dict[str, dict[str, list[dict]]]) -> Path:
     "Write `{config: {split: rows}}` as a folder that `load_rows` and `datasets.load_dataset` read."
-    folder = Path(folder)
+    folder = output_path(folder, "folder")
     lines = ["---", "configs:"]
     for config, splits in configs.items():
         lines += [f"- config_name: {config}", "  data_files:"]

@@ -18,7 +18,7 @@ from .errors import OpenUnlearnError
 from .models import cache_dir, save_model, tiny_llama, train_tokenizer
 from .muse import Muse, corpora_in
 from .pairs import PUBLISHED_RECIPES, TrainConfig
-from .processes import alone, gathered, world
+from .processes import alone, gathered, make_folder, world
 from .prompts import PROMPTS, Encoder
 from .tofu import Tofu
 from .training import train
@@ -66,7 +66,7 @@ def embedded_model(taught: str = "full", benchmark: Lessons = Tofu(), recipe: Em
         alone(embedded_model, taught, benchmark, recipe)
         return folder
     try:
-        cache_dir().mkdir(parents=True, exist_ok=True)  # now, rather than fail after the training
+        make_folder(cache_dir())  # now, rather than fail after the training
     except OSError as e:
         raise OpenUnlearnError(f"Cannot keep trained models in {cache_dir()}: {e.strerror}; set OPENUNLEARN_CACHE.") from e
     tokenizer = train_tokenizer(texts, recipe.vocabulary, chat=recipe.prompt == "chat")
@@ -75,7 +75,7 @@ def embedded_model(taught: str = "full", benchmark: Lessons = Tofu(), recipe: Em
     how = TrainConfig(recipe.learning_rate, recipe.epochs, recipe.batch_size, recipe.batch_size, weight_decay=0.0, seed=recipe.seed,
                       gradient_checkpointing=False)
     trained = train(model, tokenizer.pad_token_id, "Finetune", [], examples, how, progress=progress)
-    return save_model(trained.model, tokenizer, folder)
+    return save_model(trained.model, tokenizer, folder, same=True)
 
 # %% ../nbs/21_embedded.ipynb #95bd970e
 TOFU_RECIPES: dict[str, tuple[float, dict]] = {  # method: (learning rate, settings that differ from the published ones)

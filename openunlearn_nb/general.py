@@ -22,7 +22,7 @@ from .data import content_hash, miniature_seed
 from .errors import OpenUnlearnError, check_choice
 from .models import cache_dir
 from .muse import load_muse
-from .processes import begin
+from .processes import begin, hold, output_path
 from .prompts import Encoder, pinned_clock
 from .records import finite, run_record, write_json, write_text
 from .runs import check_output
@@ -109,9 +109,9 @@ def _run(model: PreTrainedModel, enc: Encoder, config: RunConfig, **how) -> dict
 def evaluate_general(config: RunConfig, tasks: Sequence[str], output: str | Path, limit: int | None = None, num_fewshot: int | None = None,
                      include: str | None = None, chat: bool = False, split: str | None = None) -> dict[str, float]:
     "Run lm-eval's tasks on a model, write the record into a folder, and return the summary. `chat`: through the tokenizer's chat template."
-    started, folder = time.time(), Path(output)
+    started = time.time()
     begin()
-    check_config(config)
+    check_config(config), output_path(output, "folder")
     if include and not Path(include).expanduser().is_dir():
         raise OpenUnlearnError(f"No folder with tasks {include!r}.")
     disable_progress_bar()  # of datasets; lm-eval has its own
@@ -121,17 +121,18 @@ def evaluate_general(config: RunConfig, tasks: Sequence[str], output: str | Path
     manager = _tasks(tasks, include, config.data if miniature_seed(config.data) is not None else "miniature")
     what = {"config": config.fingerprint(), "tasks": sorted(tasks), "limit": limit, "num_fewshot": num_fewshot, "chat_template": chat,
             "trained_on": split, "include": include}
-    check_output(folder, what)
-    path = model_path(config, split or config.source.splits[0])
-    model, enc = open_model(config, path, for_training=False)
-    if chat and not enc.tokenizer.chat_template:
-        raise OpenUnlearnError(f"--chat asks through the chat template, and the tokenizer of {config.model} has none.")
-    results = _run(model, enc, config, tasks=list(tasks), limit=limit, num_fewshot=num_fewshot, task_manager=manager, apply_chat_template=chat)
-    entries = finite(entries_of(results))
-    values = {name: entry["agg_value"] for name, entry in entries.items()}
-    what |= {"task_versions": results.get("versions"), "shots": results.get("n-shot")}
-    write_json(folder / f"{GENERAL}_EVAL.json", entries)
-    write_json(folder / f"{GENERAL}_SUMMARY.json", values)
-    write_json(folder / "run.json", run_record(started, benchmark=GENERAL, model=config.label, split="general", row=config.label, model_path=path,
-                                               prompt=asdict(enc.fmt), **what))
+    with hold(output) as folder:
+        check_output(folder, what)
+        path = model_path(config, split or config.source.splits[0])
+        model, enc = open_model(config, path, for_training=False)
+        if chat and not enc.tokenizer.chat_template:
+            raise OpenUnlearnError(f"--chat asks through the chat template, and the tokenizer of {config.model} has none.")
+        results = _run(model, enc, config, tasks=list(tasks), limit=limit, num_fewshot=num_fewshot, task_manager=manager, apply_chat_template=chat)
+        entries = finite(entries_of(results))
+        values = {name: entry["agg_value"] for name, entry in entries.items()}
+        what |= {"task_versions": results.get("versions"), "shots": results.get("n-shot")}
+        write_json(folder / f"{GENERAL}_EVAL.json", entries)
+        write_json(folder / f"{GENERAL}_SUMMARY.json", values)
+        write_json(folder / "run.json", run_record(started, benchmark=GENERAL, model=config.label, split="general", row=config.label, model_path=path,
+                                                   prompt=asdict(enc.fmt), **what))
     return values

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'GridConfig', 'check_grid', 'claim', 'cells', 'plan', 'run_task', 'default_jobs', 'weight', 'Display',
-           'reason_of', 'note_failure', 'run_grid', 'copy_cell', 'run_seeds']
+           'reason_of', 'note_failure', 'grid_folder', 'run_grid', 'copy_cell', 'run_seeds']
 
 # %% ../nbs/37_grid.ipynb #c2bf323c
 import os
@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from .collect import seed_in_name
 from .config import Progress, RunConfig, check_config, check_split, model_path, recipe_of
 from .data import content_hash
 from .embedded import embedded_model
@@ -26,10 +27,10 @@ from .errors import OpenUnlearnError, one_line, printable
 from .methods import DECLARED_IN, get_method, load_methods, method_settings
 from .models import PRESETS
 from .muse import corpora_in
-from .processes import begin, is_main, launched, on_main, visible_devices
+from .processes import begin, hold, is_main, launched, on_main, output_path, visible_devices
 from .records import read_json, write_json
 from .runs import YARDSTICKS, cell_folder, check_asked, check_method, finished, home_of, run_cell
-from .workers import Task, check_main, hold, run_all
+from .workers import Task, check_main, run_all
 
 # %% ../nbs/37_grid.ipynb #edf767f6
 @dataclass(frozen=True)
@@ -185,6 +186,10 @@ def note_failure(output: str, task: Task, error: BaseException) -> None:
         warnings.warn(str(e))
 
 # %% ../nbs/37_grid.ipynb #047d3a8f
+def grid_folder(grid: GridConfig, output: str | Path | None = None) -> Path:
+    "Where a grid's records go: `output`, or runs/tofu, runs/muse, ..."
+    return output_path(f"runs/{grid.benchmark.lower()}" if output is None else output, "folder")
+
 def run_grid(grid: GridConfig = GridConfig(), output: str | Path | None = None, jobs: int | None = None,
              show: bool = True) -> list[Task]:
     """Run what is unfinished of a grid, into `output` (runs/tofu, runs/muse); returns the failed tasks. Interrupt it when you like, call it again to go on.
@@ -193,8 +198,8 @@ def run_grid(grid: GridConfig = GridConfig(), output: str | Path | None = None, 
 
     In a script, call it under `if __name__ == "__main__":`, because workers are fresh processes that import the script."""
     check_main(jobs)
-    grid, output = check_grid(grid), str(output or f"runs/{grid.benchmark.lower()}")
-    if any(Path(output).glob("seed*/grid.json")):
+    grid, output = check_grid(grid), str(grid_folder(grid, output))
+    if any(seed_in_name(file.parent) is not None for file in Path(output).glob("seed*/grid.json")):
         raise OpenUnlearnError(f"{output} holds grids of several seeds; give --seeds, or another --output.")
     if jobs is not None and jobs < 1:
         raise OpenUnlearnError(f"--jobs must be 1 or more, not {jobs}.")
@@ -225,14 +230,17 @@ def copy_cell(here: Path, there: Path) -> None:
 
 def run_seeds(grid: GridConfig, seeds: Sequence[int], output: str | Path | None = None, jobs: int | None = None, show: bool = True) -> list[Task]:
     "`run_grid` for each seed, into `output/seed0` and so on; returns the failed tasks of all."
-    output, failed = Path(output or f"runs/{grid.benchmark.lower()}"), []
+    output, failed = grid_folder(grid, output), []
     if (output / "grid.json").exists():
         raise OpenUnlearnError(f"{output} holds a grid of one seed; give another --output for several.")
     if not seeds or len(set(seeds)) < len(seeds):
         raise OpenUnlearnError(f"--seeds takes different numbers, not {' '.join(map(str, seeds)) or 'none'}.")
     grids = {output / f"seed{seed}": check_grid(replace(grid, seed=seed)) for seed in seeds}
-    for other in output.glob("seed*/grid.json"):  # all seeds of a folder are of one configuration
-        claim(check_grid(replace(grid, seed=int(other.parent.name.removeprefix("seed")))), other.parent)
+    for other in sorted(file.parent for file in output.glob("seed*/grid.json")):  # all are of one configuration
+        if (seed := seed_in_name(other)) is None:
+            warnings.warn(f"The folder {other} is ignored: beside the folders of seeds, it is not called after one.")
+        else:
+            claim(check_grid(replace(grid, seed=seed)), other)
     begin()
     with hold(output):
         for folder, seeded in grids.items():

@@ -23,7 +23,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfi
 
 from .devices import device_type
 from .errors import OpenUnlearnError
-from .processes import on_main
+from .processes import on_main, output_path
 from .zero import is_sharded, sharded_loading
 
 # %% ../nbs/09_models.ipynb #b0fea0b9
@@ -150,13 +150,17 @@ def tiny_llama(tokenizer: PreTrainedTokenizerBase, hidden: int = 128, layers: in
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id))
 
 # %% ../nbs/09_models.ipynb #e8b1b6f4
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, texts: dict[str, str] | None = None) -> Path:
-    "Save model (safetensors), tokenizer and `texts` (by file name) in `folder`, by the main process; an existing model is left as it is."
-    folder = Path(folder)
-    on_main(lambda: _save(model, tokenizer, folder, texts or {}))
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path,
+               texts: dict[str, str] | None = None, same: bool = False) -> Path:
+    """Save model (safetensors), tokenizer and `texts` (by file name) in a new `folder`, by the main process.
+
+    `same`: a model that stands there already is the same one, as in the cache, and is left as it is."""
+    folder = output_path(folder, "folder")
+    on_main(lambda: _save(model, tokenizer, folder, texts or {}, same))
     return folder
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, texts: dict[str, str]) -> None:
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, texts: dict[str, str],
+          same: bool) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-", ignore_cleanup_errors=True) as scratch:
@@ -167,10 +171,10 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
             Path(scratch).chmod(0o755)  # a temporary folder is private; a saved model need not be
             Path(scratch).rename(folder)
     except Exception as e:  # OSError, or safetensors' own error where the disk is full
-        if not (folder / "config.json").exists():  # else another process saved the same model first
+        if not (same and (folder / "config.json").exists()):  # else another process saved it first
             raise OpenUnlearnError(f"Cannot save the model in {folder}: {getattr(e, 'strerror', None) or e}.") from e
 
 def cache_dir() -> Path:
     "Where models that the package makes are kept: `$OPENUNLEARN_CACHE`, or `openunlearn_nb` in the user's cache folder."
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "openunlearn_nb"
-    return Path(os.environ.get("OPENUNLEARN_CACHE", default)).expanduser()
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "openunlearn_nb"
+    return Path(os.environ.get("OPENUNLEARN_CACHE") or default).expanduser()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'SIGNS', 'html_table', 'values_table', 'difference_table', 'figure', 'plots_of', 'answers_of', 'sources_of',
-           'suite_part', 'write_report']
+           'suite_part', 'write_report', 'report_page']
 
 # %% ../nbs/41_report.ipynb #be8f3a19
 import base64
@@ -18,6 +18,7 @@ from typing import Any
 from . import __version__
 from .collect import GENERAL, Run, Values, courses, find_runs, measured, row_order
 from .muse import STUDIES
+from .processes import hold
 from .records import read_json, write_text
 from .suites import SUITES
 from .tables import COLUMNS, PUBLISHED, by_study, columns_of, difference, digits, grid, published
@@ -137,6 +138,11 @@ def suite_part(suite: str, model: str, values: Values, runs: Sequence[Run], done
 
 def write_report(folder: str | Path, output: str | Path, progress: Callable[[float], None] = lambda share: None) -> Path:
     "Write a report of all runs below a folder (of several seeds: of the first) into one HTML file."
+    with hold(output, "file") as file:
+        return write_text(file, report_page(folder, progress))
+
+def report_page(folder: str | Path, progress: Callable[[float], None] = lambda share: None) -> str:
+    "The report as HTML."
     found, below = find_runs(folder), Path(folder).expanduser()
     first = min((r.seed for r in found if r.seed is not None), default=None)
     runs, parts, told = [r for r in found if r.seed in (None, first)], [], itertools.count(1)
@@ -150,7 +156,6 @@ def write_report(folder: str | Path, output: str | Path, progress: Callable[[flo
     seeds = f" Seed {first} of several; openunlearn table shows their spread." if first is not None else ""
     notes = ("<p>Every value is computed from the records' per-example values; the numbers of one model and data set are not to be set "
              f"against those of another. Retain, where there is such a row, is the goal of all others.{seeds}</p>")
-    page = (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+    return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<title>openunlearn_nb report</title><style>{STYLE}</style></head><body><h1>Unlearning report</h1>{notes}{''.join(parts)}"
             f"{sources_of(runs, below)}<p><small>openunlearn_nb {escape(__version__)}</small></p></body></html>\n")
-    return write_text(output, page)

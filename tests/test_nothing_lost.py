@@ -256,13 +256,13 @@ def test_a_damaged_training_checkpoint(tmp_path, capsys):
 
 
 def test_two_grids_in_one_folder(small_grid, tmp_path, capsys):
-    from openunlearn_nb.workers import hold
+    from openunlearn_nb.processes import hold
 
     folder, grid = small_grid
     with hold(folder):
         said = refused(capsys, "tofu", "--train-rows", str(grid.train_rows), "--splits", "forget01", "--methods", "NPO,IdkDPO", "--epochs", "2",
                        "--output", str(folder))
-    assert "Another run is at work" in said and str(os.getpid()) in said
+    assert "Another process" in said and str(os.getpid()) in said
 
 
 def test_no_refusals(tmp_path, capsys):

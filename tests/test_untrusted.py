@@ -196,7 +196,8 @@ def test_no_field_of_a_run_makes_a_traceback(evaluated, tmp_path):
     row = {"prob": 0.5, "avg_loss": 0.7}
     odd: list = [None, [], {}, "x", 1, [{}], {"0": 1}, {"value_by_index": {}}, {"value_by_index": {"0": {}}}, {"forget": {}}]
     for value in odd:
-        for evaluation in ({"forget_Q_A_Prob": value}, {"forget_Q_A_ROUGE": value}, {"mia_min_k": value}, {"forget_Q_A_Prob": {"value_by_index": {"0": row}}, "x": value}):
+        for evaluation in ({"forget_Q_A_Prob": value}, {"forget_Q_A_ROUGE": value}, {"mia_min_k": value},
+                {"forget_Q_A_Prob": {"value_by_index": {"0": row}}, "x": value}):
             folder = evaluated("NPO", evaluation)
             assert main(["table", str(folder)]) in (0, 2)
         for field in ("row", "settings", "retain_log"):
@@ -217,7 +218,8 @@ def test_a_wrong_line_of_alternates_is_refused(line, tmp_path):
 
 
 @untrusted("a checkpoint whose run.json has another shape", "one sentence says that it is damaged")
-@pytest.mark.parametrize("about", ["[]", '{"what": [], "scheduler": {}, "settings": {}}', '{"what": {}, "scheduler": {"_last_lr": ["x"]}, "settings": {}}', "[" * 100_000])
+@pytest.mark.parametrize("about", ["[]", '{"what": [], "scheduler": {}, "settings": {}}', '{"what": {}, "scheduler": {"_last_lr": ["x"]},
+        "settings": {}}', "[" * 100_000])
 def test_a_checkpoint_of_the_wrong_shape_is_damaged(about, tmp_path):
     from openunlearn_nb.checkpoints import last_checkpoint
 
