@@ -17,8 +17,6 @@ ROUGE = ("rouge1_recall", "rougeL_f1", "rougeL_recall")
 JAPANESE = "川は海へ流れる。橋の上に魚🐟がいる。"
 
 
-def text_check(given: str, then: str):
-    return pytest.mark.checks(area="Text", given=given, then=then)
 
 
 @pytest.fixture
@@ -37,8 +35,8 @@ def own(tmp_path):
 # ROUGE
 
 
-@text_check("a true answer in Cyrillic, Greek, Arabic, Hindi, Korean, Japanese, Chinese or Thai",
-            "ROUGE counts Unicode words and the row says so; a recited answer has 1")
+@pytest.mark.checks(area="Text", given="a true answer in Cyrillic, Greek, Arabic, Hindi, Korean, Japanese, Chinese or Thai",
+                    then="ROUGE counts Unicode words and the row says so; a recited answer has 1")
 @pytest.mark.parametrize("text", ["Мара Квилл", "Μάρα", "مارا كويل", "नदी लंबी है", "마라 퀼", "川は海へ流れる", "玛拉住在河边", "แม่น้ำยาว", "١٢٣"])
 def test_an_answer_in_any_script_equals_itself(text):
     row = rouge_row("?", text, text)
@@ -46,7 +44,8 @@ def test_an_answer_in_any_script_equals_itself(text):
     assert rouge_row("?", text, "nothing of it")["rougeL_recall"] == 0
 
 
-@text_check("TOFU or MUSE, whose published scores hold rouge_score's own words", "ROUGE counts those words, whatever the script or accent")
+@pytest.mark.checks(area="Text", given="TOFU or MUSE, whose published scores hold rouge_score's own words",
+                    then="ROUGE counts those words, whatever the script or accent")
 def test_published_suites_keep_rouge_scores_own_words():
     from openunlearn_nb.suites import SUITES, Leaf
 
@@ -56,7 +55,8 @@ def test_published_suites_keep_rouge_scores_own_words():
         assert all(row["rouge1_recall"] == (2 / 3 if words else 1 / 3) for row in rows)  # rouge_score's: zo, na, ve and zo, naiv
 
 
-@text_check("a true answer in ASCII", "ROUGE is rouge_score's, and the row is as it was")
+@pytest.mark.checks(area="Text", given="a true answer in ASCII",
+                    then="ROUGE is rouge_score's, and the row is as it was")
 def test_ascii_rows_are_as_they_were():
     row = rouge_row("Who?", "She was running to Rosbury's 2 gates.", "It was Mara who ran")
     assert row == rouge_row("Who?", "She was running to Rosbury's 2 gates.", "It was Mara who ran", published=True) and "words" not in row
@@ -71,7 +71,8 @@ def test_composed_and_decomposed_letters_are_one_word():
     assert rouge_row(None, "Cafe\u0301 Zoe\u0308", "CAFÉ Zoë")["rougeL_f1"] == 1
 
 
-@text_check("a true answer without any word, such as ?!", "its ROUGE is null, not 0")
+@pytest.mark.checks(area="Text", given="a true answer without any word, such as ?!",
+                    then="its ROUGE is null, not 0")
 def test_an_answer_without_words_has_no_rouge():
     assert rouge_row(None, "?!", "?!")["rougeL_recall"] is None and rouge_row(None, "🐟", "🐟")["rougeL_recall"] is None
 
@@ -79,7 +80,8 @@ def test_an_answer_without_words_has_no_rouge():
 # pieces
 
 
-@text_check("a long text whose cut into pieces falls within a character", "the cut moves to the border of a character")
+@pytest.mark.checks(area="Text", given="a long text whose cut into pieces falls within a character",
+                    then="the cut moves to the border of a character")
 @pytest.mark.parametrize("size", [3, 4, 5, 7, 16])
 def test_pieces_do_not_cut_characters(size):
     enc = Encoder(train_tokenizer(["ascii only"], 300), PROMPTS["plain"], max_length=size)  # every other character is several tokens
@@ -94,7 +96,8 @@ def test_pieces_of_ascii_are_cut_where_they_were():
     assert chunk(enc, texts) == enc.tokenizer.batch_decode([ids[i:i + 16] for i in range(0, len(ids), 16)])
 
 
-@text_check("own text to be continued, in any script", "neither its first half nor what should follow begins or ends within a character")
+@pytest.mark.checks(area="Text", given="own text to be continued, in any script",
+                    then="neither its first half nor what should follow begins or ends within a character")
 def test_halves_of_own_texts_do_not_cut_characters(own, tmp_path):
     own(forget_txt=JAPANESE * 4, retain_txt=JAPANESE)
     enc = Encoder(train_tokenizer(["ascii only"], 300), PROMPTS["plain"], max_length=30)
@@ -106,7 +109,8 @@ def test_halves_of_own_texts_do_not_cut_characters(own, tmp_path):
 # tables
 
 
-@text_check("a document of more than 131,072 characters in one cell of a CSV file", "it is read whole")
+@pytest.mark.checks(area="Text", given="a document of more than 131,072 characters in one cell of a CSV file",
+                    then="it is read whole")
 def test_a_long_cell_is_read(own):
     import csv
 
@@ -114,14 +118,16 @@ def test_a_long_cell_is_read(own):
     assert own(forget_csv=f'text\n"{text}"\n') == [{"text": text}] and csv.field_size_limit() == limit
 
 
-@text_check("a double quote in a CSV file that is never closed, or closed in another row", "one sentence names the line in which its row begins")
+@pytest.mark.checks(area="Text", given="a double quote in a CSV file that is never closed, or closed in another row",
+                    then="one sentence names the line in which its row begins")
 @pytest.mark.parametrize("rows", ['a,b\nc,"d\ne,f\n', 'a,b\nc,"d\ne,"f"\n', 'a,b\nc,"d" and more\n'])
 def test_a_stray_quote_is_said(own, rows):
     with pytest.raises(OpenUnlearnError, match="begins in line 3 .* double quote is missing"):
         own(forget_csv=f"question,answer\n{rows}")
 
 
-@text_check("a quoted text of several lines that look like rows", "a note asks whether a quote is missing")
+@pytest.mark.checks(area="Text", given="a quoted text of several lines that look like rows",
+                    then="a note asks whether a quote is missing")
 def test_lines_that_look_like_rows_are_told(own):
     with pytest.warns(UserWarning, match="Row 0 .*line 2.* 2 of which look like rows"):
         assert len(own(forget_csv='question,answer\na,"b\nc,d\ne,f"\n')) == 1
@@ -130,13 +136,15 @@ def test_lines_that_look_like_rows_are_told(own):
         assert own(forget_csv='question,answer\na,"A poem, of lines,\nhas commas, as prose has, of 1,000 words."\n')
 
 
-@text_check("two columns of one name", "one sentence names it")
+@pytest.mark.checks(area="Text", given="two columns of one name",
+                    then="one sentence names it")
 def test_a_column_twice_is_refused(own):
     with pytest.raises(OpenUnlearnError, match="names answer twice"):
         own(forget_csv="question,answer,Answer\na,b,c\n")
 
 
-@text_check("two columns of one name in a benchmark's folder", "one sentence names it")
+@pytest.mark.checks(area="Text", given="two columns of one name in a benchmark's folder",
+                    then="one sentence names it")
 def test_a_column_twice_is_refused_in_benchmark_folders(tmp_path):
     (tmp_path / "qa.csv").write_text("question,answer,answer\na,b,c\n")
     (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: qa\n  data_files: qa.csv\n---\n")
@@ -144,19 +152,22 @@ def test_a_column_twice_is_refused_in_benchmark_folders(tmp_path):
         check_rows(load_rows(str(tmp_path), "qa"), {"question": str, "answer": str}, "qa")
 
 
-@text_check("an object of JSON data that names something twice", "one sentence names the line and the name")
+@pytest.mark.checks(area="Text", given="an object of JSON data that names something twice",
+                    then="one sentence names the line and the name")
 def test_a_name_twice_in_json_is_refused(own):
     with pytest.raises(OpenUnlearnError, match="Line 2 .* 'text' twice"):
         own(forget_jsonl='{"text": "a"}\n{"text": "b", "text": "c"}\n')
 
 
-@text_check("half of a character (a lone surrogate) in data", "one sentence names row and column")
+@pytest.mark.checks(area="Text", given="half of a character (a lone surrogate) in data",
+                    then="one sentence names row and column")
 def test_a_lone_surrogate_is_refused(own):
     with pytest.raises(OpenUnlearnError, match="Row 1 .*answer.* half of a character"):
         own(forget_jsonl='{"question": "a", "answer": "b"}\n{"question": "a", "answer": "the \\ud83d fish"}\n')
 
 
-@text_check("a question or answer of blanks", "one sentence names row and column, in every loader")
+@pytest.mark.checks(area="Text", given="a question or answer of blanks",
+                    then="one sentence names row and column, in every loader")
 @pytest.mark.parametrize("blank", ["", "  \t", "\u3000", "\u200b"])
 def test_an_answer_of_blanks_is_refused(own, blank):
     with pytest.raises(OpenUnlearnError, match="Row 0 .*'answer'; a text that says something"):
@@ -165,7 +176,8 @@ def test_an_answer_of_blanks_is_refused(own, blank):
         check_rows([{"perturbed_answer": ["b", blank]}], {"perturbed_answer": list}, "x")
 
 
-@text_check("a question or answer of blanks in a folder shaped like TOFU or MUSE", "one sentence names row and column")
+@pytest.mark.checks(area="Text", given="a question or answer of blanks in a folder shaped like TOFU or MUSE",
+                    then="one sentence names row and column")
 def test_blanks_are_refused_by_the_benchmarks(tmp_path):
     from openunlearn_nb.muse import load_muse
     from openunlearn_nb.tofu import load_tofu
@@ -178,7 +190,8 @@ def test_blanks_are_refused_by_the_benchmarks(tmp_path):
     assert len(load_muse("raw", "forget", data=str(tmp_path))) == 2  # MUSE-News has an empty document
 
 
-@text_check("WMDP's corpus with a lone surrogate, or without the column text", "one sentence names line or row")
+@pytest.mark.checks(area="Text", given="WMDP's corpus with a lone surrogate, or without the column text",
+                    then="one sentence names line or row")
 def test_wmdps_corpus_is_checked(tmp_path):
     from openunlearn_nb.wmdp import read_texts
 
@@ -188,7 +201,8 @@ def test_wmdps_corpus_is_checked(tmp_path):
         read_texts(file)
 
 
-@text_check("alternates with a line separator (U+2028) within an answer", "they are read back")
+@pytest.mark.checks(area="Text", given="alternates with a line separator (U+2028) within an answer",
+                    then="they are read back")
 def test_alternates_may_hold_any_line_separator(tmp_path):
     from openunlearn_nb.alternates import read_alternates, write_alternates
 

@@ -20,8 +20,6 @@ MARKED = "a|b [x](http://evil.test) <img src=x> `c`\nnext"
 LATEX = r"\input{x} $\alpha$ a_b^c ~ [y] 100% & #1"
 
 
-def untrusted(given: str, then: str):
-    return pytest.mark.checks(area="Untrusted text", given=given, then=then)
 
 
 def one_row(name: str, value: float = 0.5) -> dict:
@@ -47,14 +45,16 @@ def evaluated(tmp_path):
 # one function a place
 
 
-@untrusted("ANSI and OSC escapes, other control characters, or turns of the writing direction in anything printed", "they are shown as \\x1b and the like")
+@pytest.mark.checks(area="Untrusted text", given="ANSI and OSC escapes, other control characters, or turns of the writing direction in anything printed",
+                    then="they are shown as \\x1b and the like")
 def test_nothing_printed_is_obeyed_by_a_terminal():
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", printable(ESCAPES)) and "\\x1b[31mred" in printable(ESCAPES)
     assert printable("Zoë\t± 川\n") == "Zoë\t± 川\n" and printable("\ud83d") == "\\ud83d"
     assert "\x1b" not in str(OpenUnlearnError(f"No model {ESCAPES}."))
 
 
-@untrusted("names with escapes in a folder of runs", "table prints them harmlessly")
+@pytest.mark.checks(area="Untrusted text", given="names with escapes in a folder of runs",
+                    then="table prints them harmlessly")
 def test_a_table_of_others_prints_no_escape(evaluated, capsys):
     for style in ([], ["--markdown"], ["--latex"], ["--csv"], ["--json"]):
         assert main(["table", str(evaluated(ESCAPES)), *style]) == 0
@@ -62,7 +62,8 @@ def test_a_table_of_others_prints_no_escape(evaluated, capsys):
         assert "red" in printed and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", printed)
 
 
-@untrusted("an error or a note that quotes escapes", "they are shown as \\x1b and the like")
+@pytest.mark.checks(area="Untrusted text", given="an error or a note that quotes escapes",
+                    then="they are shown as \\x1b and the like")
 def test_errors_and_notes_print_no_escape(tmp_path, capsys):
     assert main(["table", str(tmp_path / f"no{ESCAPES}where")]) == 2
     assert "\x1b" not in capsys.readouterr().err
@@ -73,7 +74,8 @@ def test_errors_and_notes_print_no_escape(tmp_path, capsys):
     assert "an answer" in (said := capsys.readouterr().err) and "\x1b]0" not in said
 
 
-@untrusted("a name that a spreadsheet would run as a formula", "it has a quote before it in CSV; numbers stay numbers")
+@pytest.mark.checks(area="Untrusted text", given="a name that a spreadsheet would run as a formula",
+                    then="it has a quote before it in CSV; numbers stay numbers")
 @pytest.mark.parametrize("name", [FORMULA, "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\n=1", "＝1"])
 def test_csv_holds_no_formula(name):
     head, row = csv.reader(io.StringIO(t.to_csv({name: one_row(name, -0.5)}, ["forget_quality", name])))
@@ -81,7 +83,8 @@ def test_csv_holds_no_formula(name):
     assert csv_text("-1e-3") == "-1e-3" and csv_text("NPO") == "NPO"
 
 
-@untrusted("newlines, pipes, links or elements of HTML in a name in a Markdown table", "the table keeps its rows and cells, and shows the name as it is")
+@pytest.mark.checks(area="Untrusted text", given="newlines, pipes, links or elements of HTML in a name in a Markdown table",
+                    then="the table keeps its rows and cells, and shows the name as it is")
 def test_markdown_tables_hold_no_markup():
     lines = t.to_markdown(one_row(MARKED), ["forget_quality"]).splitlines()
     assert len(lines) == 3 and len(re.findall(r"(?<!\\)\|", lines[2])) == 3
@@ -89,7 +92,8 @@ def test_markdown_tables_hold_no_markup():
     assert markdown_text("Llama-3.2-1B forget_quality (0.52 ± 0.01)") == "Llama-3.2-1B forget_quality (0.52 ± 0.01)"
 
 
-@untrusted("markup in what a model card says", "the card shows it as it is")
+@pytest.mark.checks(area="Untrusted text", given="markup in what a model card says",
+                    then="the card shows it as it is")
 def test_a_model_card_holds_no_markup():
     from openunlearn_nb.provenance import model_card
 
@@ -102,7 +106,8 @@ def test_a_model_card_holds_no_markup():
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows) and all(row.count("`") in (0, 2) for row in rows)
 
 
-@untrusted("LaTeX's own characters in a name in a LaTeX table", "they are set as they are; no command is called")
+@pytest.mark.checks(area="Untrusted text", given="LaTeX's own characters in a name in a LaTeX table",
+                    then="they are set as they are; no command is called")
 def test_latex_tables_hold_no_command():
     row = next(line for line in t.to_latex(one_row(LATEX), ["forget_quality"]).splitlines() if "input" in line)
     name = row.split(" & 0.50")[0]
@@ -110,7 +115,8 @@ def test_latex_tables_hold_no_command():
     assert name == latex_text(LATEX) and not re.search(r"(?<!\\)[$#%&_]", name) and "{[}y{]}" in name
 
 
-@untrusted("dollars, backslashes or a leading underscore in a name in a plot", "the label shows it as it is, and the legend has it")
+@pytest.mark.checks(area="Untrusted text", given="dollars, backslashes or a leading underscore in a name in a plot",
+                    then="the label shows it as it is, and the legend has it")
 def test_labels_of_plots_are_no_formulas():
     import matplotlib.pyplot as plt
 
@@ -127,7 +133,8 @@ def test_labels_of_plots_are_no_formulas():
     assert not any(text.get_text().count("$") - text.get_text().count("\\$") for text in ax.legend().get_texts())
 
 
-@untrusted("HTML in names, questions and answers", "the report and the notebooks' tables show it as text")
+@pytest.mark.checks(area="Untrusted text", given="HTML in names, questions and answers",
+                    then="the report and the notebooks' tables show it as text")
 def test_html_shows_names_and_answers_as_text(evaluated, tmp_path):
     from openunlearn_nb.explore import epochs_table, heat_strip
     from openunlearn_nb.report import write_report
@@ -145,7 +152,8 @@ def test_html_shows_names_and_answers_as_text(evaluated, tmp_path):
 # files
 
 
-@untrusted("JSON nested 100,000 deep", "one sentence says so")
+@pytest.mark.checks(area="Untrusted text", given="JSON nested 100,000 deep",
+                    then="one sentence says so")
 @pytest.mark.parametrize("text", ["[" * 100_000, "[" * 100_000 + "]" * 100_000, '{"a":' * 100_000, "[" * 400 + "]" * 400])
 def test_deep_json_is_refused(text, tmp_path):
     (tmp_path / "run.json").write_text(f'{{"a": {text}}}')
@@ -155,14 +163,16 @@ def test_deep_json_is_refused(text, tmp_path):
         read_json(tmp_path / "run.json")
 
 
-@untrusted("JSON that names something twice in one object", "one sentence names it")
+@pytest.mark.checks(area="Untrusted text", given="JSON that names something twice in one object",
+                    then="one sentence names it")
 def test_a_name_twice_is_refused(tmp_path):
     (tmp_path / "run.json").write_text('{"seed": 0, "row": {"seed": 1, "seed": 2}}')
     with pytest.raises(OpenUnlearnError, match="'seed' twice"):
         read_json(tmp_path / "run.json", "run record")
 
 
-@untrusted("NaN or Infinity in somebody's record", "read as null")
+@pytest.mark.checks(area="Untrusted text", given="NaN or Infinity in somebody's record",
+                    then="read as null")
 def test_constants_that_are_no_json_are_null(tmp_path):
     (tmp_path / "x.json").write_text('{"a": NaN, "b": [-Infinity, 1e999], "c": {"d": 1}}')
     assert read_json(tmp_path / "x.json") == {"a": None, "b": [None, None], "c": {"d": 1}}
@@ -181,7 +191,8 @@ WRONG = {
 }
 
 
-@untrusted("a run record, evaluation, summary, retain log, course, training record or grid.json with something else in a field", "one sentence names file and field")
+@pytest.mark.checks(area="Untrusted text", given="a run record, evaluation, summary, retain log, course, training record or grid.json with something else in a field",
+                    then="one sentence names file and field")
 @pytest.mark.parametrize("what", WRONG)
 def test_a_file_of_the_wrong_shape_is_refused(what, tmp_path):
     assert WRONG.keys() == SHAPES.keys()
@@ -191,13 +202,14 @@ def test_a_file_of_the_wrong_shape_is_refused(what, tmp_path):
             read_json(tmp_path / "file.json", what)
 
 
-@untrusted("somebody's folder of runs, with anything in any field", "table and report say one sentence or show it; there is no traceback")
+@pytest.mark.checks(area="Untrusted text", given="somebody's folder of runs, with anything in any field",
+                    then="table and report say one sentence or show it; there is no traceback")
 def test_no_field_of_a_run_makes_a_traceback(evaluated, tmp_path):
     row = {"prob": 0.5, "avg_loss": 0.7}
     odd: list = [None, [], {}, "x", 1, [{}], {"0": 1}, {"value_by_index": {}}, {"value_by_index": {"0": {}}}, {"forget": {}}]
     for value in odd:
         for evaluation in ({"forget_Q_A_Prob": value}, {"forget_Q_A_ROUGE": value}, {"mia_min_k": value},
-                {"forget_Q_A_Prob": {"value_by_index": {"0": row}}, "x": value}):
+                           {"forget_Q_A_Prob": {"value_by_index": {"0": row}}, "x": value}):
             folder = evaluated("NPO", evaluation)
             assert main(["table", str(folder)]) in (0, 2)
         for field in ("row", "settings", "retain_log"):
@@ -207,7 +219,8 @@ def test_no_field_of_a_run_makes_a_traceback(evaluated, tmp_path):
     assert main(["report", str(folder), "--output", str(tmp_path / "r.html")]) == 0
 
 
-@untrusted("a file of alternates with a line that is none", "one sentence names file, line and field")
+@pytest.mark.checks(area="Untrusted text", given="a file of alternates with a line that is none",
+                    then="one sentence names file, line and field")
 @pytest.mark.parametrize("line", ["[1]", '{"question": 1, "alternate": "x"}', '{"question": "Who?"}', '{"question": "Who?", "alternate": " "}', "[" * 100_000, "{"])
 def test_a_wrong_line_of_alternates_is_refused(line, tmp_path):
     from openunlearn_nb.alternates import read_alternates
@@ -217,9 +230,10 @@ def test_a_wrong_line_of_alternates_is_refused(line, tmp_path):
         read_alternates(tmp_path / "a.jsonl", ["Who?"])
 
 
-@untrusted("a checkpoint whose run.json has another shape", "one sentence says that it is damaged")
-@pytest.mark.parametrize("about", ["[]", '{"what": [], "scheduler": {}, "settings": {}}', '{"what": {}, "scheduler": {"_last_lr": ["x"]},
-        "settings": {}}', "[" * 100_000])
+@pytest.mark.checks(area="Untrusted text", given="a checkpoint whose run.json has another shape",
+                    then="one sentence says that it is damaged")
+@pytest.mark.parametrize("about", ["[]", '{"what": [], "scheduler": {}, "settings": {}}',
+                                   '{"what": {}, "scheduler": {"_last_lr": ["x"]}, "settings": {}}', "[" * 100_000])
 def test_a_checkpoint_of_the_wrong_shape_is_damaged(about, tmp_path):
     from openunlearn_nb.checkpoints import last_checkpoint
 
@@ -229,7 +243,8 @@ def test_a_checkpoint_of_the_wrong_shape_is_damaged(about, tmp_path):
         last_checkpoint(tmp_path, {})
 
 
-@untrusted("--set with JSON nested 100,000 deep", "taken as text, as whatever is no JSON is")
+@pytest.mark.checks(area="Untrusted text", given="--set with JSON nested 100,000 deep",
+                    then="taken as text, as whatever is no JSON is")
 def test_a_deep_setting_is_a_text():
     from openunlearn_nb.cli import parse_settings
 
