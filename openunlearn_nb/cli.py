@@ -80,9 +80,8 @@ def parser() -> argparse.ArgumentParser:
 def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:
     """Print a text, by default to standard output: all that this program prints goes through here.
 
-    What a terminal would obey, or the stream cannot encode, is written as an escape."""
-    encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
-    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), end=end, file=file)
+    What a terminal would obey is written as an escape."""
+    print(printable(text), end=end, file=file)
 
 def _config(kind, benchmark: str, args: argparse.Namespace):
     "A RunConfig or GridConfig from the options of the same names; an option not given keeps its default."
