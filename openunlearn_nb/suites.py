@@ -263,11 +263,15 @@ def is_lost(result: tuple) -> bool:
         return result[2] is None
     return any(isinstance(s, TokenScores) and m.finite_scores(s) is not s for s in (first if isinstance(first, list) else [first]))
 
-def tell_lost(passes: Passes) -> None:
-    "Warn of rows that the model answered with what is no finite number."
-    each = {f"{where} {part}": (sum(map(is_lost, rows)), len(rows)) for (where, part), rows in passes.results.items() if part not in ("text", "moments")}
-    if told := [f"{lost} of {rows} rows of {what}" for what, (lost, rows) in each.items() if lost]:
+def tell_lost(passes: Passes) -> bool:
+    "Whether there are rows that the model answered with what is no finite number; a warning says how many."
+    lost: dict[str, set[int]] = {}  # of each data set
+    for (where, _), rows in passes.results.items():
+        lost.setdefault(where, set()).update(i for i, row in enumerate(rows) if is_lost(row))
+    size = {where: len(rows) for (where, _), rows in passes.results.items()}
+    if told := [f"{len(which)} of {size[where]} rows of {where}" for where, which in lost.items() if which]:
         warnings.warn(f"The model's answers are no finite numbers in {', '.join(told)}. These rows are null and left out of all means.")
+    return bool(told)
 
 def evaluate(passes: Passes, split: str, retain_eval: dict | None = None, metrics: Sequence[str] | None = None,
              progress: Callable[[float], None] = lambda share: None, classifier: str = CLASSIFIER,
@@ -276,7 +280,7 @@ def evaluate(passes: Passes, split: str, retain_eval: dict | None = None, metric
     suite, sets = SUITES[passes.benchmark.name], passes.benchmark.sets(split)
     table = {name: suite.metrics[name] for name in needed(suite, wanted(suite, metrics))}
     run_passes(passes, list(table.values()), sets, progress)
-    tell_lost(passes)
+    lost = tell_lost(passes)
     out: dict[str, Entry] = {}
     for name, metric in table.items():
         if isinstance(metric, Leaf):
@@ -290,7 +294,7 @@ def evaluate(passes: Passes, split: str, retain_eval: dict | None = None, metric
         else:
             beside = Beside(out if against_itself else retain_eval or {}, classifier)  # inputs come first, so that out has them
             out[name] = metric.combine([out[i] for i in metric.inputs], beside)
-        if not isinstance(metric, Derived) and out[name]["agg_value"] is None and (isinstance(metric, Leaf) or "holdout" in sets):
+        if not lost and not isinstance(metric, Derived) and out[name]["agg_value"] is None and (isinstance(metric, Leaf) or "holdout" in sets):
             warnings.warn(f"{name} is null: no row of its data could be scored.")
     return dict(sorted(out.items()))
 
