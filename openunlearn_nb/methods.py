@@ -263,8 +263,8 @@ class MethodLoss(NamedTuple):
 
 def term_counts(method: str, batch: Batch, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     "For each term of a method's loss, the number of rows or labelled tokens in the batch that the term is a mean over."
-    chosen, s = get_method(method), SimpleNamespace(**settings)
-    counts = {}
+    chosen = get_method(method)
+    s, counts = SimpleNamespace(**chosen.defaults | dict(settings)), {}
     if chosen.forget_term:
         counts["forget"] = torch.as_tensor(chosen.mean_over(batch["forget"], s), device=batch["forget"]["labels"].device)
     if keeps_retain(settings):
