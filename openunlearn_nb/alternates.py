@@ -32,7 +32,7 @@ def ask(model: PreTrainedModel, enc: Encoder, pairs: Sequence[tuple[str, str]], 
     "One sampled answer to each (question, true answer)."
     questions = [INSTRUCTION.format(question=q, answer=a) if instruct else q for q, a in pairs]
     prompts = all_conversation_ids(enc.tokenizer, [(q, None) for q in questions], enc.fmt)
-    return [text.strip() for text in generate(model, enc.tokenizer, prompts, 200, TOGETHER, temperature=temperature)]
+    return [(text or "").strip() for text in generate(model, enc.tokenizer, prompts, 200, TOGETHER, temperature=temperature)]
 
 def make_alternates(model: PreTrainedModel, enc: Encoder, pairs: Sequence[tuple[str, str]], repeats: int = 5, instruct: bool = True,
                     temperature: float = 1.0, seed: int = 0,

@@ -55,7 +55,7 @@ def side_by_side(models: dict[str, PreTrainedModel], enc: Encoder, question: str
     for name, model in models.items():
         tokens = token_probs(model, enc, question, answer)
         mean = math.exp(sum(math.log(max(p, 1e-30)) for _, p in tokens) / len(tokens))
-        said = generate(model, enc.tokenizer, [prompt], max_new_tokens)[0]
+        said = generate(model, enc.tokenizer, [prompt], max_new_tokens)[0] or ""
         rows.append(f"<tr><th>{escape(name)}</th><td>{escape(said)}</td><td>{mean:.2g}</td><td>{heat_strip(tokens)}</td></tr>")
     head = "<tr><th></th><th>says</th><th>p</th><th>the true answer, token by token</th></tr>"
     return f'<p><b>{escape(question)}</b></p><div style="overflow-x:auto"><table style="text-align:left">{head}{"".join(rows)}</table></div>'

@@ -73,7 +73,7 @@ def scores_of(parts: dict[str, list[dict]], ask: Callable[[list[dict]], list[Tok
         _keep(file, _pack(found[part], moments))
     return found
 
-def texts_of(asked: Any, ask: Callable[[], list[str]], kept: Kept | None) -> list[str]:
+def texts_of(asked: Any, ask: Callable[[], list[str | None]], kept: Kept | None) -> list[str | None]:
     "Generations: kept ones, or asked for now."
     file = kept.file(["generations", asked]) if kept else None
     if file is None or (texts := _read(file, json.loads)) is None:

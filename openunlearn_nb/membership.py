@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from .errors import OpenUnlearnError
-from .metrics import Row, prob_row
+from .metrics import Row, finite_scores, prob_row
 from .scoring import TokenScores
 
 # %% ../nbs/23_membership.ipynb #ce7b297d
@@ -43,14 +43,16 @@ def reference_rows(rows: Sequence[Row], reference: Sequence[Row]) -> list[Row]:
 # %% ../nbs/23_membership.ipynb #0730ee33
 def _lowest(values: np.ndarray, k: float) -> Row:
     "`{score}`: mean of the lowest `max(1, int(n k))` values, negated."
-    return _row(-np.sort(values)[:max(1, int(len(values) * k))].mean() if len(values) else None)
+    known = len(values) and np.isfinite(values).all()  # np.sort puts a nan last, where it would not be seen
+    return _row(-np.sort(values)[:max(1, int(len(values) * k))].mean() if known else None)
 
 def min_k(scores: TokenScores, k: float = 0.4) -> Row:
     "`{score}`: mean of the lowest token log-probabilities, negated."
-    return _lowest(scores.logps[:-1], k)
+    return _lowest(finite_scores(scores).logps[:-1], k)
 
 def min_k_plus_plus(scores: TokenScores, k: float = 0.4) -> Row:
     "`{score}`: mean of the lowest standardised token log-probabilities, negated."
+    scores = finite_scores(scores)
     if not len(scores.logps):
         return _row(None)
     return _lowest(((scores.logps - np.asarray(scores.means)) / np.sqrt(np.maximum(np.asarray(scores.variances), 1e-6)))[:-1], k)

@@ -21,7 +21,7 @@ from .muse import STUDIES
 from .processes import hold
 from .records import read_json, write_text
 from .suites import SUITES
-from .tables import COLUMNS, PUBLISHED, by_study, columns_of, difference, digits, grid, published
+from .tables import COLUMNS, PUBLISHED, by_study, columns_of, difference, digits, grid, published, remarks
 
 # %% ../nbs/41_report.ipynb #09568dbc
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}
@@ -44,7 +44,8 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "
 def values_table(values: dict, columns: list[str] = COLUMNS, kind: str = "") -> str:
     "`{split: {row: {metric: value}}}` as HTML."
     over, head, body = grid(values, columns)
-    return html_table([h.replace("_", " ") for h in head], body, kind, over)
+    below = "".join(f"<p><small>{escape(text)}</small></p>" for text in remarks(values))
+    return html_table([h.replace("_", " ") for h in head], body, kind, over) + below
 
 def difference_table(values: Values, printed: dict, columns: list[str] = COLUMNS) -> str:
     "Measured minus published as HTML, each cell with its sign and colour; of forget quality, in powers of ten."

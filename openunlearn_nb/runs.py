@@ -40,7 +40,7 @@ from .provenance import changes, model_card, origin_of
 from .records import read_json, read_retain_log, run_record, to_json, write_json, write_run
 from .smollm2 import resolve
 from .suites import BETTER, SUITES, data_sets, evaluate, summary
-from .training import in_evaluation_dtype, optimizer_of, train
+from .training import diverged_at, in_evaluation_dtype, optimizer_of, train
 from .zero import is_sharded
 
 # %% ../nbs/35_runs.ipynb #fcbabf55
@@ -107,6 +107,8 @@ def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, 
     model, losses = train(model, enc.tokenizer.pad_token_id, method, forget, retain, recipe, settings, alternates, progress, config.compat, look, keep, what,
                           for_saving)
     model = in_evaluation_dtype(model)
+    if step := diverged_at(model, losses):
+        told |= {"diverged": True, "diverged_at": step}
     term = get_method(method).forget_term
     ours = term is None or term.__module__ == method_settings.__module__  # a method of one's own has no published settings
     published = {"training": asdict(published_recipe(config.benchmark, method)), "settings": get_method(method).defaults} if ours else None
@@ -170,6 +172,10 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
         path, kept = start_of(config, method, split), output.with_name(f"{output.name}.checkpoint") if config.save_each else None
         model, enc = open_model(config, path, for_training=True)
         model, trained = unlearn(config, method, split, model, enc, settings, on or "", progress, keep=kept, for_saving=True)
+        if "diverged" in trained:
+            _discard(kept)
+            raise OpenUnlearnError(f"{method} diverged at step {trained['diverged_at']} of {len(trained['losses'])}: its loss or its weights are no finite "
+                                   f"numbers. No model is saved; give a --learning-rate below {trained['training']['learning_rate']:g}.")
         record = run_record(started, benchmark=config.benchmark, method=method, split=on if method == "Finetune" else split, model_path=path,
                             start=origin_of(path), prompt=asdict(enc.fmt), rendered_prompt=example_prompt(enc),
                             config=config.fingerprint(), **trained)
@@ -237,7 +243,8 @@ def finished(folder: Path, suite: str = "TOFU") -> bool:
     try:
         record = read_json(folder / "run.json")
         whole = not record.get("model_kept") or (folder / "model/train.json").exists() and any((folder / "model").glob("*.safetensors"))
-        return whole and all(read_json(folder / SUITES[suite].file(part)) for part in ("EVAL", "SUMMARY"))
+        read_json(folder / SUITES[suite].file("SUMMARY"))  # it may be empty: a broken model's values are all null
+        return whole and bool(read_json(folder / SUITES[suite].file("EVAL")))
     except OpenUnlearnError:
         return False
 
@@ -311,6 +318,8 @@ def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Pro
     "Make one row of one split: load, unlearn, evaluate, write. Returns the summary."
     started, folder, source, trained = time.time(), cell_folder(output, split, row), config.asked, {}
     earlier = source.before(split) if row not in YARDSTICKS else None
+    if earlier and (lost := read_json(cell_folder(output, earlier, row) / "run.json", "run record")).get("diverged"):
+        raise OpenUnlearnError(f"{row} on {split} starts from the model that {earlier} left, and that diverged at step {lost['diverged_at']}.")
     path = str(cell_folder(output, earlier, row) / "model") if earlier else model_path(config, split, retain=row == "Retain")
     model, enc = open_model(config, path, for_training=row not in YARDSTICKS)
     known = kept_rows(config, path, model) if row in YARDSTICKS else None  # an unlearned model is asked once
@@ -321,7 +330,7 @@ def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Pro
         course, kept = Course(config, folder, lambda model: judge(model, lambda share: None)), folder / "checkpoint" if config.save_each else None
         model, trained = unlearn(config, row, split, model, enc, None, "", lambda share: progress(0.7 * share), course.look, kept)
         model, evaluation, trained["epochs"] = course.end(model, judge(model, lambda share: progress(0.7 + 0.3 * share)), trained["training"]["epochs"])
-        if any(source.before(s) == split for s in source.splits):
+        if "diverged" not in trained and any(source.before(s) == split for s in source.splits):
             _discard(folder / "model")  # of a run that did not finish
             save_model(model, enc.tokenizer, folder / "model", {"train.json": to_json({"prompt": asdict(enc.fmt)})})
             trained["model_kept"] = True

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Entry', 'mean_prob', 'mean_score', 'mean_recall', 'mean_f1', 'published_rouge', 'UTILITY', 'Metric', 'ATTACKS',
            'TOFU_METRICS', 'MUSE_METRICS', 'OWN_METRICS', 'SUITES', 'BETTER', 'Leaf', 'Attack', 'Beside', 'Derived',
-           'rows_of', 'make_entry', 'attack_entry', 'Suite', 'needed', 'wanted', 'parts_read', 'data_sets',
-           'run_passes', 'evaluate', 'summary', 'recompute']
+           'rows_of', 'is_null', 'make_entry', 'attack_entry', 'Suite', 'needed', 'wanted', 'parts_read', 'data_sets',
+           'run_passes', 'is_lost', 'tell_lost', 'evaluate', 'summary', 'recompute']
 
 # %% ../nbs/27_suites.ipynb #4e1a6ab9
 import warnings
@@ -21,6 +21,7 @@ from .gibberish import CLASSIFIER, gibberish_rows
 from .muse import Muse
 from .own import Own
 from .passes import Passes
+from .scoring import TokenScores
 from .tofu import Tofu
 
 # %% ../nbs/27_suites.ipynb #9c2bd966
@@ -58,8 +59,15 @@ def rows_of(entry: Entry) -> list[m.Row]:
     "The rows of an entry in order."
     return [row for _, row in sorted(entry["value_by_index"].items(), key=lambda item: int(item[0]))]
 
+def is_null(row: m.Row) -> bool:
+    "Whether a row, or an answer in it, has no value."
+    value = next((row[key] for key in ("prob", "score", "rougeL_recall", "rougeL_f1") if key in row), 0.0)
+    return value is None or isinstance(value, list) and None in value
+
 def make_entry(rows: Sequence[m.Row], aggregate: Callable) -> Entry:
-    return {"agg_value": aggregate(rows), "value_by_index": {str(i): row for i, row in enumerate(rows)}}
+    "The entry of a metric's rows; `null_rows` says how many have no value, where there are any."
+    null = sum(map(is_null, rows))
+    return {"agg_value": aggregate(rows), **({"null_rows": null} if null else {}), "value_by_index": {str(i): row for i, row in enumerate(rows)}}
 
 def _ratio(aggregate: Callable) -> Callable:
     return lambda e, beside: make_entry(m.truth_ratios(rows_of(e[0]), rows_of(e[1]), share=aggregate is m.prob_mean), aggregate)
@@ -249,6 +257,23 @@ def run_passes(passes: Passes, metrics: Sequence[Metric], sets: dict[str, str], 
         progress(done / len(parts))
 
 # %% ../nbs/27_suites.ipynb #b83c4108
+def is_lost(result: tuple) -> bool:
+    "Whether the model answered a row of a pass with what is no finite number."
+    first = result[0]
+    if isinstance(first, str):  # the prompt of a generation; one that did not fit has none
+        return result[2] is None
+    return any(isinstance(s, TokenScores) and m.finite_scores(s) is not s for s in (first if isinstance(first, list) else [first]))
+
+def tell_lost(passes: Passes) -> bool:
+    "Whether there are rows that the model answered with what is no finite number; a warning says how many."
+    lost: dict[str, set[int]] = {}  # of each data set
+    for (where, _), rows in passes.results.items():
+        lost.setdefault(where, set()).update(i for i, row in enumerate(rows) if is_lost(row))
+    size = {where: len(rows) for (where, _), rows in passes.results.items()}
+    if told := [f"{len(which)} of {size[where]} rows of {where}" for where, which in lost.items() if which]:
+        warnings.warn(f"The model's answers are no finite numbers in {', '.join(told)}. These rows are null and left out of all means.")
+    return bool(told)
+
 def evaluate(passes: Passes, split: str, retain_eval: dict | None = None, metrics: Sequence[str] | None = None,
              progress: Callable[[float], None] = lambda share: None, classifier: str = CLASSIFIER,
              against_itself: bool = False) -> dict[str, Entry]:
@@ -256,6 +281,7 @@ def evaluate(passes: Passes, split: str, retain_eval: dict | None = None, metric
     suite, sets = SUITES[passes.benchmark.name], passes.benchmark.sets(split)
     table = {name: suite.metrics[name] for name in needed(suite, wanted(suite, metrics))}
     run_passes(passes, list(table.values()), sets, progress)
+    lost = tell_lost(passes)
     out: dict[str, Entry] = {}
     for name, metric in table.items():
         if isinstance(metric, Leaf):
@@ -269,7 +295,7 @@ def evaluate(passes: Passes, split: str, retain_eval: dict | None = None, metric
         else:
             beside = Beside(out if against_itself else retain_eval or {}, classifier)  # inputs come first, so that out has them
             out[name] = metric.combine([out[i] for i in metric.inputs], beside)
-        if not isinstance(metric, Derived) and out[name]["agg_value"] is None and (isinstance(metric, Leaf) or "holdout" in sets):
+        if not lost and not isinstance(metric, Derived) and out[name]["agg_value"] is None and (isinstance(metric, Leaf) or "holdout" in sets):
             warnings.warn(f"{name} is null: no row of its data could be scored.")
     return dict(sorted(out.items()))
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from openunlearn_nb.miniature_tofu import make_tofu
 from openunlearn_nb.models import load_model, quiet, save_model, tiny_llama, train_tokenizer
 from openunlearn_nb.pairs import TrainConfig
-from openunlearn_nb.processes import begin, end, is_main, wait_for_all
+from openunlearn_nb.processes import begin, end, is_main, wait_for_all, world
 from openunlearn_nb.prompts import PROMPTS, Encoder, encode_all
 from openunlearn_nb.training import train
 
@@ -49,7 +49,7 @@ def main(out: Path, whats: list[str]) -> None:
     for what in whats:
         name, _, option = what.partition("-")
         recipe = TrainConfig(learning_rate=1e-3, epochs=4, effective_batch=16, gradient_checkpointing=option == "checkpointing",
-                             batch_size=4, max_steps=STEPS, lora=4 if "LoRA" in option else None)
+                             batch_size=(16 if world() == 1 else 2) if option == "divided" else 4, max_steps=STEPS, lora=4 if "LoRA" in option else None)
         settings = SETTINGS.get(what, SETTINGS.get(name, {}))
         loaded = option.startswith("sharded")  # by ZeRO-3 in shards, as the commands load it; without it, a copy of the whole model
         given = lambda: load_model(str(start), sharded=True) if loaded else copy.deepcopy(model)

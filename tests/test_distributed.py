@@ -21,9 +21,9 @@ from openunlearn_nb.records import read_json
 pytest.importorskip("deepspeed", reason='needs the extra: pip install -e ".[gpu]"')
 SCRIPT = str(Path(__file__).with_name("distributed_run.py"))
 QUICK = ["GradAscent", "NPO", "IdkDPO", "RMU", "UNDIAL", "PDU", "Finetune", "NPO-KL", "RMU-checkpointing", "IdkDPO-checkpointing", "NPO-interrupted",
-         "PDU-interrupted", "RMU-sharded", "IdkDPO-sharded", "NPO-sharded LoRA"]
-SLOW = [*(set(METHODS) - set(QUICK)), "NPO-LoRA", "RMU-LoRA", "NPO-checkpointing"]  # the same machinery again
-DDP = ["NPO", "RMU", "RMU-LoRA", "PDU-interrupted"]
+         "PDU-interrupted", "RMU-sharded", "IdkDPO-sharded", "NPO-sharded LoRA", "GradDiff-divided", "PDU-divided"]
+SLOW = [*(set(METHODS) - set(QUICK)), "NPO-LoRA", "RMU-LoRA", "NPO-checkpointing", "UNDIAL-divided"]  # the same machinery again
+DDP = ["NPO", "RMU", "RMU-LoRA", "PDU-interrupted", "GradDiff-divided"]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,8 @@ def assert_same(one: Path, two: Path, what: str) -> None:
     assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-4
 
 
+@pytest.mark.checks(area="Training", given="two processes under ZeRO-3 (`divided`: with 2 rows a forward, and one process with all 16 at once)",
+                    then="the losses and weights of one process")
 @pytest.mark.parametrize("what", QUICK)
 def test_zero3_equals_one_process(both, what):
     assert_same(*both, what)

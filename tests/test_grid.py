@@ -8,18 +8,15 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
 from openunlearn_nb.cli import main
 from openunlearn_nb.data import load_rows
 from openunlearn_nb.errors import OpenUnlearnError
 from openunlearn_nb.grid import GridConfig, claim, plan, run_grid
-from openunlearn_nb.metrics import prob_row
 from openunlearn_nb.miniature_tofu import make_tofu
 from openunlearn_nb.records import read_json
 from openunlearn_nb.runs import cell_folder, finished
-from openunlearn_nb.scoring import TokenScores
 from openunlearn_nb.suites import UTILITY, recompute
 from openunlearn_nb.collect import find_runs, measured
 from openunlearn_nb.tofu import write_tofu
@@ -146,22 +143,20 @@ def test_without_a_retain_log(small_grid, tmp_path, capsys):
 
 
 def test_an_exploded_model_still_gets_a_record(small_grid, tmp_path):
-    """A learning rate that blows the model up: finite numbers or null, valid JSON, utility 0."""
+    """A learning rate that blows the model up: finite numbers or null, valid JSON."""
     _, grid = small_grid
     wild = GridConfig(**{**vars(grid), "methods": ("GradAscent",), "learning_rate": 1e3, "epochs": 10})
     assert run_grid(wild, tmp_path, jobs=1, show=False) == []
     text = (tmp_path / "forget01/GradAscent/TOFU_EVAL.json").read_text()
     assert "NaN" not in text and "Infinity" not in text
     values = read_json(tmp_path / "forget01/GradAscent/TOFU_SUMMARY.json")
-    assert values["model_utility"] == 0 and 0 <= values["forget_quality"] <= 1
+    assert values.get("model_utility", 0) == 0 and 0 <= values.get("forget_quality", 0) <= 1  # where all answers are NaN there is neither
 
 
-def test_nan_log_probabilities_are_probability_zero():
-    nan = TokenScores(np.array([np.nan, -1.0], np.float32), np.array([False, True]))
-    assert prob_row(nan) == {"prob": 0.0, "avg_loss": None}
-    pert = {"prob": [0.0, 0.0], "avg_loss": [None, None]}
-    log = {"forget_Q_A_PARA_Prob": {"agg_value": 0, "value_by_index": {"0": prob_row(nan)}},
-           "forget_Q_A_PERT_Prob": {"agg_value": 0, "value_by_index": {"0": pert}}}
+def test_an_infinite_loss_of_a_log_is_probability_zero():
+    """As in logs of others and of older versions; our own rows of that kind are null (test_divergence)."""
+    log = {"forget_Q_A_PARA_Prob": {"agg_value": 0, "value_by_index": {"0": {"prob": 0.0, "avg_loss": None}}},
+           "forget_Q_A_PERT_Prob": {"agg_value": 0, "value_by_index": {"0": {"prob": [0.0, 0.0], "avg_loss": [None, None]}}}}
     assert recompute(log)["forget_truth_ratio"]["agg_value"] == 0
 
 
