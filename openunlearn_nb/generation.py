@@ -6,8 +6,7 @@
 __all__ = ['LOOK', 'KEPT_BYTES', 'KEPT_SHARE', 'greedy', 'together', 'end_ids', 'generate']
 
 # %% ../nbs/15_generation.ipynb #045c0b98
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -66,11 +65,6 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
     found = {tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])}
     return {i for i in found if i is not None}
 
-def _of_one_length(group: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    "The group in parts of one length each."
-    for _, part in groupby(sorted(group, key=lambda i: lengths[i]), key=lambda i: lengths[i]):
-        yield list(part)
-
 def _by_transformers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], ends: set[int],
                      max_new_tokens: int, stop: Sequence[str], temperature: float) -> list[list[int]]:
     "Continuations of a batch by transformers."
@@ -99,8 +93,8 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
         return dict(zip(group, tokenizer.batch_decode(said, skip_special_tokens=True)))
     found: dict[int, str] = {}
     spread = list(batches([len(p) + max_new_tokens for p in prompts], together(model), batch_size))
-    if not share and not heeds_mask(model):  # no row may be padded
-        spread = [part for group in spread for part in _of_one_length(group, [len(p) for p in prompts])]
+    if not share and not heeds_mask(model):  # RWKV: neither padded, nor (transformers 5.24) right in a batch of one length
+        spread = [[i] for i in range(len(prompts))]
     for group in spread if temperature else mine(spread):  # what is sampled depends on what was sampled before
         found |= in_halves(answers, group)
     end = lambda text: min((k for s in stop if (k := text.find(s)) >= 0), default=None)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'WRAPPED', 'SAVED_BUFFERS', 'WEIGHTS', 'INDEX', 'CHAT_TEMPLATE', 'PIECES', 'Preset', 'preset_of',
            'check_files', 'stored_types', 'unwrapped', 'check_names', 'check_types', 'not_finite', 'check_finite',
-           'check_causal', 'load_tokenizer', 'load_model', 'four_bits', 'quiet', 'train_tokenizer', 'tiny_llama',
-           'save_model', 'cache_dir']
+           'check_causal', 'load_tokenizer', 'vocabulary', 'fit_tokenizer', 'load_model', 'four_bits', 'quiet',
+           'train_tokenizer', 'tiny_llama', 'save_model', 'cache_dir']
 
 # %% ../nbs/09_models.ipynb #82736da2
 import importlib.util
@@ -191,7 +191,7 @@ def check_causal(path: str, model: PreTrainedModel) -> None:
     "Raise where a model's prediction at a token changes with the token after it: an encoder, and no causal LM."
     if is_sharded(model):  # ZeRO-3 computes only under its engine; an evaluation loads models whole
         return
-    size = model.get_input_embeddings().weight.shape[0]
+    size = vocabulary(model)
     ids = torch.tensor([[5 % size, 6 % size], [5 % size, 7 % size]], device=model.device)
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, 0].float()
     gap, scale = (logits[0] - logits[1]).abs().max(), logits.abs().max()
@@ -222,7 +222,30 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     if Path(path).expanduser().is_dir() and not (Path(path).expanduser() / "config.json").exists():
         raise OpenUnlearnError(f"The folder {path!r} holds no model: it has no config.json.")
     tokenizer = _load(AutoTokenizer.from_pretrained, path, "tokenizer", trust_remote_code=trust_remote_code)
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+def vocabulary(model: nn.Module) -> int:
+    "How many tokens a model has embeddings for; its config may say less, or more."
+    inner = getattr(model, "module", model)  # out of a parallel wrapper
+    return getattr(inner.get_input_embeddings(), "num_embeddings", None) or inner.config.get_text_config().vocab_size
+
+def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, with an eos and a pad token that the model has embeddings for.
+
+    Where its own eos is missing or beyond them, the model's config names one, or it is an error. Any token will do as padding, which is masked."""
+    size = vocabulary(model)
+    fits = lambda i: i is not None and 0 <= i < min(size, len(tokenizer))
+    if not fits(tokenizer.eos_token_id):
+        named = [c.eos_token_id for c in (model.generation_config, model.config.get_text_config()) if getattr(c, "eos_token_id", None) is not None]
+        ends = [i for one in named for i in (one if isinstance(one, list | tuple) else [one]) if fits(i)]
+        if not ends:
+            what = "no end-of-sequence token" if tokenizer.eos_token_id is None else f"the end-of-sequence token {tokenizer.eos_token!r} without an embedding"
+            raise OpenUnlearnError(f"The tokenizer {tokenizer.name_or_path!r} has {what}, and the model's config names none that it has; name one "
+                                   "of the vocabulary as eos_token in tokenizer_config.json.")
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+    if not fits(tokenizer.pad_token_id):
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from .forwards import bare, logits_at, model_inputs, vocabulary
+from .forwards import bare, logits_at, model_inputs
+from .models import vocabulary
 from .zero import is_sharded
 
 # %% ../nbs/13_prefixes.ipynb #6f4e6116
