@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.initialization import no_init_weights
 
 from .data import check_shape, parse_json
+from .adapters import BASE, adapter_changes
 from .errors import OpenUnlearnError
 from .forwards import bare
 from .processes import is_main, on_main
@@ -30,7 +31,7 @@ from .zero import gathered_weights, unsharded
 # %% ../nbs/19_checkpoints.ipynb #e16fcb06
 def _bare_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     "The parameters of the model under an adapter, by the names that they have without one."
-    return ((name.replace(".base_layer.", "."), p) for name, p in model.named_parameters() if "lora_" not in name)
+    return ((BASE.sub("", name), p) for name, p in model.named_parameters() if "lora_" not in name)
 
 @torch.no_grad()
 def whole_model(model: nn.Module, device: torch.device | str = "cpu", main_only: bool = False) -> PreTrainedModel:
@@ -46,12 +47,11 @@ def whole_model(model: nn.Module, device: torch.device | str = "cpu", main_only:
         with gathered_weights([p]):
             if wanted:
                 whole.get_parameter(name).copy_(p)
-    for name, layer in inner.named_modules():
-        if hasattr(layer, "get_delta_weight"):
-            with gathered_weights(list(layer.parameters())):
-                if wanted:
-                    weight = whole.get_parameter(f"{name}.weight")
-                    weight.copy_(weight.float() + layer.get_delta_weight("default").float().to(weight.device))
+    for name, layer in adapter_changes(inner).items():
+        with gathered_weights(list(layer.parameters())):
+            if wanted:
+                weight = whole.get_parameter(name)
+                weight.copy_(weight.float() + layer.get_delta_weight("default").float().to(weight.device))
     for name, buffer in inner.named_buffers() if wanted else ():
         whole.get_buffer(name).copy_(buffer)
     return whole.eval()

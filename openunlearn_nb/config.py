@@ -26,7 +26,7 @@ from .embedded import embedded_model, embedded_recipe, taught_part
 from .errors import OpenUnlearnError, check_choice
 from .gibberish import CLASSIFIER
 from .methods import COMPAT
-from .models import PRESETS, load_model, load_tokenizer, preset_of
+from .models import PRESETS, fit_tokenizer, load_model, load_tokenizer, preset_of
 from .muse import Muse, corpus_of
 from .own import Own
 from .pairs import TrainConfig, published_recipe
@@ -230,7 +230,8 @@ def open_model(config: RunConfig, path: str, for_training: bool) -> tuple[PreTra
     masters = for_training and not adapter_rank(config) and not under_deepspeed()  # DeepSpeed makes its own, and under an adapter weights stand still
     model = load_model(path, torch.float32 if masters else evaluation_dtype(), config.trust_remote_code, config.quantize if for_training else None,
                        config.attn_implementation, sharded=for_training, spread=bool(config.device_map) and not for_training)
-    return model, Encoder(tokenizer, fmt, config.max_length or 512, getattr(model.config, "max_position_embeddings", None))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return model, Encoder(fit_tokenizer(tokenizer, model), fmt, config.max_length or 512, positions)
 
 LARGE = 2e8  # bytes: a hundred million weights in bf16
 

@@ -78,7 +78,7 @@ def model_sizes(config: PretrainedConfig) -> Sizes:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
-    heads, inner = c.num_attention_heads, getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    heads, inner = getattr(c, "num_attention_heads", None) or 1, getattr(c, "intermediate_size", None) or 4 * c.hidden_size
     width = getattr(c, "head_dim", None) or c.hidden_size // heads
     return Sizes({name: p.numel() for name, p in model.named_parameters()}, sum(w.numel() for w in linear), sum(sum(w.shape) for w in linear),
                  c.num_hidden_layers, c.vocab_size, c.hidden_size, inner, heads, heads * width,

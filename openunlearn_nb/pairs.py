@@ -109,12 +109,12 @@ class PairDataset(Dataset):
         return item
 
 # %% ../nbs/18_pairs.ipynb #cf83e0cc
-def collate_parts(items: list[dict[str, dict]], pad_id: int, compat: str | None = None) -> dict[str, dict[str, torch.Tensor]]:
+def collate_parts(items: list[dict[str, dict]], pad_id: int, compat: str | None = None, side: str = "left") -> dict[str, dict[str, torch.Tensor]]:
     "Collate each part on its own; `ref_nll` goes along where it was computed beforehand. `compat`: as the reference code collates."
     batch = {}
     for part in items[0]:
         examples = [item[part] for item in items]
-        batch[part] = collate(examples, pad_id, side="right" if compat else "left")
+        batch[part] = collate(examples, pad_id, side="right" if compat else side)
         if compat:  # every pad id is hidden, even a real eos that doubles as one, and positions are counted regardless
             ids = batch[part]["input_ids"]
             batch[part] |= {"attention_mask": (ids != pad_id).long(), "position_ids": torch.arange(ids.shape[1]).expand_as(ids)}

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .devices import free_memory, in_halves
-from .forwards import answer_logits, logits_at
+from .forwards import answer_logits, check_ids, logits_at
 from .prefixes import WASTE, Read, batches, can_share, common_length, going_on, read
 from .processes import merged, mine
 from .prompts import collate
@@ -111,6 +111,7 @@ def group_scores(model: PreTrainedModel, group: Sequence[Family], stem: Read | N
 @torch.no_grad()
 def score(model: PreTrainedModel, examples: Sequence[dict], pad_id: int, tokens: int = 4096, moments: bool = False) -> list[TokenScores]:
     "`TokenScores` of every example, in order; `tokens` bounds a batch, `moments` asks for means and variances."
+    check_ids(model, (e["input_ids"] for e in examples))
     of, tokens = families(examples, can_share(model)), batch_tokens(model, tokens)
     known = common_length([f.prefix for f in of]) if of else 0
     stem = read(model, [of[0].prefix[:known]], pad_id) if known else None

@@ -28,10 +28,11 @@ from .adapters import AdapterOff, merge_adapter, with_adapter
 from .checkpoints import last_checkpoint, load_checkpoint, save_checkpoint, whole_model
 from .devices import computes_in_bf16, device_type, evaluation_dtype, is_out_of_memory
 from .errors import OpenUnlearnError
-from .forwards import parameters_up_to, trained_parameters
+from .forwards import check_ids, parameters_up_to, trained_parameters
 from .losses import control_vector
 from .methods import get_method, keeps_retain, method_loss, method_settings, needs_reference, term_counts
 from .pairs import PairDataset, TrainConfig, build_dataset, collate_parts, with_ref_nll
+from .prefixes import heeds_mask
 from .processes import gathered, launched, under_deepspeed
 from .zero import is_sharded, release, sharded_copy, unsharded
 
@@ -365,7 +366,9 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
     """Train on encoded examples (`Finetune`: on `retain` alone). `what`: of which run the checkpoints in `keep` are.
 
     `for_saving`: under DeepSpeed the main process alone gets the trained model, in the host's memory, and the others an empty one."""
-    settings = _start_settings(method, settings or {}, model.config.hidden_size, config)
+    settings = _start_settings(method, settings or {}, model.config.get_text_config().hidden_size, config)
+    check_ids(model, (e["input_ids"] for of in (forget, retain, *(alternates or [])) for e in of))
+    side = "left" if heeds_mask(model) else "right"  # what stands before a row's padding never sees it
     data = build_dataset(model, pad_id, method, forget, retain if keeps_retain(settings) else [], alternates, config.seed, compat)
     quantized = getattr(model, "is_quantized", False)
     model, ref, frozen = _equipped(model, method, settings, config)
@@ -374,7 +377,7 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
         warnings.filterwarnings("ignore", message=".*(pin_memory|lr_scheduler|all_gather_into|reduce_scatter_t).*")
         _set_up_launch(args := training_arguments(config, len(data), scratch), quantized, len(data))
         trainer = UnlearnTrainer(method, settings, ref, compat, model=model, args=args, train_dataset=data, callbacks=[_Follow(data, progress)],
-                                 data_collator=partial(collate_parts, pad_id=pad_id, compat=compat))
+                                 data_collator=partial(collate_parts, pad_id=pad_id, compat=compat, side=side))
         trainer.remove_callback(PrinterCallback)
         acts: list[Callable[[int], None]] = [partial(_look_at, trainer, look)] if look else []
         if keep:
