@@ -194,3 +194,26 @@ def test_alternates_may_hold_any_line_separator(tmp_path):
 
     file = write_alternates(tmp_path / "a.jsonl", [("Who?", "Mara")], [["Orla\u2028Tam\x85"]])
     assert read_alternates(file, ["Who?"]) == [["Orla\u2028Tam\x85"]]
+
+
+@text_check("an answer whose characters are several tokens, token by token in a notebook", "each character stands whole with its last token")
+def test_tokens_of_a_character_are_shown_as_one():
+    from openunlearn_nb.explore import _texts
+
+    enc = Encoder(train_tokenizer(["ascii only"], 300), PROMPTS["plain"], max_length=64)
+    ids = enc.tokenizer("a 川 🐟 \ufffd.", add_special_tokens=False)["input_ids"]
+    texts = _texts(enc, ids)
+    assert len(texts) == len(ids) and "".join(texts) == enc.tokenizer.decode(ids) and {"川", "🐟"} <= {text.strip() for text in texts}
+
+
+@text_check("a name or sign that standard output cannot encode", "it is printed as an escape")
+def test_an_ascii_output_gets_escapes(monkeypatch):
+    import io
+    import sys
+
+    from openunlearn_nb.cli import say
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw := io.BytesIO(), encoding="ascii"))
+    say("0.52 ± 0.01 川")
+    sys.stdout.flush()
+    assert raw.getvalue().split() == [b"0.52", b"\\xb1", b"0.01", b"\\u5ddd"]
