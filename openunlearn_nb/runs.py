@@ -223,7 +223,8 @@ def finished(folder: Path, suite: str = "TOFU") -> bool:
     try:
         record = read_json(folder / "run.json", "run record")
         whole = not record.get("model_kept") or (folder / "model/train.json").exists() and any((folder / "model").glob("*.safetensors"))
-        return whole and all(read_json(folder / SUITES[suite].file(part), what) for part, what in (("EVAL", "evaluation"), ("SUMMARY", "summary")))
+        parts = {"EVAL": "evaluation", "SUMMARY": "summary"}
+        return whole and all(read_json(folder / SUITES[suite].file(part), what) for part, what in parts.items())
     except OpenUnlearnError:
         return False
 

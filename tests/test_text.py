@@ -37,29 +37,46 @@ def own(tmp_path):
 # ROUGE
 
 
-@text_check("a true answer in Cyrillic, Greek, Arabic, Hindi, Korean, Japanese, Chinese or Thai",
-            "ROUGE counts Unicode words and the row says so; a recited answer has 1")
-@pytest.mark.parametrize("text", ["Мара Квилл", "Μάρα", "مارا كويل", "नदी लंबी है", "마라 퀼", "川は海へ流れる", "玛拉住在河边", "แม่น้ำยาว", "١٢٣"])
+@text_check(
+    "a true answer in Cyrillic, Greek, Arabic, Hindi, Korean, Japanese, Chinese or Thai",
+    "ROUGE counts Unicode words and the row says so; a recited answer has 1",
+)
+@pytest.mark.parametrize(
+    "text",
+    ["Мара Квилл", "Μάρα", "مارا كويل", "नदी लंबी है", "마라 퀼", "川は海へ流れる", "玛拉住在河边", "แม่น้ำยาว", "١٢٣"],
+)
 def test_an_answer_in_any_script_equals_itself(text):
     row = rouge_row("?", text, text)
     assert [row[k] for k in ROUGE] == [1, 1, 1] and row["words"] == "unicode"
     assert rouge_row("?", text, "nothing of it")["rougeL_recall"] == 0
 
 
-@text_check("TOFU or MUSE, whose published scores hold rouge_score's own words", "ROUGE counts those words, whatever the script or accent")
+@text_check(
+    "TOFU or MUSE, whose published scores hold rouge_score's own words",
+    "ROUGE counts those words, whatever the script or accent",
+)
 def test_published_suites_keep_rouge_scores_own_words():
     from openunlearn_nb.suites import SUITES, Leaf
 
     for suite, words in (("TOFU", None), ("MUSE", None), ("OWN", "unicode")):
-        rows = [m.row("?", "Zoë naïve Мара", "Zoë naive Мара") for m in SUITES[suite].metrics.values() if isinstance(m, Leaf) and m.part == "generation"]
+        rows = [
+            m.row("?", "Zoë naïve Мара", "Zoë naive Мара")
+            for m in SUITES[suite].metrics.values()
+            if isinstance(m, Leaf) and m.part == "generation"
+        ]
         assert rows and {row.get("words") for row in rows} == {words}
-        assert all(row["rouge1_recall"] == (2 / 3 if words else 1 / 3) for row in rows)  # rouge_score's: zo, na, ve and zo, naiv
+        assert all(
+            row["rouge1_recall"] == (2 / 3 if words else 1 / 3) for row in rows
+        )  # rouge_score's: zo, na, ve and zo, naiv
 
 
 @text_check("a true answer in ASCII", "ROUGE is rouge_score's, and the row is as it was")
 def test_ascii_rows_are_as_they_were():
     row = rouge_row("Who?", "She was running to Rosbury's 2 gates.", "It was Mara who ran")
-    assert row == rouge_row("Who?", "She was running to Rosbury's 2 gates.", "It was Mara who ran", published=True) and "words" not in row
+    assert (
+        row == rouge_row("Who?", "She was running to Rosbury's 2 gates.", "It was Mara who ran", published=True)
+        and "words" not in row
+    )
 
 
 def test_words_of_scripts_without_spaces_are_letters_with_their_marks():
@@ -82,7 +99,9 @@ def test_an_answer_without_words_has_no_rouge():
 @text_check("a long text whose cut into pieces falls within a character", "the cut moves to the border of a character")
 @pytest.mark.parametrize("size", [3, 4, 5, 7, 16])
 def test_pieces_do_not_cut_characters(size):
-    enc = Encoder(train_tokenizer(["ascii only"], 300), PROMPTS["plain"], max_length=size)  # every other character is several tokens
+    enc = Encoder(
+        train_tokenizer(["ascii only"], 300), PROMPTS["plain"], max_length=size
+    )  # every other character is several tokens
     pieces = chunk(enc, [JAPANESE * 3 + "a \ufffd of its own"])
     assert "".join(pieces) == JAPANESE * 3 + "a \ufffd of its own"
 
@@ -91,10 +110,13 @@ def test_pieces_of_ascii_are_cut_where_they_were():
     texts = ["The river runs to the sea; the bridge stands over it. "] * 9
     enc = Encoder(train_tokenizer(texts, 300), PROMPTS["plain"], max_length=16)
     ids = enc.tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"]
-    assert chunk(enc, texts) == enc.tokenizer.batch_decode([ids[i:i + 16] for i in range(0, len(ids), 16)])
+    assert chunk(enc, texts) == enc.tokenizer.batch_decode([ids[i : i + 16] for i in range(0, len(ids), 16)])
 
 
-@text_check("own text to be continued, in any script", "neither its first half nor what should follow begins or ends within a character")
+@text_check(
+    "own text to be continued, in any script",
+    "neither its first half nor what should follow begins or ends within a character",
+)
 def test_halves_of_own_texts_do_not_cut_characters(own, tmp_path):
     own(forget_txt=JAPANESE * 4, retain_txt=JAPANESE)
     enc = Encoder(train_tokenizer(["ascii only"], 300), PROMPTS["plain"], max_length=30)
@@ -114,7 +136,10 @@ def test_a_long_cell_is_read(own):
     assert own(forget_csv=f'text\n"{text}"\n') == [{"text": text}] and csv.field_size_limit() == limit
 
 
-@text_check("a double quote in a CSV file that is never closed, or closed in another row", "one sentence names the line in which its row begins")
+@text_check(
+    "a double quote in a CSV file that is never closed, or closed in another row",
+    "one sentence names the line in which its row begins",
+)
 @pytest.mark.parametrize("rows", ['a,b\nc,"d\ne,f\n', 'a,b\nc,"d\ne,"f"\n', 'a,b\nc,"d" and more\n'])
 def test_a_stray_quote_is_said(own, rows):
     with pytest.raises(OpenUnlearnError, match="begins in line 3 .* double quote is missing"):
@@ -170,9 +195,18 @@ def test_blanks_are_refused_by_the_benchmarks(tmp_path):
     from openunlearn_nb.muse import load_muse
     from openunlearn_nb.tofu import load_tofu
 
-    write_folder(tmp_path, {"forget01": {"train": [{"question": "a", "answer": " "}]}, "knowmem": {"forget_qa": [{"question": " ", "answer": "a"}]},
-                            "raw": {"forget": [{"text": "a"}, {"text": " "}]}})
-    for load in (lambda: load_tofu("forget01", str(tmp_path)), lambda: load_muse("knowmem", "forget_qa", data=str(tmp_path))):
+    write_folder(
+        tmp_path,
+        {
+            "forget01": {"train": [{"question": "a", "answer": " "}]},
+            "knowmem": {"forget_qa": [{"question": " ", "answer": "a"}]},
+            "raw": {"forget": [{"text": "a"}, {"text": " "}]},
+        },
+    )
+    for load in (
+        lambda: load_tofu("forget01", str(tmp_path)),
+        lambda: load_muse("knowmem", "forget_qa", data=str(tmp_path)),
+    ):
         with pytest.raises(OpenUnlearnError, match="Row 0 .*a text that says something"):
             load()
     assert len(load_muse("raw", "forget", data=str(tmp_path))) == 2  # MUSE-News has an empty document
@@ -196,14 +230,21 @@ def test_alternates_may_hold_any_line_separator(tmp_path):
     assert read_alternates(file, ["Who?"]) == [["Orla\u2028Tam\x85"]]
 
 
-@text_check("an answer whose characters are several tokens, token by token in a notebook", "each character stands whole with its last token")
+@text_check(
+    "an answer whose characters are several tokens, token by token in a notebook",
+    "each character stands whole with its last token",
+)
 def test_tokens_of_a_character_are_shown_as_one():
     from openunlearn_nb.explore import _texts
 
     enc = Encoder(train_tokenizer(["ascii only"], 300), PROMPTS["plain"], max_length=64)
     ids = enc.tokenizer("a 川 🐟 \ufffd.", add_special_tokens=False)["input_ids"]
     texts = _texts(enc, ids)
-    assert len(texts) == len(ids) and "".join(texts) == enc.tokenizer.decode(ids) and {"川", "🐟"} <= {text.strip() for text in texts}
+    assert (
+        len(texts) == len(ids)
+        and "".join(texts) == enc.tokenizer.decode(ids)
+        and {"川", "🐟"} <= {text.strip() for text in texts}
+    )
 
 
 @text_check("a name or sign that standard output cannot encode", "it is printed as an escape")
