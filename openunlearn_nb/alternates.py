@@ -80,7 +80,8 @@ def read_alternates(path: str | Path, questions: Sequence[str]) -> list[list[str
             if wrong := wrong_with(row["alternate"]):
                 raise ValueError(f"alternate is {row['alternate']!r:.60}; {wrong}")
         except ValueError as e:
-            raise OpenUnlearnError(f"Line {i} of {path} is no alternate: a JSON object with question and alternate is expected ({e}).") from e
+            raise OpenUnlearnError(f"Line {i} of {path} is no alternate: a JSON object with question and alternate is expected "
+                                   f"({e}).") from e
         texts.setdefault(row["question"], []).append(row["alternate"])
     if missing := [q for q in questions if q not in texts]:
         raise OpenUnlearnError(f"{path} has no alternate for {len(missing)} of {len(questions)} questions, the first being {missing[0]!r}.")

@@ -97,7 +97,9 @@ DEEPEST = 100  # lists and objects in each other; our own files have six
 
 def _check_depth(value: Any) -> None:
     level, depth = [value], 0
-    while level := [inner for v in level for inner in (v.values() if isinstance(v, dict) else v) if isinstance(inner, dict | list)]:
+    while level:
+        inside = (inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer))
+        level = [inner for inner in inside if isinstance(inner, dict | list)]
         depth += 1
         if depth > DEEPEST:
             raise ValueError("it is nested too deep")

@@ -114,7 +114,8 @@ def step_lines(points: dict[str, list[dict]], metrics: list[str], retain: dict, 
         number = log_quality if metric == "forget_quality" else as_number
         for row, values in points.items():
             colour, marker, line = style_of(row)
-            ax.plot(range(len(values)), [number(v.get(metric)) for v in values], color=colour, marker=marker, markersize=4, linestyle=line, label=plot_text(row))
+            ax.plot(range(len(values)), [number(v.get(metric)) for v in values], color=colour, marker=marker, markersize=4, linestyle=line,
+                    label=plot_text(row))
         if metric in retain:
             ax.axhline(number(retain[metric]), color=STYLES["Retain"][0], linewidth=1, linestyle="--", label="Retain")
         tidy(ax, xlabel=xlabel, title=f"log10 {metric}" if number is log_quality else metric)

@@ -241,10 +241,10 @@ def cell_folder(output: str | Path, split: str, row: str) -> Path:
 def finished(folder: Path, suite: str = "TOFU") -> bool:
     "Whether a folder holds a whole run; one with a record, evaluation or kept model missing or broken is made again."
     try:
-        record = read_json(folder / "run.json")
+        record = read_json(folder / "run.json", "run record")
         whole = not record.get("model_kept") or (folder / "model/train.json").exists() and any((folder / "model").glob("*.safetensors"))
-        read_json(folder / SUITES[suite].file("SUMMARY"))  # it may be empty: a broken model's values are all null
-        return whole and bool(read_json(folder / SUITES[suite].file("EVAL")))
+        read_json(folder / SUITES[suite].file("SUMMARY"), "summary")  # it may be empty: a broken model's values are all null
+        return whole and bool(read_json(folder / SUITES[suite].file("EVAL"), "evaluation"))
     except OpenUnlearnError:
         return False
 
@@ -346,7 +346,7 @@ def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Pro
 def check_run(folder: Path) -> list[str]:
     "How a run's record differs from what is there now: its evaluation, the model it started from, its rows. Or why the cell failed."
     if (folder / "failed.json").exists():
-        return [f"failed: {read_json(folder / 'failed.json').get('error')}"]
+        return [f"failed: {read_json(folder / 'failed.json', 'record of a failure').get('error')}"]
     record = read_json(folder / "run.json", "run record")
     found, known = changes(record, folder), {f.name for f in fields(RunConfig)}
     try:

@@ -63,7 +63,8 @@ class Wmdp:
             return self.taught_by.documents(_LIKE[split], {"forget": "forget", "retain": "retain1"}[side])
         name = f"{check_choice(split, SPLITS, 'WMDP corpus')}-{side}-corpus"
         if (folder := local_folder(self.data)) is None:
-            return [row["text"] for row in check_rows(load_rows(self.data, name), {"text": str}, f"{name} of {self.data}", may_be_empty=True)]
+            rows = check_rows(load_rows(self.data, name), {"text": str}, f"{name} of {self.data}", may_be_empty=True)
+            return [row["text"] for row in rows]
         return read_texts(Path(folder) / f"{name}.jsonl")
 
     def taught(self, split: str) -> tuple[str, str]:

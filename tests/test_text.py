@@ -37,7 +37,10 @@ def own(tmp_path):
 
 @pytest.mark.checks(area="Text", given="a true answer in Cyrillic, Greek, Arabic, Hindi, Korean, Japanese, Chinese or Thai",
                     then="ROUGE counts Unicode words and the row says so; a recited answer has 1")
-@pytest.mark.parametrize("text", ["Мара Квилл", "Μάρα", "مارا كويل", "नदी लंबी है", "마라 퀼", "川は海へ流れる", "玛拉住在河边", "แม่น้ำยาว", "١٢٣"])
+@pytest.mark.parametrize(
+    "text",
+    ["Мара Квилл", "Μάρα", "مارا كويل", "नदी लंबी है", "마라 퀼", "川は海へ流れる", "玛拉住在河边", "แม่น้ำยาว", "١٢٣"],
+)
 def test_an_answer_in_any_script_equals_itself(text):
     row = rouge_row("?", text, text)
     assert [row[k] for k in ROUGE] == [1, 1, 1] and row["words"] == "unicode"
@@ -50,16 +53,25 @@ def test_published_suites_keep_rouge_scores_own_words():
     from openunlearn_nb.suites import SUITES, Leaf
 
     for suite, words in (("TOFU", None), ("MUSE", None), ("OWN", "unicode")):
-        rows = [m.row("?", "Zoë naïve Мара", "Zoë naive Мара") for m in SUITES[suite].metrics.values() if isinstance(m, Leaf) and m.part == "generation"]
+        rows = [
+            m.row("?", "Zoë naïve Мара", "Zoë naive Мара")
+            for m in SUITES[suite].metrics.values()
+            if isinstance(m, Leaf) and m.part == "generation"
+        ]
         assert rows and {row.get("words") for row in rows} == {words}
-        assert all(row["rouge1_recall"] == (2 / 3 if words else 1 / 3) for row in rows)  # rouge_score's: zo, na, ve and zo, naiv
+        assert all(
+            row["rouge1_recall"] == (2 / 3 if words else 1 / 3) for row in rows
+        )  # rouge_score's: zo, na, ve and zo, naiv
 
 
 @pytest.mark.checks(area="Text", given="a true answer in ASCII",
                     then="ROUGE is rouge_score's, and the row is as it was")
 def test_ascii_rows_are_as_they_were():
     row = rouge_row("Who?", "She was running to Rosbury's 2 gates.", "It was Mara who ran")
-    assert row == rouge_row("Who?", "She was running to Rosbury's 2 gates.", "It was Mara who ran", published=True) and "words" not in row
+    assert (
+        row == rouge_row("Who?", "She was running to Rosbury's 2 gates.", "It was Mara who ran", published=True)
+        and "words" not in row
+    )
 
 
 def test_words_of_scripts_without_spaces_are_letters_with_their_marks():
@@ -84,7 +96,9 @@ def test_an_answer_without_words_has_no_rouge():
                     then="the cut moves to the border of a character")
 @pytest.mark.parametrize("size", [3, 4, 5, 7, 16])
 def test_pieces_do_not_cut_characters(size):
-    enc = Encoder(train_tokenizer(["ascii only"], 300), PROMPTS["plain"], max_length=size)  # every other character is several tokens
+    enc = Encoder(
+        train_tokenizer(["ascii only"], 300), PROMPTS["plain"], max_length=size
+    )  # every other character is several tokens
     pieces = chunk(enc, [JAPANESE * 3 + "a \ufffd of its own"])
     assert "".join(pieces) == JAPANESE * 3 + "a \ufffd of its own"
 
@@ -93,7 +107,7 @@ def test_pieces_of_ascii_are_cut_where_they_were():
     texts = ["The river runs to the sea; the bridge stands over it. "] * 9
     enc = Encoder(train_tokenizer(texts, 300), PROMPTS["plain"], max_length=16)
     ids = enc.tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"]
-    assert chunk(enc, texts) == enc.tokenizer.batch_decode([ids[i:i + 16] for i in range(0, len(ids), 16)])
+    assert chunk(enc, texts) == enc.tokenizer.batch_decode([ids[i : i + 16] for i in range(0, len(ids), 16)])
 
 
 @pytest.mark.checks(area="Text", given="own text to be continued, in any script",
@@ -182,9 +196,18 @@ def test_blanks_are_refused_by_the_benchmarks(tmp_path):
     from openunlearn_nb.muse import load_muse
     from openunlearn_nb.tofu import load_tofu
 
-    write_folder(tmp_path, {"forget01": {"train": [{"question": "a", "answer": " "}]}, "knowmem": {"forget_qa": [{"question": " ", "answer": "a"}]},
-                            "raw": {"forget": [{"text": "a"}, {"text": " "}]}})
-    for load in (lambda: load_tofu("forget01", str(tmp_path)), lambda: load_muse("knowmem", "forget_qa", data=str(tmp_path))):
+    write_folder(
+        tmp_path,
+        {
+            "forget01": {"train": [{"question": "a", "answer": " "}]},
+            "knowmem": {"forget_qa": [{"question": " ", "answer": "a"}]},
+            "raw": {"forget": [{"text": "a"}, {"text": " "}]},
+        },
+    )
+    for load in (
+        lambda: load_tofu("forget01", str(tmp_path)),
+        lambda: load_muse("knowmem", "forget_qa", data=str(tmp_path)),
+    ):
         with pytest.raises(OpenUnlearnError, match="Row 0 .*a text that says something"):
             load()
     assert len(load_muse("raw", "forget", data=str(tmp_path))) == 2  # MUSE-News has an empty document
@@ -208,3 +231,32 @@ def test_alternates_may_hold_any_line_separator(tmp_path):
 
     file = write_alternates(tmp_path / "a.jsonl", [("Who?", "Mara")], [["Orla\u2028Tam\x85"]])
     assert read_alternates(file, ["Who?"]) == [["Orla\u2028Tam\x85"]]
+
+
+@pytest.mark.checks(area="Text", given="an answer whose characters are several tokens, token by token in a notebook",
+                    then="each character stands whole with its last token")
+def test_tokens_of_a_character_are_shown_as_one():
+    from openunlearn_nb.explore import _texts
+
+    enc = Encoder(train_tokenizer(["ascii only"], 300), PROMPTS["plain"], max_length=64)
+    ids = enc.tokenizer("a 川 🐟 \ufffd.", add_special_tokens=False)["input_ids"]
+    texts = _texts(enc, ids)
+    assert (
+        len(texts) == len(ids)
+        and "".join(texts) == enc.tokenizer.decode(ids)
+        and {"川", "🐟"} <= {text.strip() for text in texts}
+    )
+
+
+@pytest.mark.checks(area="Text", given="a name or sign that standard output cannot encode",
+                    then="it is printed as an escape")
+def test_an_ascii_output_gets_escapes(monkeypatch):
+    import io
+    import sys
+
+    from openunlearn_nb.cli import say
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw := io.BytesIO(), encoding="ascii"))
+    say("0.52 ± 0.01 川")
+    sys.stdout.flush()
+    assert raw.getvalue().split() == [b"0.52", b"\\xb1", b"0.01", b"\\u5ddd"]

@@ -33,8 +33,18 @@ def evaluated(tmp_path):
     def write(row: str, evaluation: dict | None = None, record: dict | None = None):
         folder = tmp_path / "runs/own/x"
         folder.mkdir(parents=True, exist_ok=True)
-        quoted = {"input": row, "ground_truth": row, "generation": row, "rouge1_recall": 0.5, "rougeL_f1": 0.5, "rougeL_recall": 0.5}
-        default = {"forget_Q_A_Prob": {"value_by_index": {"0": {"prob": 0.5, "avg_loss": 0.7}}}, "forget_Q_A_ROUGE": {"value_by_index": {"0": quoted}}}
+        quoted = {
+            "input": row,
+            "ground_truth": row,
+            "generation": row,
+            "rouge1_recall": 0.5,
+            "rougeL_f1": 0.5,
+            "rougeL_recall": 0.5,
+        }
+        default = {
+            "forget_Q_A_Prob": {"value_by_index": {"0": {"prob": 0.5, "avg_loss": 0.7}}},
+            "forget_Q_A_ROUGE": {"value_by_index": {"0": quoted}},
+        }
         (folder / "OWN_EVAL.json").write_text(json.dumps(evaluation or default))
         (folder / "run.json").write_text(json.dumps({"model": row, "split": "own", "row": row, **(record or {})}))
         return tmp_path / "runs"
@@ -48,7 +58,9 @@ def evaluated(tmp_path):
 @pytest.mark.checks(area="Untrusted text", given="ANSI and OSC escapes, other control characters, or turns of the writing direction in anything printed",
                     then="they are shown as \\x1b and the like")
 def test_nothing_printed_is_obeyed_by_a_terminal():
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", printable(ESCAPES)) and "\\x1b[31mred" in printable(ESCAPES)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", printable(ESCAPES)) and "\\x1b[31mred" in printable(
+        ESCAPES
+    )
     assert printable("Zoë\t± 川\n") == "Zoë\t± 川\n" and printable("\ud83d") == "\\ud83d"
     assert "\x1b" not in str(OpenUnlearnError(f"No model {ESCAPES}."))
 
@@ -97,13 +109,25 @@ def test_markdown_tables_hold_no_markup():
 def test_a_model_card_holds_no_markup():
     from openunlearn_nb.provenance import model_card
 
-    record = {"method": MARKED, "benchmark": "OWN", "split": "own", "model_path": MARKED, "start": {}, "config": {"data": MARKED, "seed": 0},
-              "settings": {"x": MARKED}, "training": {}, "losses": [1.0], "environment": {"openunlearn_nb": "0"}}
+    record = {
+        "method": MARKED,
+        "benchmark": "OWN",
+        "split": "own",
+        "model_path": MARKED,
+        "start": {},
+        "config": {"data": MARKED, "seed": 0},
+        "settings": {"x": MARKED},
+        "training": {},
+        "losses": [1.0],
+        "environment": {"openunlearn_nb": "0"},
+    }
     card = model_card(record)
     title = next(line for line in card.splitlines() if line.startswith("# "))
     rows = [line for line in card.splitlines() if line.startswith("| ")]
     assert "\\[x\\]" in title and "&lt;img" in title and "next, OWN own" in title
-    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows) and all(row.count("`") in (0, 2) for row in rows)
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows) and all(
+        row.count("`") in (0, 2) for row in rows
+    )
 
 
 @pytest.mark.checks(area="Untrusted text", given="LaTeX's own characters in a name in a LaTeX table",
@@ -126,7 +150,11 @@ def test_labels_of_plots_are_no_formulas():
     ax = quality_against_utility(rows, title=r"$\nothing{$ of $x$")
     labels = [text.get_text() for text in ax.legend().get_texts()]
     assert len(labels) == 4 and " _hidden" in labels
-    figures = [ax.figure, metric_bars(rows, ["model_utility"], "$x$ $"), step_lines({n: [v] for n, v in rows.items()}, ["$m$"], {}, "step", "$")]
+    figures = [
+        ax.figure,
+        metric_bars(rows, ["model_utility"], "$x$ $"),
+        step_lines({n: [v] for n, v in rows.items()}, ["$m$"], {}, "step", "$"),
+    ]
     for figure in figures:
         figure.canvas.draw()  # raises where a label is no formula but is taken for one
         plt.close(figure)
@@ -154,7 +182,9 @@ def test_html_shows_names_and_answers_as_text(evaluated, tmp_path):
 
 @pytest.mark.checks(area="Untrusted text", given="JSON nested 100,000 deep",
                     then="one sentence says so")
-@pytest.mark.parametrize("text", ["[" * 100_000, "[" * 100_000 + "]" * 100_000, '{"a":' * 100_000, "[" * 400 + "]" * 400])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "[" * 100_000 + "]" * 100_000, '{"a":' * 100_000, "[" * 400 + "]" * 400]
+)
 def test_deep_json_is_refused(text, tmp_path):
     (tmp_path / "run.json").write_text(f'{{"a": {text}}}')
     with pytest.raises(ValueError):
@@ -179,12 +209,27 @@ def test_constants_that_are_no_json_are_null(tmp_path):
 
 
 WRONG = {
-    "evaluation": [{"m": 0.5}, {"m": {"value_by_index": []}}, {"m": {"value_by_index": {"x": {}}}}, {"m": {"value_by_index": {"0": 1}}},
-                   {"m": {"agg_value": "high"}}, {"m": {"value_by_index": {"0": {"prob": ["x"]}}}}, {"m": {"agg_value": 10**400}}],
+    "evaluation": [
+        {"m": 0.5},
+        {"m": {"value_by_index": []}},
+        {"m": {"value_by_index": {"x": {}}}},
+        {"m": {"value_by_index": {"0": 1}}},
+        {"m": {"agg_value": "high"}},
+        {"m": {"value_by_index": {"0": {"prob": ["x"]}}}},
+        {"m": {"agg_value": 10**400}},
+    ],
     "retain log": [{"mia_min_k": {"forget": {}}}, {"forget_truth_ratio": {"value_by_index": {"0": {}}}}, {"m": []}],
     "summary": [{"m": "0.5"}, {"m": True}],
     "course of an evaluation": [{"first": {}}, {"1": 0.5}, {"1": {"m": "x"}}],
-    "run record": [{"model": 1}, {"row": None}, {"files": []}, {"data": {"a": 1}}, {"settings": "beta"}, {"training": []}, {"seconds": "long"}],
+    "run record": [
+        {"model": 1},
+        {"row": None},
+        {"files": []},
+        {"data": {"a": 1}},
+        {"settings": "beta"},
+        {"training": []},
+        {"seconds": "long"},
+    ],
     "training record": [{}, {"prompt": "chat"}, {"prompt": {"colour": "red"}}, {"prompt": {}, "method": 3}],
     "grid configuration": [{"data_hashes": []}, {"recipes": {"NPO": 1}}],
     "record of a failure": [{"error": None}],
@@ -206,10 +251,25 @@ def test_a_file_of_the_wrong_shape_is_refused(what, tmp_path):
                     then="table and report say one sentence or show it; there is no traceback")
 def test_no_field_of_a_run_makes_a_traceback(evaluated, tmp_path):
     row = {"prob": 0.5, "avg_loss": 0.7}
-    odd: list = [None, [], {}, "x", 1, [{}], {"0": 1}, {"value_by_index": {}}, {"value_by_index": {"0": {}}}, {"forget": {}}]
+    odd: list = [
+        None,
+        [],
+        {},
+        "x",
+        1,
+        [{}],
+        {"0": 1},
+        {"value_by_index": {}},
+        {"value_by_index": {"0": {}}},
+        {"forget": {}},
+    ]
     for value in odd:
-        for evaluation in ({"forget_Q_A_Prob": value}, {"forget_Q_A_ROUGE": value}, {"mia_min_k": value},
-                           {"forget_Q_A_Prob": {"value_by_index": {"0": row}}, "x": value}):
+        for evaluation in (
+            {"forget_Q_A_Prob": value},
+            {"forget_Q_A_ROUGE": value},
+            {"mia_min_k": value},
+            {"forget_Q_A_Prob": {"value_by_index": {"0": row}}, "x": value},
+        ):
             folder = evaluated("NPO", evaluation)
             assert main(["table", str(folder)]) in (0, 2)
         for field in ("row", "settings", "retain_log"):
@@ -221,7 +281,17 @@ def test_no_field_of_a_run_makes_a_traceback(evaluated, tmp_path):
 
 @pytest.mark.checks(area="Untrusted text", given="a file of alternates with a line that is none",
                     then="one sentence names file, line and field")
-@pytest.mark.parametrize("line", ["[1]", '{"question": 1, "alternate": "x"}', '{"question": "Who?"}', '{"question": "Who?", "alternate": " "}', "[" * 100_000, "{"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1]",
+        '{"question": 1, "alternate": "x"}',
+        '{"question": "Who?"}',
+        '{"question": "Who?", "alternate": " "}',
+        "[" * 100_000,
+        "{",
+    ],
+)
 def test_a_wrong_line_of_alternates_is_refused(line, tmp_path):
     from openunlearn_nb.alternates import read_alternates
 
@@ -232,8 +302,15 @@ def test_a_wrong_line_of_alternates_is_refused(line, tmp_path):
 
 @pytest.mark.checks(area="Untrusted text", given="a checkpoint whose run.json has another shape",
                     then="one sentence says that it is damaged")
-@pytest.mark.parametrize("about", ["[]", '{"what": [], "scheduler": {}, "settings": {}}',
-                                   '{"what": {}, "scheduler": {"_last_lr": ["x"]}, "settings": {}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "about",
+    [
+        "[]",
+        '{"what": [], "scheduler": {}, "settings": {}}',
+        '{"what": {}, "scheduler": {"_last_lr": ["x"]}, "settings": {}}',
+        "[" * 100_000,
+    ],
+)
 def test_a_checkpoint_of_the_wrong_shape_is_damaged(about, tmp_path):
     from openunlearn_nb.checkpoints import last_checkpoint
 
@@ -254,6 +331,10 @@ def test_a_deep_setting_is_a_text():
 def test_shapes_name_the_field():
     shape = {"a": {"*": [(float, None)]}, "b?": bool}
     check_shape({"a": {"x": [1, None, 2.5]}, "c": object()}, shape)
-    for value, field in (({}, "a is missing"), ({"a": {"x": [1, True]}}, r"a.x\[1\] is True"), ({"a": {}, "b": 0}, "b is 0")):
+    for value, field in (
+        ({}, "a is missing"),
+        ({"a": {"x": [1, True]}}, r"a.x\[1\] is True"),
+        ({"a": {}, "b": 0}, "b is 0"),
+    ):
         with pytest.raises(ValueError, match=field):
             check_shape(value, shape)
