@@ -123,6 +123,19 @@ def _counted(log: dict[str, Any], suite: Suite, path: Path) -> int:
             raise OpenUnlearnError(f"The retain log {path} is not in the published format: row {i} of {suite.counted} has no number as {key!r}.")
     return len(rows)
 
+def _check_texts(log: dict[str, Any], n: int, suite: Suite, truths: Sequence[str], path: Path) -> None:
+    "Raise where a log with `n` forget rows is not of the rows with these true answers."
+    if suite.name == "TOFU" and n != len(truths):
+        raise OpenUnlearnError(f"The retain log {path} has {n} forget rows and the data {len(truths)}: it is of another forget split.")
+    bare, quoted = lambda text: "".join(str(text).split()), log.get(suite.quoted, {}).get("value_by_index", {})
+    if suite.name == "MUSE" and not quoted:
+        raise OpenUnlearnError(f"The retain log {path} has no {suite.quoted}, by which one can see that it is of the same texts; evaluate "
+                               "the retain model with the default metrics.")
+    if suite.name in ("TOFU", "MUSE") and quoted and len(quoted) != len(truths):
+        raise OpenUnlearnError(f"The retain log {path} quotes {len(quoted)} true answers and the data have {len(truths)}: it is of other rows.")
+    if any(int(i) >= len(truths) or bare(row.get("ground_truth", "")) != bare(truths[int(i)]) for i, row in quoted.items()):
+        raise OpenUnlearnError(f"The retain log {path} was made on other texts than the data's.")
+
 def read_retain_log(path: str | Path, suite: Suite, truths: Sequence[str] | None = None, mine: dict[str, Any] | None = None) -> dict[str, Any]:
     """A retain model's EVAL (a file, or a folder with one). With the forget rows' true answers, checked to be of these rows.
 
@@ -135,20 +148,10 @@ def read_retain_log(path: str | Path, suite: Suite, truths: Sequence[str] | None
     if of not in (None, "Retain", "Finetune"):
         raise OpenUnlearnError(f"{path} is the evaluation of {of}, not of a retain model.")
     n = _counted(log, suite, path)
+    if truths is not None:
+        _check_texts(log, n, suite, truths, path)
     if mine and (why := misfit(known, mine)):
         raise OpenUnlearnError(f"The retain log {path} does not fit: it is of {why}.")
-    if truths is None:
-        return log
-    if suite.name == "TOFU" and n != len(truths):
-        raise OpenUnlearnError(f"The retain log {path} has {n} forget rows and the data {len(truths)}: it is of another forget split.")
-    bare, quoted = lambda text: "".join(str(text).split()), log.get(suite.quoted, {}).get("value_by_index", {})
-    if suite.name == "MUSE" and not quoted:
-        raise OpenUnlearnError(f"The retain log {path} has no {suite.quoted}, by which one can see that it is of the same texts; evaluate "
-                               "the retain model with the default metrics.")
-    if suite.name in ("TOFU", "MUSE") and quoted and len(quoted) != len(truths):
-        raise OpenUnlearnError(f"The retain log {path} quotes {len(quoted)} true answers and the data have {len(truths)}: it is of other rows.")
-    if any(int(i) >= len(truths) or bare(row.get("ground_truth", "")) != bare(truths[int(i)]) for i, row in quoted.items()):
-        raise OpenUnlearnError(f"The retain log {path} was made on other texts than the data's.")
     return log
 
 # %% ../nbs/28_records.ipynb #9fe5dac7
