@@ -7,10 +7,11 @@ import warnings
 
 import pytest
 
-from openunlearn_nb import embedded, kept, records, runs
+from openunlearn_nb import embedded, kept, provenance, records, runs
 from openunlearn_nb.checkpoints import last_checkpoint, save_checkpoint
 from openunlearn_nb.cli import main
 from openunlearn_nb.collect import find_runs, measured
+from openunlearn_nb.data import file_hash
 from openunlearn_nb.errors import OpenUnlearnError
 from openunlearn_nb.grid import GridConfig, claim
 from openunlearn_nb.models import save_model, tiny_llama, train_tokenizer
@@ -102,6 +103,19 @@ def test_shards_behind_an_index_and_the_base_of_an_adapter(place):
     between = model_identity(str(model))
     edit(base / "generation_config.json", eos_token_id=3)
     assert [difference(*pair) for pair in ((before, between), (between, model_identity(str(model))))] == ["shards/a.safetensors", "base/generation_config.json"]
+
+
+@pytest.mark.checks(area="Identity", given="large weights that stay as they are, in a second process", then="they are not read again; `table --check` reads them")
+def test_the_hash_of_large_weights_is_remembered(place, monkeypatch):
+    monkeypatch.setenv("OPENUNLEARN_CACHE", str(place / "cache"))
+    monkeypatch.setattr(provenance, "LARGE", 1000)
+    path, read = str(place / "model"), []
+    first = model_identity(path)
+    monkeypatch.setattr(provenance, "file_hash", lambda file: read.append(file.name) or file_hash(file))
+    assert model_identity(path) == first and "model.safetensors" not in read
+    assert model_identity(path, anew=True) == first and "model.safetensors" in read
+    another_seed(place / "model")
+    assert model_identity(path) != first
 
 
 @pytest.mark.checks(area="Identity", given="a grid's folder, when its model was replaced by another under the same name",
