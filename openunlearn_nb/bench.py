@@ -20,7 +20,7 @@ from .pairs import alternate_examples
 from .passes import Passes, Spent
 from .prefixes import shared
 from .prompts import Encoder
-from .provenance import origin_of
+from .provenance import model_identity
 from .records import run_record
 from .runs import check_method, other_answers
 from .suites import SUITES, evaluate, needed, parts_read, wanted
@@ -126,7 +126,7 @@ def bench(config: RunConfig, split: str, method: str = "NPO", steps: int = 10, p
     phases.append({"phase": "evaluation", "seconds": sum(spent.seconds.values()), **read})
     model = open_model(config, path, for_training=True)[0]
     phases = bench_training(config, method, split, model, enc, steps, lambda share: progress(0.6 + 0.4 * share)) + phases
-    return run_record(started, benchmark=f"{config.benchmark} speed", model=config.label, model_path=path, start=origin_of(path), method=method, split=split,
+    return run_record(started, benchmark=f"{config.benchmark} speed", model=config.label, model_path=path, start=model_identity(path), method=method, split=split,
                       config=config.fingerprint(), phases=phases)
 
 def bench_text(phases: Sequence[dict]) -> str:

@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['Values', 'ROW_ORDER', 'GENERAL', 'REMARKS', 'row_order', 'Run', 'seed_in_name', 'identify', 'find_runs', 'remarks_of',
-           'measured', 'courses', 'by_seed', 'Spread', 'spread_of', 'in_words', 'over_seeds']
+           'yardstick_of', 'measured', 'courses', 'by_seed', 'Spread', 'spread_of', 'in_words', 'over_seeds']
 
 # %% ../nbs/30_collect.ipynb #c0ae84c4
 import re
 import statistics
 import warnings
 from collections.abc import Iterable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .data import file_hash
 from .errors import OpenUnlearnError, check_choice
 from .muse import CORPORA, corpus_of
-from .records import read_json, read_retain_log
-from .suites import SUITES, Entry, recompute
+from .records import misfit, read_json, read_retain_log, retain_file
+from .suites import SUITES, Entry, Suite, recompute
 from .tofu import SPLITS
 
 Values = dict[str, dict[str, dict[str, float | None]]]  # {split: {row: {metric: value}}}
@@ -39,7 +41,7 @@ class Run(NamedTuple):
     row: str
     file: Path
     seed: int | None = None  # of a grid of several seeds
-    retain_log: str | None = None  # what the run was measured against, where no Retain row stands beside it
+    record: dict[str, Any] = {}  # its run.json, which also says against which retain evaluation it was measured; published logs have none
 
 _RETAIN_OF = {pair.retain: split for split, pair in SPLITS.items()}
 _TOFU_LOG = re.compile(r"tofu_(?P<model>.+?)_(?:(?P<full>full)|(?P<retain>retain\d\d)|(?P<split>forget\d\d)_(?P<method>\w+))")
@@ -102,7 +104,7 @@ def identify(file: Path) -> Run | None:
     if suite in SUITES:
         check_choice(record["split"], SUITES[suite].splits, f"split in {file.parent / 'run.json'}")
     seed = _seed_of(file, record)
-    return Run(suite, record["model"], record["split"], record["row"], file, seed, record.get("retain_log"))
+    return Run(suite, record["model"], record["split"], record["row"], file, seed, record)
 
 # %% ../nbs/30_collect.ipynb #7459cf3f
 def find_runs(folder: str | Path, pattern: str = "**/", suites: Iterable[str] = (*SUITES, GENERAL)) -> list[Run]:
@@ -166,6 +168,34 @@ def _general(runs: Iterable[Run]) -> dict[str, Values]:
         rows[run.row] |= values
     return {"all models": {"general ability": rows}} if rows else {}
 
+# %% ../nbs/30_collect.ipynb #b030154b
+def _noted(run: Run, why: str) -> None:
+    warnings.warn(f"{run.row} on {run.split} ({run.file.parent}) {why}.")
+
+def yardstick_of(run: Run, beside: Run | None, suite: Suite) -> Path | None:
+    "The file of the retain evaluation to set a run against: the one that its record names, or else the Retain row beside it, where that fits."
+    if run.row == "Retain":
+        return run.file
+    against, named = run.record.get("measured_against"), run.record.get("retain_log")
+    log = retain_file(named, suite) if isinstance(named, str) else None
+    there = [file for file in (beside and beside.file, log) if file and file.is_file()]
+    if isinstance(against, dict):
+        same = [file for file in there if file_hash(file) == against.get("hash")]
+        if same:
+            return same[0]
+    elif log and log in there:
+        return log
+    if beside is None:
+        if log and isinstance(against, dict) and log in there:
+            _noted(run, f"was measured against {log}, which has changed since")
+        return log
+    if why := misfit(beside.record, run.record):
+        _noted(run, f"is not set against the Retain row in {beside.file.parent}, which is of {why}")
+        return None
+    if against or log:
+        _noted(run, f"was measured against another retain evaluation than the Retain row in {beside.file.parent}, against which it is set here")
+    return beside.file
+
 # %% ../nbs/30_collect.ipynb #bd30ef0f
 def measured(runs: Iterable[Run], suite: str = "TOFU") -> dict[str, Values]:
     "`{model: {split: {row: {metric: value}}}}` of a suite's runs, every value recomputed from per-example values."
@@ -173,12 +203,13 @@ def measured(runs: Iterable[Run], suite: str = "TOFU") -> dict[str, Values]:
         return _general(r for r in runs if r.suite == suite)
     of, split_of = SUITES[suite], corpus_of if suite == "MUSE" else str
     runs = sorted((r for r in runs if r.suite == suite), key=lambda r: (r.model, of.splits.index(r.split), row_order(r.row)))
-    retain = {(r.model, r.split): read_retain_log(r.file, of) for r in runs if r.row == "Retain"}
+    retain = {(r.model, r.split): r for r in runs if r.row == "Retain"}
+    read = lru_cache(partial(read_retain_log, suite=of))
     table: dict[str, Values] = {}
     for run in runs:
-        known = retain.get((run.model, split_of(run.split)))
-        yardstick = known or (read_retain_log(run.retain_log, of) if run.retain_log else None)
-        table.setdefault(run.model, {}).setdefault(run.split, {})[run.row] = _values(run, yardstick)
+        yardstick = yardstick_of(run, retain.get((run.model, split_of(run.split))), of)
+        values = _values(run, read(yardstick) if yardstick else None)
+        table.setdefault(run.model, {}).setdefault(run.split, {})[run.row] = values
     return table
 
 # %% ../nbs/30_collect.ipynb #3cb2627a

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEEPEST', 'local_folder', 'load_rows', 'split_names', 'wrong_with', 'check_rows', 'parse_json', 'check_shape',
-           'content_hash', 'miniature_seed', 'write_folder', 'Lessons', 'Benchmark', 'Asked']
+           'content_hash', 'miniature_seed', 'file_hash', 'write_folder', 'Lessons', 'Benchmark', 'Asked']
 
 # %% ../nbs/03_data.ipynb #b8d1fa95
 import hashlib
@@ -179,6 +179,20 @@ def miniature_seed(data: str) -> int | None:
     if not seed.isdigit():
         raise OpenUnlearnError(f"The miniature's seed must be a whole number, not {seed!r}: miniature:0.")
     return int(seed)
+
+# %% ../nbs/03_data.ipynb #20db787b
+@lru_cache(maxsize=4096)
+def _hash_of(path: Path, *state: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+def file_hash(path: Path) -> str:
+    "The SHA-256 of a file's bytes, its first 16 hexadecimal digits; read once a process while size, times and inode stay as they are."
+    state = path.stat()
+    return _hash_of(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
 
 # %% ../nbs/03_data.ipynb #150fb10a
 def write_folder(folder: str | Path, configs: dict[str, dict[str, list[dict]]]) -> Path:

@@ -24,6 +24,7 @@ from .models import cache_dir
 from .muse import load_muse
 from .processes import begin, hold, output_path
 from .prompts import Encoder, pinned_clock
+from .provenance import model_identity
 from .records import finite, run_record, write_json, write_text
 from .runs import check_output
 
@@ -134,5 +135,5 @@ def evaluate_general(config: RunConfig, tasks: Sequence[str], output: str | Path
         write_json(folder / f"{GENERAL}_EVAL.json", entries)
         write_json(folder / f"{GENERAL}_SUMMARY.json", values)
         write_json(folder / "run.json", run_record(started, benchmark=GENERAL, model=config.label, split="general", row=config.label, model_path=path,
-                                                   prompt=asdict(enc.fmt), **what))
+                                                   start=model_identity(path), prompt=asdict(enc.fmt), **what))
     return values

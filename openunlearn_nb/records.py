@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'TEXT', 'ROW', 'SIDE', 'ENTRY', 'SCORED', 'ATTACKED', 'HASHES', 'SHAPES', 'finite', 'write_text',
-           'text_hash', 'to_json', 'write_json', 'read_json', 'read_retain_log', 'environment', 'peak_memory',
-           'run_record', 'write_run']
+           'text_hash', 'to_json', 'write_json', 'read_json', 'record_beside', 'misfit', 'measured_against',
+           'retain_file', 'read_retain_log', 'environment', 'peak_memory', 'run_record', 'write_run']
 
 # %% ../nbs/28_records.ipynb #88c7a21f
 import hashlib
 import json
 import math
+import os
 import platform
 import re
 import resource
@@ -23,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .data import check_shape, parse_json
+from .data import check_shape, file_hash, parse_json
 from .devices import device_type
 from .errors import OpenUnlearnError
+from .muse import corpus_of
 from .processes import own_device, world, write_bytes
 from .prompts import PromptFormat
 from .suites import SUITES, Suite
@@ -104,27 +106,63 @@ def read_json(path: str | Path, what: str = "file") -> dict[str, Any]:
         raise OpenUnlearnError(f"The {what} {path} is not in the shape of one: {e}.") from e
     return value
 
-# %% ../nbs/28_records.ipynb #b0b89ded
-def _counted(entry: Any) -> int | None:
-    "Rows of an entry, or of an attack's forget side; None where it has none."
-    entry = entry.get("forget", entry) if isinstance(entry, dict) else {}
-    return len(entry["value_by_index"]) if isinstance(entry, dict) and isinstance(entry.get("value_by_index"), dict) else None
+# %% ../nbs/28_records.ipynb #2f2f60e7
+def record_beside(file: Path) -> dict[str, Any]:
+    "The run record in an evaluation's folder; empty where there is none, as beside published logs."
+    record = file.parent / "run.json"
+    return read_json(record, "run record") if record.exists() else {}
 
-def read_retain_log(path: str | Path, suite: Suite, truths: Sequence[str] | None = None) -> dict[str, Any]:
-    "A retain model's EVAL (a file, or a folder with one); with the forget rows' true answers, checked to be of these rows."
+def _corpus(split: Any) -> Any:
+    "The corpus of a MUSE split; any other split itself."
+    return corpus_of(split) if split in SUITES["MUSE"].splits else split
+
+def _clash(one: Any, other: Any, only: str = "") -> str | None:
+    "The first name under which two objects of a record hold different values, among the names that match `only`."
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return None
+    return next((name for name in one if name in other and one[name] != other[name] and re.search(only, name)), None)
+
+def misfit(retain: dict[str, Any], mine: dict[str, Any]) -> str | None:
+    """What keeps a retain model's record from being the yardstick of another; None where nothing does that both say.
+
+    Both are parts of run records: `benchmark`, `split`, `data`, `prompt`, `architecture`. Of the data, the forget and holdout rows count."""
+    for name, of in (("benchmark", str), ("split", _corpus)):
+        if name in retain and name in mine and of(retain[name]) != of(mine[name]):
+            return f"another {name} ({retain[name]}, and this is {mine[name]})"
+    if changed := _clash(retain.get("data"), mine.get("data"), "(^|/)(forget|holdout)"):
+        return f"other data (the rows of {changed} differ)"
+    if changed := _clash(retain.get("prompt"), mine.get("prompt")):
+        return f"another prompt ({changed} is {retain['prompt'][changed]!r}, and here {mine['prompt'][changed]!r})"
+    if changed := _clash(retain.get("architecture"), mine.get("architecture")):
+        return f"another family of models ({changed} is {retain['architecture'][changed]!r}, and here {mine['architecture'][changed]!r})"
+    return None
+
+def measured_against(file: Path, folder: Path | None = None) -> dict[str, str]:
+    "What a record says of the retain evaluation that a run was measured against: the file (as seen from the run's `folder`) and its hash."
+    return {"file": os.path.relpath(file, folder) if folder else str(file.resolve()), "hash": file_hash(file)}
+
+# %% ../nbs/28_records.ipynb #b0b89ded
+def retain_file(path: str | Path, suite: Suite) -> Path:
+    "The file of a retain log that is given as a file, or as a folder with one."
     path = Path(path).expanduser()
-    path = path / suite.file("EVAL") if path.is_dir() else path
-    if path.name in {other.file("EVAL") for other in SUITES.values()} - {suite.file("EVAL")}:
-        raise OpenUnlearnError(f"The retain log {path} is of another benchmark; a {suite.file('EVAL')} is needed.")
-    log, record = read_json(path, "retain log"), path.parent / "run.json"
-    known = read_json(record, "run record") if record.exists() else {}
-    of = known.get("row") if known.get("row") != "Evaluated" else known.get("method")  # a model of one's own may be anything
-    if of not in (None, "Retain", "Finetune"):
-        raise OpenUnlearnError(f"{path} is the evaluation of {of}, not of a retain model.")
-    if (n := _counted(log.get(suite.counted))) is None:
+    return path / suite.file("EVAL") if path.is_dir() else path
+
+def _counted(log: dict[str, Any], suite: Suite, path: Path) -> int:
+    "How many forget rows a log has (in an attack on its forget side); raises where it has none, or one that is not in the published shape."
+    entry = log.get(suite.counted)
+    entry = entry.get("forget", entry) if isinstance(entry, dict) else {}
+    rows = entry.get("value_by_index") if isinstance(entry, dict) else None
+    if not isinstance(rows, dict):
         raise OpenUnlearnError(f"The retain log {path} has no {suite.counted} for each row; give a {suite.file('EVAL')}, not a summary.")
-    if truths is None:
-        return log
+    key = "prob" if suite.counted.endswith("Prob") else "score"
+    for i in map(str, range(len(rows))):
+        row = rows.get(i)
+        if not isinstance(row, dict) or key not in row or not isinstance(row[key], int | float | None):
+            raise OpenUnlearnError(f"The retain log {path} is not in the published format: row {i} of {suite.counted} has no number as {key!r}.")
+    return len(rows)
+
+def _check_texts(log: dict[str, Any], n: int, suite: Suite, truths: Sequence[str], path: Path) -> None:
+    "Raise where a log with `n` forget rows is not of the rows with these true answers."
     if suite.name == "TOFU" and n != len(truths):
         raise OpenUnlearnError(f"The retain log {path} has {n} forget rows and the data {len(truths)}: it is of another forget split.")
     bare, entry = lambda text: "".join(str(text).split()), log.get(suite.quoted)
@@ -132,8 +170,27 @@ def read_retain_log(path: str | Path, suite: Suite, truths: Sequence[str] | None
     if suite.name == "MUSE" and not quoted:
         raise OpenUnlearnError(f"The retain log {path} has no {suite.quoted}, by which one can see that it is of the same texts; evaluate "
                                "the retain model with the default metrics.")
+    if suite.name in ("TOFU", "MUSE") and quoted and len(quoted) != len(truths):
+        raise OpenUnlearnError(f"The retain log {path} quotes {len(quoted)} true answers and the data have {len(truths)}: it is of other rows.")
     if any(int(i) >= len(truths) or bare(row.get("ground_truth", "")) != bare(truths[int(i)]) for i, row in quoted.items()):
         raise OpenUnlearnError(f"The retain log {path} was made on other texts than the data's.")
+
+def read_retain_log(path: str | Path, suite: Suite, truths: Sequence[str] | None = None, mine: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A retain model's EVAL (a file, or a folder with one). With the forget rows' true answers, checked to be of these rows.
+
+    `mine`: what the record of the measured model says, or will say; the record beside the log must agree with it (see `misfit`)."""
+    path = retain_file(path, suite)
+    if path.name in {other.file("EVAL") for other in SUITES.values()} - {suite.file("EVAL")}:
+        raise OpenUnlearnError(f"The retain log {path} is of another benchmark; a {suite.file('EVAL')} is needed.")
+    log, known = read_json(path, "retain log"), record_beside(path)
+    of = known.get("row") if known.get("row") != "Evaluated" else known.get("method")  # a model of one's own may be anything
+    if of not in (None, "Retain", "Finetune"):
+        raise OpenUnlearnError(f"{path} is the evaluation of {of}, not of a retain model.")
+    n = _counted(log, suite, path)
+    if truths is not None:
+        _check_texts(log, n, suite, truths, path)
+    if mine and (why := misfit(known, mine)):
+        raise OpenUnlearnError(f"The retain log {path} does not fit: it is of {why}.")
     return log
 
 # %% ../nbs/28_records.ipynb #9fe5dac7

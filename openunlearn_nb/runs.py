@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['YARDSTICKS', 'other_answers', 'for_this_gpu', 'count_overlap', 'unlearn', 'check_method', 'check_asked', 'learnable',
            'start_of', 'train_model', 'kept_rows', 'check_output', 'evaluate_model', 'cell_folder', 'finished',
-           'home_of', 'measure', 'Course', 'save_best', 'load_best', 'run_cell', 'check_run', 'check_runs']
+           'home_of', 'described', 'measure', 'Course', 'save_best', 'load_best', 'run_cell', 'check_run', 'check_runs']
 
 # %% ../nbs/35_runs.ipynb #459d5c10
 import shutil
@@ -36,8 +36,9 @@ from .passes import Passes
 from .phases import fitting_rows
 from .processes import begin, gathered, hold, launched, on_main, output_path
 from .prompts import Encoder, example_prompt
-from .provenance import changes, model_card, origin_of
-from .records import read_json, read_retain_log, run_record, to_json, write_json, write_run
+from .provenance import architecture, changes, model_card, model_identity
+from .records import (measured_against, read_json, read_retain_log, record_beside, retain_file, run_record, to_json,
+                                    write_json, write_run)
 from .smollm2 import resolve
 from .suites import BETTER, SUITES, data_sets, evaluate, summary
 from .training import diverged_at, in_evaluation_dtype, optimizer_of, train
@@ -85,8 +86,10 @@ def count_overlap(forget: list[dict], retain: list[dict]) -> int:
 
 def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, enc: Encoder, settings: dict | None = None,
             on: str = "", progress: Progress = lambda share: None, look: Callable | None = None,
-            keep: Path | None = None, for_saving: bool = False) -> tuple[PreTrainedModel, dict[str, Any]]:
-    "Unlearn `split` (`Finetune`: train on `on`); returns the model and what a record says about the training. `look`, `keep`, `for_saving`: as in `train`."
+            keep: Path | None = None, for_saving: bool = False, start: dict | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Unlearn `split` (`Finetune`: train on `on`); returns the model and what a record says about the training.
+
+    `start`: the identity of the model, by which a checkpoint in `keep` is known. `look`, `keep`, `for_saving`: as in `train`."""
     recipe, own = recipe_of(config, method)
     settings, source = method_settings(method, own | (settings or {})), config.source
     enc = enc._replace(max_length=recipe.max_length)
@@ -103,7 +106,8 @@ def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, 
         told["alternates"] = others if method == "AltPO" else content_hash(others)  # sampled ones cannot be had again
         alternates = alternate_examples([q for q, _ in source.pairs(split)], others, enc, recipe)
     declared = {"declared_in": DECLARED_IN[method]} if method in DECLARED_IN else {}
-    what = {"config": config.fingerprint(), "method": method, "split": split, "on": on, "settings": _as_json(settings), **declared}
+    what = {"config": config.fingerprint(), "method": method, "split": split, "on": on, "settings": _as_json(settings), **declared,
+            "model": start or {}, "training set": told["examples"]}
     model, losses = train(model, enc.tokenizer.pad_token_id, method, forget, retain, recipe, settings, alternates, progress, config.compat, look, keep, what,
                           for_saving)
     model = in_evaluation_dtype(model)
@@ -171,13 +175,14 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
     with hold(output, "new folder"):
         path, kept = start_of(config, method, split), output.with_name(f"{output.name}.checkpoint") if config.save_each else None
         model, enc = open_model(config, path, for_training=True)
-        model, trained = unlearn(config, method, split, model, enc, settings, on or "", progress, keep=kept, for_saving=True)
+        start = model_identity(path)
+        model, trained = unlearn(config, method, split, model, enc, settings, on or "", progress, keep=kept, for_saving=True, start=start)
         if "diverged" in trained:
             _discard(kept)
             raise OpenUnlearnError(f"{method} diverged at step {trained['diverged_at']} of {len(trained['losses'])}: its loss or its weights are no finite "
                                    f"numbers. No model is saved; give a --learning-rate below {trained['training']['learning_rate']:g}.")
         record = run_record(started, benchmark=config.benchmark, method=method, split=on if method == "Finetune" else split, model_path=path,
-                            start=origin_of(path), prompt=asdict(enc.fmt), rendered_prompt=example_prompt(enc),
+                            start=start, prompt=asdict(enc.fmt), rendered_prompt=example_prompt(enc),
                             config=config.fingerprint(), **trained)
         save_model(model, enc.tokenizer, output, {"train.json": to_json(record), "README.md": model_card(record)})
         _discard(kept)
@@ -189,10 +194,9 @@ def _discard(folder: Path | None) -> None:
         on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 # %% ../nbs/35_runs.ipynb #f33d351f
-def kept_rows(config: RunConfig, path: str, model: PreTrainedModel) -> Kept | None:
-    "Where the rows of a model are kept that stands in a folder, or on the Hub in a known revision."
-    origin = origin_of(path)
-    return Kept(cache_dir() / "rows", origin, model) if config.reuse and origin else None
+def kept_rows(config: RunConfig, start: dict[str, Any], model: PreTrainedModel) -> Kept | None:
+    "Where the rows of a model are kept whose identity is known: of one in a folder, or on the Hub in a known revision."
+    return Kept(cache_dir() / "rows", start, model) if config.reuse and start else None
 
 def check_output(folder: Path, what: dict[str, Any]) -> None:
     "Raise if the folder is a file, a model's, or holds an evaluation of something else than `what`."
@@ -217,18 +221,24 @@ def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log
             "retain_log": retain_log and str(Path(retain_log).expanduser().resolve())}
     with hold(output) as folder:
         check_output(folder, what)
-        yardstick = read_retain_log(retain_log, suite, source.truths(split)) if retain_log else None
+        mine = {"benchmark": suite.name, "split": split, "data": what["data"]}
+        if retain_log:
+            read_retain_log(retain_log, suite, source.truths(split), mine)
         teaching = 0.7 if config.model == "embedded" else 0.0  # its share of the work, where it is not taught yet
         path = model_path(config, split, progress=lambda share: progress(teaching * share))
         model, enc = open_model(config, path, for_training=False)
+        start, mine = model_identity(path), mine | {"prompt": asdict(enc.fmt), "architecture": architecture(model.config)}
+        yardstick = None
+        if retain_log:
+            yardstick = read_retain_log(retain_log, suite, source.truths(split), mine)
+            what["measured_against"] = measured_against(retain_file(retain_log, suite))
         trained = Path(path).expanduser() / "train.json"
         what |= {"method": read_json(trained, "training record").get("method") if trained.exists() else None, "max_rows": source.max_rows}
-        evaluation = evaluate(Passes(model, enc, source, config.batch_size, kept_rows(config, path, model)), split, yardstick, config.metrics,
+        evaluation = evaluate(Passes(model, enc, source, config.batch_size, kept_rows(config, start, model)), split, yardstick, config.metrics,
                               lambda share: progress(teaching + (1 - teaching) * share), config.classifier)
         values = summary(evaluation, config.wanted)
         write_run(folder, suite, evaluation, values, run_record(
-            started, benchmark=suite.name, model=config.label, row="Evaluated", model_path=path, start=origin_of(path), prompt=asdict(enc.fmt),
-            rendered_prompt=example_prompt(enc), **what))
+            started, model=config.label, row="Evaluated", model_path=path, start=start, rendered_prompt=example_prompt(enc), **mine | what))
     return values
 
 # %% ../nbs/35_runs.ipynb #0562e07b
@@ -253,13 +263,20 @@ def home_of(config: RunConfig, split: str) -> str:
     return corpus_of(split) if config.benchmark == "MUSE" else split
 
 # %% ../nbs/35_runs.ipynb #7266d781
+def described(config: RunConfig, split: str, model: PreTrainedModel, enc: Encoder) -> dict[str, Any]:
+    "What a record says of a cell, and the Retain cell's record must say as well."
+    return {"benchmark": config.benchmark, "split": split, "data": config.asked.hashes(split), "prompt": asdict(enc.fmt),
+            "architecture": architecture(model.config)}
+
 def measure(config: RunConfig, passes: Passes, split: str, row: str, output: str, progress: Progress) -> dict[str, dict]:
     "A cell's evaluation, against the Retain cell's where there is one."
     if row == "Retain":  # the others will be measured against these two
         metrics = [*config.wanted, config.suite.counted, config.suite.quoted]
         return evaluate(passes, split, None, metrics, progress, config.classifier, against_itself=True)
     retain = cell_folder(output, home_of(config, split), "Retain")
-    known = read_retain_log(retain, config.suite, config.asked.truths(split)) if finished(retain, config.benchmark) else None
+    known = None
+    if finished(retain, config.benchmark):
+        known = read_retain_log(retain, config.suite, config.asked.truths(split), described(config, split, passes.model, passes.enc))
     return evaluate(passes, split, known, config.metrics, progress, config.classifier)
 
 # %% ../nbs/35_runs.ipynb #b56d02c7
@@ -322,13 +339,18 @@ def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Pro
         raise OpenUnlearnError(f"{row} on {split} starts from the model that {earlier} left, and that diverged at step {lost['diverged_at']}.")
     path = str(cell_folder(output, earlier, row) / "model") if earlier else model_path(config, split, retain=row == "Retain")
     model, enc = open_model(config, path, for_training=row not in YARDSTICKS)
-    known = kept_rows(config, path, model) if row in YARDSTICKS else None  # an unlearned model is asked once
+    start, about = model_identity(path), described(config, split, model, enc)
+    retain = cell_folder(output, home_of(config, split), "Retain")
+    if row != "Retain" and finished(retain, config.benchmark):
+        about["measured_against"] = measured_against(retain_file(retain, config.suite), folder)
+    known = kept_rows(config, start, model) if row in YARDSTICKS else None  # an unlearned model is asked once
     judge = lambda model, progress: measure(config, Passes(model, enc, source, config.batch_size, known), split, row, output, progress)
     if row in YARDSTICKS:
         evaluation = judge(model, progress)
     else:
         course, kept = Course(config, folder, lambda model: judge(model, lambda share: None)), folder / "checkpoint" if config.save_each else None
-        model, trained = unlearn(config, row, split, model, enc, None, "", lambda share: progress(0.7 * share), course.look, kept)
+        model, trained = unlearn(config, row, split, model, enc, None, "", lambda share: progress(0.7 * share), course.look, kept,
+                                 start=start)
         model, evaluation, trained["epochs"] = course.end(model, judge(model, lambda share: progress(0.7 + 0.3 * share)), trained["training"]["epochs"])
         if "diverged" not in trained and any(source.before(s) == split for s in source.splits):
             _discard(folder / "model")  # of a run that did not finish
@@ -336,15 +358,15 @@ def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Pro
             trained["model_kept"] = True
     values = summary(evaluation, config.wanted)
     write_run(folder, config.suite, evaluation, values, run_record(
-        started, benchmark=config.benchmark, model=config.label, split=split, row=row, model_path=path, start=origin_of(path),
-        prompt=asdict(enc.fmt), rendered_prompt=example_prompt(enc), config=config.fingerprint(), data=source.hashes(split), max_rows=source.max_rows, **trained))
+        started, model=config.label, row=row, model_path=path, start=start, rendered_prompt=example_prompt(enc),
+        config=config.fingerprint(), max_rows=source.max_rows, **about, **trained))
     (folder / "failed.json").unlink(missing_ok=True)  # of an earlier attempt
     _discard(folder / "checkpoint")
     return values
 
 # %% ../nbs/35_runs.ipynb #f0ce9979
 def check_run(folder: Path) -> list[str]:
-    "How a run's record differs from what is there now: its evaluation, the model it started from, its rows. Or why the cell failed."
+    "How a run's record differs from what is there now: its evaluation, its model, the retain evaluation, its rows. Or why the cell failed."
     if (folder / "failed.json").exists():
         return [f"failed: {read_json(folder / 'failed.json', 'record of a failure').get('error')}"]
     record = read_json(folder / "run.json", "run record")
@@ -364,4 +386,8 @@ def check_runs(folder: str | Path) -> dict[str, list[str]]:
     "`check_run` of every run below a folder, by its path there; an empty list is a run that still matches."
     if not (found := sorted({f.parent for name in ("run.json", "failed.json") for f in Path(folder).expanduser().rglob(name)})):
         raise OpenUnlearnError(f"No run (run.json) below {str(folder)!r}.")
+    old = sum("content" in (record_beside(place / "run.json").get("start") or {}) for place in found)
+    if old:
+        warnings.warn(f"{old} of {len(found)} records are of an earlier version: they know their model by its weights, config.json and tokenizer.json "
+                      "alone, and not against which retain evaluation they were measured.")
     return {str(place.relative_to(Path(folder).expanduser())): check_run(place) for place in found}
