@@ -118,7 +118,7 @@ def logits_alone(model, ids):
 
 @pytest.mark.checks(
     area="Models",
-    given="any of 18 architectures, from Llama to mixtures of experts and Mamba",
+    given="any of 18 architectures, from Llama to mixtures of experts and Mamba, scored",
     then="scores are those of single rows, to 1e-5",
 )
 def test_scores_are_those_of_single_rows(case):
@@ -132,7 +132,7 @@ def test_scores_are_those_of_single_rows(case):
 
 @pytest.mark.checks(
     area="Models",
-    given="any of 18 architectures, from Llama to mixtures of experts and Mamba",
+    given="any of 18 architectures, from Llama to mixtures of experts and Mamba, asked",
     then="answers are those of step-by-step greedy decoding",
 )
 def test_answers_are_those_of_step_by_step_greedy(case):
@@ -150,7 +150,7 @@ def test_answers_are_those_of_step_by_step_greedy(case):
 
 @pytest.mark.checks(
     area="Models",
-    given="any of 18 architectures, from Llama to mixtures of experts and Mamba",
+    given="any of 18 architectures, from Llama to mixtures of experts and Mamba, trained",
     then="it is trained (NPO, LoRA, RMU), saved and loaded again with equal logits",
 )
 @pytest.mark.parametrize("method, lora", [("NPO", None), ("NPO", 4), ("RMU", None)], ids=["NPO", "LoRA", "RMU"])

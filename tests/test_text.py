@@ -246,17 +246,3 @@ def test_tokens_of_a_character_are_shown_as_one():
         and "".join(texts) == enc.tokenizer.decode(ids)
         and {"川", "🐟"} <= {text.strip() for text in texts}
     )
-
-
-@pytest.mark.checks(area="Text", given="a name or sign that standard output cannot encode",
-                    then="it is printed as an escape")
-def test_an_ascii_output_gets_escapes(monkeypatch):
-    import io
-    import sys
-
-    from openunlearn_nb.cli import say
-
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw := io.BytesIO(), encoding="ascii"))
-    say("0.52 ± 0.01 川")
-    sys.stdout.flush()
-    assert raw.getvalue().split() == [b"0.52", b"\\xb1", b"0.01", b"\\u5ddd"]
