@@ -10,6 +10,7 @@ __all__ = ['Part', 'Batch', 'check_part', 'check_ids', 'check_reference', 'bare'
 # %% ../nbs/12_forwards.ipynb #95498315
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +50,8 @@ def check_ids(model: nn.Module, rows: Iterable[Sequence[int]]) -> None:
 def check_reference(model: nn.Module, ref_model: nn.Module) -> None:
     "Raise where the two models do not share a vocabulary."
     def size(m) -> int | None:
-        config = getattr(m, "config", None)
-        return getattr(config and config.get_text_config(), "vocab_size", None)
+        config: Any = getattr(bare(m), "config", None)  # an engine's own is DeepSpeed's
+        return getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "vocab_size", None)
     ours, theirs = size(model), size(ref_model)
     if ours and theirs and ours != theirs:
         raise OpenUnlearnError(f"The reference model has a vocabulary of {theirs} tokens and the model one of {ours}; the reference must "
