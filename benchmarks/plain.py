@@ -57,6 +57,7 @@ def undial_term(model, ref_model, part: dict, beta: float) -> torch.Tensor:
 
 def plain_loss(method: str, model, batch: dict, ref_model=None, compat=None, terms=None, **s) -> MethodLoss:
     """As `method_loss`, for the six methods of the benchmarks."""
+    batch = {part: tensors for part, tensors in batch.items() if part != "counts"}  # the mean of each forward, as it was usual
     nll, n = {}, {}
     if method == "UNDIAL":  # without a retain term, as published
         forget = undial_term(model, ref_model, batch["forget"], s["beta"])
