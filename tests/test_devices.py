@@ -219,7 +219,9 @@ def test_tables_of_an_array_job(small_grid, tmp_path, capsys):
     moved.rename(moved.with_name("forget05"))
     assert set(measured(find_runs(tmp_path / "splits"))["embedded"]) == {"forget01", "forget05"}
     for seed in (0, 1):
-        shutil.copytree(folder, tmp_path / f"seeds/seed{seed}")
+        there = shutil.copytree(folder, tmp_path / f"seeds/seed{seed}")
+        for file in (*there.glob("*/*/run.json"), there / "grid.json"):  # a mere copy would be no other seed
+            file.write_text(file.read_text().replace('"seed": 0', f'"seed": {seed}'))
     assert set(by_seed(find_runs(tmp_path / "seeds"))) == {0, 1}
     assert main(["table", str(tmp_path / "seeds")]) == 0 and "seeds 0, 1: mean" in capsys.readouterr().out
     for method in ("NPO", "IdkDPO"):
