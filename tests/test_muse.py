@@ -1,6 +1,7 @@
 """MUSE: the grid and its studies, odd data sets, and memory that does not grow with the corpus."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -148,7 +149,10 @@ def test_data_set_lacking_a_split_or_a_column(model, tmp_path, capsys):
 
 def test_retain_log_of_other_texts(muse_grid, model, tmp_path, capsys):
     folder, _ = muse_grid
-    log = ["--retain-log", str(folder / "News/Retain")]
+    assert evaluation(model, "miniature", tmp_path / "a", "--metrics", "privleak", "--retain-log", str(folder / "News/Retain"))[0] == 2
+    assert "another family of models (hidden_size" in capsys.readouterr().err  # as the record beside the log tells
+    (tmp_path / "log").mkdir()
+    log = ["--retain-log", str(shutil.copy(folder / "News/Retain/MUSE_EVAL.json", tmp_path / "log"))]
     assert evaluation(model, "miniature", tmp_path / "a", "--metrics", "privleak", *log)[0] == 0
     assert "0.5" not in capsys.readouterr().err
     assert evaluation(model, "miniature:1", tmp_path / "b", "--metrics", "privleak", *log)[0] == 2
