@@ -119,15 +119,9 @@ Shots = Sequence[tuple[str, str]]
 STAND_IN = "Answered"  # an answer, to see where a format puts one
 
 class Conversation(NamedTuple):
-    "Ids of a question with its answer. `ids[start:end]` hold the answer; what follows are the format's own ends."
+    "Ids of a question with its answer; `ids[start:]` hold the answer and its end."
     ids: list[int]
     start: int
-    end: int
-
-class _Frame(NamedTuple):
-    "The text around an answer."
-    before: str
-    after: str
 
 def _turns(fmt: PromptFormat, question: str, answer: str | None, shots: Shots) -> list[dict]:
     "The messages of a conversation; without an answer up to the question."
@@ -149,21 +143,21 @@ def _open_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], 
         return [_tagged(fmt, q, shots) for q in questions]
     return render(tokenizer, [_turns(fmt, q, None, shots) for q in questions], fmt, open_answer=True)
 
-def _frames(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], fmt: PromptFormat, shots: Shots) -> list[_Frame]:
-    "What stands before and after the answer to each question. Warns where the generation prompt is no beginning of a conversation."
+def _before_answers(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], fmt: PromptFormat, shots: Shots) -> list[str]:
+    "The text before the answer to each question. Warns where the generation prompt is no beginning of a conversation."
     if not fmt.chat:
-        return [_Frame(_tagged(fmt, q, shots), "") for q in questions]
-    frames = []
+        return [_tagged(fmt, q, shots) for q in questions]
+    befores = []
     for text in render(tokenizer, [_turns(fmt, q, STAND_IN, shots) for q in questions], fmt):
-        before, found, after = text.rpartition(STAND_IN)
+        before, found, _ = text.rpartition(STAND_IN)
         if not found:
             raise OpenUnlearnError(f"The chat template of {tokenizer.name_or_path or 'this model'} leaves the answer out; take --prompt plain.")
-        frames.append(_Frame(before, after))
+        befores.append(before)
     open_prompt = _open_prompts(tokenizer, questions[:1], fmt, shots)[0]
-    if not frames[0].before.startswith(open_prompt):
+    if not befores[0].startswith(open_prompt):
         warnings.warn(f"The chat template's generation prompt (...{open_prompt[-30:]!r}) is not how its conversations go on "
-                      f"(...{frames[0].before[-30:]!r}): answers are trained, scored and asked for after the latter.")
-    return frames
+                      f"(...{befores[0][-30:]!r}): answers are trained, scored and asked for after the latter.")
+    return befores
 
 # %% ../nbs/02_prompts.ipynb #1587bc3d
 Spans = list[tuple[int, int]]  # of each token: its first character, and the one after its last
@@ -203,21 +197,18 @@ def all_conversations(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[
     if fmt.compat:
         prompts = _coded(tokenizer, _open_prompts(tokenizer, questions, fmt, shots), fmt)
         lengths = {q: len(ids) for q, (ids, _) in zip(questions, prompts)}
-        return [Conversation(ids, min(lengths[q], len(ids)), len(ids)) for (q, _), (ids, _) in zip(pairs, coded)]
-    frames = dict(zip(questions, _frames(tokenizer, questions, fmt, shots)))
-    return [_conversation(tokenizer, ids, spans, text, frames[q], fmt) for (q, _), text, (ids, spans) in zip(pairs, texts, coded)]
+        return [Conversation(ids, min(lengths[q], len(ids))) for (q, _), (ids, _) in zip(pairs, coded)]
+    befores = dict(zip(questions, _before_answers(tokenizer, questions, fmt, shots)))
+    return [Conversation(ids, _border(tokenizer, ids, spans, text, befores[q], fmt)) for (q, _), text, (ids, spans) in zip(pairs, texts, coded)]
 
-def _conversation(tokenizer: PreTrainedTokenizerBase, ids: list[int], spans: Spans | None, text: str, frame: _Frame, fmt: PromptFormat) -> Conversation:
-    "A conversation's borders by the places of its tokens."
-    begin = common_beginning(text, frame.before)  # all of `before`, unless the template treats this answer in its own way
-    stop = len(text) - len(frame.after) if text.endswith(frame.after) else len(text)
+def _border(tokenizer: PreTrainedTokenizerBase, ids: list[int], spans: Spans | None, text: str, before: str, fmt: PromptFormat) -> int:
+    "The place of an answer's first token in the ids of a conversation, whose text begins with `before`."
+    begin = common_beginning(text, before)  # all of `before`, unless the template treats this answer in its own way
     if spans is None:
         prompt = tokenizer(text[:begin].rstrip(" "), add_special_tokens=not fmt.chat)["input_ids"]
-        border = common_beginning(prompt, ids)
-        return Conversation(ids, border, border)
-    end = 1 + max((i for i, (a, b) in enumerate(spans) if a < stop and b > a), default=-1)
+        return common_beginning(prompt, ids)
     start = first_token(spans, begin, _spaces(text[:begin]))
-    return Conversation(ids, end if start is None else min(start, end), end)
+    return len(ids) if start is None else start
 
 def all_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], fmt: PromptFormat, shots: Shots = (),
                 published: bool = False) -> list[list[int]]:
@@ -226,10 +217,11 @@ def all_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], fm
         return []
     if published or fmt.compat:
         return [without_added_eos(tokenizer, ids, fmt) for ids, _ in _coded(tokenizer, _open_prompts(tokenizer, questions, fmt, shots), fmt)]
-    frames = _frames(tokenizer, questions, fmt, shots)
-    alone = [without_added_eos(tokenizer, ids, fmt) for ids, _ in _coded(tokenizer, [f.before if tokenizer.is_fast else f.before.rstrip(" ") for f in frames], fmt)]
-    coded = _coded(tokenizer, [f.before + STAND_IN for f in frames], fmt)
-    return [_prompt(ids, spans, prompt, frame.before) for (ids, spans), prompt, frame in zip(coded, alone, frames)]
+    befores = _before_answers(tokenizer, questions, fmt, shots)
+    texts = [before if tokenizer.is_fast else before.rstrip(" ") for before in befores]
+    alone = [without_added_eos(tokenizer, ids, fmt) for ids, _ in _coded(tokenizer, texts, fmt)]
+    coded = _coded(tokenizer, [before + STAND_IN for before in befores], fmt)
+    return [_prompt(ids, spans, prompt, before) for (ids, spans), prompt, before in zip(coded, alone, befores)]
 
 def _prompt(ids: list[int], spans: Spans | None, alone: list[int], before: str) -> list[int]:
     "The ids before an answer: those that stay the same when one follows, where no more than white space is left to the answer."
@@ -269,10 +261,7 @@ class Prompts(NamedTuple):
 
 def labelled(conversation: Conversation, eos: int, max_length: int) -> dict[str, list[int]]:
     "`input_ids` and `labels` (-100 over the prompt) of a conversation: at most `max_length` ids, and the eos."
-    ids, start, end = conversation
-    if eos in ids[end:]:
-        ids = ids[:ids.index(eos, end) + 1]
-    ids = ids[:max_length]
+    ids, start = conversation.ids[:max_length], conversation.start
     if ids[-1:] != [eos]:
         ids = [*ids, eos]
     unscored = len(ids) if start >= max_length else min(start, len(ids))  # of a prompt that fills it all, the eos says nothing

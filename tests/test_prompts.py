@@ -99,12 +99,10 @@ def test_an_added_eos_moves_no_border(adds_bos):
     assert tokenizer.decode(icl[0], skip_special_tokens=True) == "Question: It?\nAnswer: Yes\n\nQuestion: Who?\nAnswer: "
 
 
-@pytest.mark.checks(area="Prompts", given="a template that goes on after the end of an answer", then="labels end at the first eos")
-def test_nothing_after_the_end_of_an_answer_is_scored():
+def test_what_a_template_writes_after_an_answer_is_its_end():
+    """As in the reference code, which adds an eos where the last id is none."""
     tokenizer = byte_level(TURNS.replace("<eos>", "<end>\n"), eos="<end>")
-    assert answer_in(tokenizer, encode(tokenizer, *QUESTIONS[0], prompt_format(None, tokenizer))) == "Paris<end>"
-    unknown = byte_level(TURNS.replace("<eos>", "<end>\n"))  # its eos is another: the template's end is kept, as in the reference code
-    assert answer_in(unknown, encode(unknown, *QUESTIONS[0], prompt_format(None, unknown))) == "Paris<end>\n<eos>"
+    assert answer_in(tokenizer, encode(tokenizer, *QUESTIONS[0], prompt_format(None, tokenizer))) == "Paris<end>\n<end>"
 
 
 def test_a_prompt_that_fills_everything_leaves_no_label():
