@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from openunlearn_nb.forwards import find_module
 from openunlearn_nb.losses import activation_mse, control_vector, dpo_loss, npo_loss, simnpo_loss, undial_loss
-from openunlearn_nb.methods import MethodLoss
+from openunlearn_nb.methods import MethodLoss, term_counts
 from openunlearn_nb.passes import Passes, Spent
 from openunlearn_nb.prompts import collate, encode
 from openunlearn_nb.scoring import NOTHING, TokenScores
@@ -57,10 +57,12 @@ def undial_term(model, ref_model, part: dict, beta: float) -> torch.Tensor:
 
 def plain_loss(method: str, model, batch: dict, ref_model=None, compat=None, terms=None, **s) -> MethodLoss:
     """As `method_loss`, for the six methods of the benchmarks."""
-    batch = {part: tensors for part, tensors in batch.items() if part != "counts"}  # the mean of each forward, as it was usual
+    counts = batch.get("counts")  # of the whole effective batch: a forward's mean has its share in the step's
+    share = {term: own / counts[term] for term, own in term_counts(method, batch, s).items()} if counts else {}
+    batch = {part: tensors for part, tensors in batch.items() if part != "counts"}
     nll, n = {}, {}
     if method == "UNDIAL":  # without a retain term, as published
-        forget = undial_term(model, ref_model, batch["forget"], s["beta"])
+        forget = undial_term(model, ref_model, batch["forget"], s["beta"]) * share.get("forget", 1)
         return MethodLoss(s["gamma"] * forget, {"forget": forget})
     with torch.no_grad():
         before = {part: every_position(ref_model, batch[part])[0] for part in batch if part != "retain"} if method in ("NPO", "IdkDPO") else {}
@@ -79,6 +81,7 @@ def plain_loss(method: str, model, batch: dict, ref_model=None, compat=None, ter
         forget = {"GradDiff": lambda: -nll["forget"].sum() / n["forget"].sum(), "NPO": lambda: npo_loss(nll["forget"], before["forget"], s["beta"]),
                   "SimNPO": lambda: simnpo_loss(nll["forget"], n["forget"], s["beta"], s["delta"]),
                   "IdkDPO": lambda: dpo_loss(nll["alternate"], before["alternate"], nll["forget"], before["forget"], s["beta"])}[method]()
+    forget, retain = forget * share.get("forget", 1), retain * share.get("retain", 1)
     return MethodLoss(s["gamma"] * forget + s["alpha"] * retain, {"forget": forget, "retain": retain})
 
 

@@ -143,6 +143,7 @@ def test_a_grid_of_two_processes(small_grid, tmp_path):
     assert set(epochs[0]) == {"1", "2"} and all(epochs[1][e] == pytest.approx(epochs[0][e], rel=1e-3, abs=1e-6) for e in epochs[0])
 
 
+@pytest.mark.slow
 def test_the_embedded_model_is_taught_by_one(tmp_path):
     """In an empty cache, by a process of its own: the same model as without a launcher."""
     command = ["eval", "tofu", "--train-rows", "60", "--split", "forget01", "--metrics", "forget_Q_A_Prob", "--no-reuse", "--output"]
