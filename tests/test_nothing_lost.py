@@ -280,10 +280,10 @@ def test_a_broken_cell_is_recorded_and_the_others_go_on(tmp_path, capsys, monkey
     """The others are made all the same, the exit code is 1, the table says it; made at the next call, nothing is left of the failure."""
     from openunlearn_nb import runs
 
-    def breaks(config, method, *args):
+    def breaks(config, method, *args, **how):
         if method == "IdkDPO":
             raise RuntimeError("no memory left")
-        return whole(config, method, *args)
+        return whole(config, method, *args, **how)
 
     whole, grid = runs.unlearn, tmp_path / "grid"
     command = ["tofu", "--train-rows", "250", "--splits", "forget01", "--methods", "NPO,IdkDPO", "--epochs", "1", "--jobs", "1", "--output", str(grid)]
