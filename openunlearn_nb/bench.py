@@ -18,8 +18,7 @@ from .data import Asked
 from .methods import get_method, method_settings
 from .pairs import alternate_examples
 from .passes import Passes, Spent
-from .prefixes import shared
-from .prompts import Encoder
+from .prompts import Encoder, common_beginning
 from .provenance import model_identity
 from .records import run_record
 from .runs import check_method, other_answers
@@ -30,7 +29,7 @@ from .training import train
 def tree_size(rows: Iterable[Sequence[int]]) -> int:
     "How many tokens must be read of rows, what they begin with in common counted once."
     ordered = sorted(map(tuple, rows))
-    return sum(len(row) - shared(before, row) for before, row in zip([(), *ordered], ordered))
+    return sum(len(row) - common_beginning(before, row) for before, row in zip([(), *ordered], ordered))
 
 def distinct_tokens(examples: Sequence[dict], prompts: Sequence[Sequence[int]] = ()) -> int:
     "Tokens of the prompts' tree (those of the examples, and others), and of distinct answers."

@@ -84,8 +84,8 @@ def _seed_of(file: Path, record: dict[str, Any]) -> int | None:
 
 def _is_copy(run: Run, other: Run) -> bool:
     "Whether two runs are one: with the same record, which holds its date, and the same evaluation."
-    same = lambda name: (run.file.parent / name).read_bytes() == (other.file.parent / name).read_bytes()
-    return run.seed is not None and same("run.json") and same(run.file.name)
+    names = ("run.json", run.file.name)
+    return run.seed is not None and all((run.file.parent / name).read_bytes() == (other.file.parent / name).read_bytes() for name in names)
 
 def _beside_seeds(path: Path, file: Path) -> Path | None:
     "The folder below `path` that is called like a seed's and is none (`seed0.bak`), if `file` lies in one beside those of seeds."
@@ -142,8 +142,7 @@ REMARKS = ("diverged_at", "null_rows")  # beside a row's metrics, where there is
 
 def remarks_of(run: Run, entries: dict[str, Entry]) -> dict[str, int]:
     "What is to be said beside the numbers of a run: the step at which its training diverged, and how many rows of a metric, at most, are null."
-    record = run.file.parent / "run.json"
-    step = read_json(record, "run record").get("diverged_at") if record.exists() else None
+    step = run.record.get("diverged_at")
     null = max((part.get("null_rows", 0) for e in entries.values() for part in (e, e.get("forget", {}), e.get("holdout", {}))), default=0)
     return {name: n for name, n in zip(REMARKS, (step, null)) if n}
 

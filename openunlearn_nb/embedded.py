@@ -64,7 +64,9 @@ def embedded_folder(taught: str, benchmark: Lessons, recipe: EmbeddedConfig | No
     return cache_dir() / f"{benchmark.name.lower()}-{taught}-{content_hash(decides)}"
 
 def is_whole(folder: Path) -> bool:
-    "Whether a kept model is there with its files as they were written; of one without checksums (version 0.1's), whether its weights can be opened."
+    """Whether a kept model is there, with its files as they were written.
+
+    A model of version 0.1 has no checksums; of it one can only say whether its weights open."""
     try:
         if not (folder / CHECKSUMS).exists():
             with safe_open(folder / "model.safetensors", "pt"):

@@ -80,6 +80,7 @@ def pinned_clock() -> Iterator[None]:
     finally:
         chat_template_utils.datetime = theirs
 
+# %% ../nbs/02_prompts.ipynb #4f18f08a
 def within(seconds: float, work: Callable[[], Any]) -> Any:
     "The result of `work()`; raises TimeoutError after so many seconds. A thread cannot be stopped: it goes on until the program ends."
     outcome: dict[str, Any] = {}
@@ -97,6 +98,7 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
         raise outcome["error"]
     return outcome["result"]
 
+# %% ../nbs/02_prompts.ipynb #017cd6d1
 def render(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict]], fmt: PromptFormat, open_answer: bool = False) -> list[str]:
     """The text of each conversation (a list of `{"role", "content"}`) by the tokenizer's chat template.
 
@@ -123,6 +125,7 @@ class Conversation(NamedTuple):
     ids: list[int]
     start: int
 
+# %% ../nbs/02_prompts.ipynb #74f07d30
 def _turns(fmt: PromptFormat, question: str, answer: str | None, shots: Shots) -> list[dict]:
     "The messages of a conversation; without an answer up to the question."
     turns = [{"role": "system", "content": fmt.system}] if fmt.system else []
@@ -144,7 +147,9 @@ def _open_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], 
     return render(tokenizer, [_turns(fmt, q, None, shots) for q in questions], fmt, open_answer=True)
 
 def _before_answers(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], fmt: PromptFormat, shots: Shots) -> list[str]:
-    "The text before the answer to each question. Warns where the generation prompt is no beginning of a conversation."
+    """The text before the answer to each question, as whole conversations have it.
+
+    Warns where the template's generation prompt says something else."""
     if not fmt.chat:
         return [_tagged(fmt, q, shots) for q in questions]
     befores = []
@@ -186,6 +191,7 @@ def without_added_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int], fmt: P
     adds = not fmt.chat and tokenizer.eos_token_id in tokenizer("")["input_ids"][-1:]
     return ids[:-1] if adds and ids[-1:] == [tokenizer.eos_token_id] else ids
 
+# %% ../nbs/02_prompts.ipynb #a1248803
 def all_conversations(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], fmt: PromptFormat,
                       shots: Shots = ()) -> list[Conversation]:
     "Ids of each question with its answer, and where the answer stands in them."
@@ -203,13 +209,14 @@ def all_conversations(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[
 
 def _border(tokenizer: PreTrainedTokenizerBase, ids: list[int], spans: Spans | None, text: str, before: str, fmt: PromptFormat) -> int:
     "The place of an answer's first token in the ids of a conversation, whose text begins with `before`."
-    begin = common_beginning(text, before)  # all of `before`, unless the template treats this answer in its own way
+    begin = len(before) if text.startswith(before) else common_beginning(text, before)  # a template may treat some answers in its own way
     if spans is None:
         prompt = tokenizer(text[:begin].rstrip(" "), add_special_tokens=not fmt.chat)["input_ids"]
         return common_beginning(prompt, ids)
     start = first_token(spans, begin, _spaces(text[:begin]))
     return len(ids) if start is None else start
 
+# %% ../nbs/02_prompts.ipynb #e0487734
 def all_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], fmt: PromptFormat, shots: Shots = (),
                 published: bool = False) -> list[list[int]]:
     "Ids of what a model is asked to continue, for each question. `published`: to the character as the reference code asks."
@@ -224,13 +231,16 @@ def all_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], fm
     return [_prompt(ids, spans, prompt, before) for (ids, spans), prompt, before in zip(coded, alone, befores)]
 
 def _prompt(ids: list[int], spans: Spans | None, alone: list[int], before: str) -> list[int]:
-    "The ids before an answer: those that stay the same when one follows, where no more than white space is left to the answer."
+    """The ids of one prompt. `ids` and `spans` are of its text with the stand-in behind it, `alone` the ids of its text.
+
+    Its last space is left to the answer. Where the tokenizer ties more than a space to the answer's beginning, the prompt stays whole."""
     if spans is None:
         return ids[:common_beginning(ids, alone)]
     start = first_token(spans, len(before), _spaces(before))
     assert start is not None  # the stand-in is no empty text
     return alone if before[spans[start][0]:].strip() else ids[:start]
 
+# %% ../nbs/02_prompts.ipynb #09fedda4
 def all_conversation_ids(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str | None]], fmt: PromptFormat,
                          shots: Shots = (), published: bool = False) -> list[list[int]]:
     "Ids of each question with its answer; where all answers are None, of the prompts alone (`published`: as in `all_prompts`)."

@@ -8,6 +8,7 @@ __all__ = ['DECIDE', 'KINDS', 'LARGE', 'model_files', 'model_identity', 'differe
 
 # %% ../nbs/29_provenance.ipynb #28aa4f33
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,13 @@ DECIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_
 KINDS = (".safetensors", ".safetensors.index.json", ".jinja", ".py", ".model", ".tiktoken")  # and by ending: weights, templates, code, tokenizers
 LARGE = 1 << 26  # bytes; the hash of a larger file is remembered between processes
 
-def _deciding(folder: Path) -> set[Path]:
-    "The files of a folder that decide what its model says; those that an index of weights names among them."
-    found = {file for file in folder.iterdir() if file.name in DECIDE or file.name.endswith(KINDS)} | set(folder.glob("additional_chat_templates/*.jinja"))
-    for index in [file for file in found if file.name.endswith(".index.json")]:
-        shards = read_json(index, "index of weights").get("weight_map")
-        found |= {folder / str(name) for name in shards.values()} if isinstance(shards, dict) else set()
-    return {file for file in found if file.is_file()}
+def _deciding(folder: Path) -> list[Path]:
+    """The files of a folder that decide what its model says, in order.
+
+    An index adds none: the weights that it may name lie in the folder itself, and it is no reason to read a file elsewhere."""
+    found = [file for file in folder.iterdir() if file.name in DECIDE or file.name.endswith(KINDS)]
+    found += folder.glob("additional_chat_templates/*.jinja")
+    return sorted(file for file in found if file.is_file())
 
 def _hash_of(file: Path, anew: bool) -> str:
     "A file's hash: of a large one as the cache remembers it (unless `anew`); in the Hub's cache the name of a large file is its hash."
@@ -55,7 +56,7 @@ def _hash_of(file: Path, anew: bool) -> str:
 
 def model_files(folder: Path, anew: bool = False) -> dict[str, str]:
     "A hash of each file that decides what the model in a folder says, by its name; of an adapter's base with `base/` before it."
-    files = {str(file.relative_to(folder)): _hash_of(file, anew) for file in sorted(_deciding(folder))}
+    files = {str(file.relative_to(folder)): _hash_of(file, anew) for file in _deciding(folder)}
     if (trained := folder / "train.json").exists():
         files["train.json"] = text_hash(json.dumps(read_json(trained, "training record").get("prompt"), sort_keys=True))
     if (adapter := folder / "adapter_config.json").exists():
@@ -96,8 +97,8 @@ def difference(known: dict[str, Any], now: dict[str, Any]) -> str | None:
     if files and isinstance(known.get("files"), dict):
         return next((name for name in sorted(known["files"] | files) if known["files"].get(name) != files.get(name)), None)
     if files and "content" in known:  # records of version 0.1 know three kinds of files, by one hash
-        old = [f"{name} {digest}" for name, digest in sorted(files.items()) if "/" not in name and (name.endswith(".safetensors") or
-               name in ("config.json", "tokenizer.json"))]
+        hashed = re.compile(r"[^/]*\.safetensors|config\.json|tokenizer\.json")
+        old = [f"{name} {digest}" for name, digest in sorted(files.items()) if hashed.fullmatch(name)]
         return None if known["content"] == text_hash("\n".join(old)) else "weights, config.json or tokenizer.json"
     if known and now and not known.keys() & now.keys():
         return "where it comes from"
