@@ -29,8 +29,8 @@ class Record:
     file's own."""
 
     def __init__(self, file: Path, what: Found):
-        from openunlearn_nb.errors import OpenUnlearnError
-        from openunlearn_nb.records import read_json
+        from openunlearn_nb.internals.errors import OpenUnlearnError
+        from openunlearn_nb.experiments.records import read_json
 
         self.file, self.what, self.started = file, what, time.time()
         there = read_json(file, "record") if file.exists() else what
@@ -46,7 +46,7 @@ class Record:
         return self.blocks.get(name, {}).keys() >= {"result", "seconds"}
 
     def put(self, name: str, entry: Found) -> None:
-        from openunlearn_nb.records import run_record, write_json
+        from openunlearn_nb.experiments.records import run_record, write_json
 
         self.blocks[name] = entry
         write_json(self.file, run_record(self.started, **self.what, blocks=self.blocks))
@@ -138,7 +138,7 @@ class Measure:
     def __exit__(self, *error):
         import torch
 
-        from openunlearn_nb.records import peak_memory
+        from openunlearn_nb.experiments.records import peak_memory
 
         synchronize()
         self.seconds = time.perf_counter() - self.started

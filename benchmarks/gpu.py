@@ -113,8 +113,8 @@ def peak_of(name: str) -> float | None:
 
 def settle() -> None:
     """Import what most blocks use, and keep the garbage collector from going over it again with each of them."""
-    from openunlearn_nb import grid  # noqa: F401
-    from openunlearn_nb.models import quiet
+    from openunlearn_nb.experiments import grid  # noqa: F401
+    from openunlearn_nb.models.loading import quiet
 
     quiet()
     warnings.simplefilter("ignore")
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None, started: float = STARTED) -> Path:
     import gpu_run2
     from blocks import Record, run_blocks
 
-    from openunlearn_nb.errors import check_choice
+    from openunlearn_nb.internals.errors import check_choice
 
     settle()
     if args.command == "run1":
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None, started: float = STARTED) -> Path:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what a block has started is ended with it
-    from openunlearn_nb.errors import OpenUnlearnError
+    from openunlearn_nb.internals.errors import OpenUnlearnError
 
     try:
         print("Record:", main())

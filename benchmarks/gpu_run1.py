@@ -132,7 +132,7 @@ class Bench:
     """One model of random weights and its rows, for all blocks."""
 
     def __init__(self, args: Namespace, config: dict | None = None):
-        from openunlearn_nb.memory import SHAPES
+        from openunlearn_nb.training.memory import SHAPES
 
         self.scale: Scale = SCALES[args.shape]
         self.config = config or self.scale.config or SHAPES["meta-llama/Llama-3.2-1B-Instruct"]
@@ -140,14 +140,14 @@ class Bench:
 
     @cached_property
     def texts(self) -> list[tuple[str, str]]:
-        from openunlearn_nb.miniature_tofu import make_tofu
+        from openunlearn_nb.data.miniature_tofu import make_tofu
 
         return [(r["question"], r["answer"]) for r in make_tofu()["forget10"]]
 
     @cached_property
     def tokenizer(self):
         """A small one: of the vocabulary it has names for the first ids, others are decoded to nothing."""
-        from openunlearn_nb.models import train_tokenizer
+        from openunlearn_nb.models.loading import train_tokenizer
 
         return train_tokenizer([q + a for q, a in self.texts], 500)
 
@@ -176,7 +176,7 @@ class Bench:
 
     @cached_property
     def sizes(self):
-        from openunlearn_nb.memory import model_sizes
+        from openunlearn_nb.training.memory import model_sizes
 
         return model_sizes(self.model.config)
 
@@ -194,7 +194,7 @@ class Bench:
 
     def settings(self, method: str) -> dict[str, Any]:
         """The method's, with RMU's layer in this model."""
-        from openunlearn_nb.methods import method_settings
+        from openunlearn_nb.methods.method import method_settings
 
         own = {"module_regex": rf"model\.layers\.{min(7, self.sizes.layers - 1)}"} if method == "RMU" else {}
         return method_settings(method, own)
@@ -202,7 +202,7 @@ class Bench:
 
 def parts_of(method: str, settings: dict) -> list[str]:
     """The parts of a batch that a method trains on."""
-    from openunlearn_nb.methods import get_method, keeps_retain
+    from openunlearn_nb.methods.method import get_method, keeps_retain
 
     of = get_method(method)
     used = {
@@ -216,7 +216,7 @@ def parts_of(method: str, settings: dict) -> list[str]:
 def step_flops(bench: Bench, method: str, settings: dict) -> float:
     """Of one row of each part: a forward and a backward, which is two; and the live reference's forward, where the step
     has one."""
-    from openunlearn_nb.methods import needs_reference
+    from openunlearn_nb.methods.method import needs_reference
 
     steers = "module_regex" in settings
     layers = int(re.findall(r"\d+", settings["module_regex"])[-1]) + 1 if steers else None  # where such a forward stops
@@ -229,8 +229,8 @@ def planned(bench: Bench, method: str, settings: dict, recipe) -> Found:
     """`openunlearn plan`'s figure for the training: for rows as long as the longest, with the mean row's labels."""
     import torch
 
-    from openunlearn_nb.memory import Plan, memory_parts
-    from openunlearn_nb.training import optimizer_of
+    from openunlearn_nb.training.memory import Plan, memory_parts
+    from openunlearn_nb.training.trainer import optimizer_of
 
     rows = [e for name in parts_of(method, settings) for e in bench.parts[name]]
     parts = memory_parts(
@@ -256,8 +256,8 @@ def training(bench: Bench, method: str, rows: int, checkpointing: bool = False, 
     """A few steps of a method. `usual`: by benchmarks/plain.py, with weights in bf16."""
     from plain import plainly
 
-    from openunlearn_nb.pairs import TrainConfig
-    from openunlearn_nb.training import optimizer_of, train
+    from openunlearn_nb.training.pairs import TrainConfig
+    from openunlearn_nb.training.trainer import optimizer_of, train
 
     model, settings, steps = bench.fresh(half=usual), bench.settings(method), Steps()
     recipe = TrainConfig(
@@ -319,7 +319,7 @@ def ceilings(bench: Bench) -> Found:
 
 def scoring(bench: Bench) -> Found:
     """Log-likelihoods of rows, by the package, in bf16."""
-    from openunlearn_nb.scoring import score
+    from openunlearn_nb.models.scoring import score
 
     model, pad_id = bench.fresh(half=True), bench.tokenizer.pad_token_id
     examples = random_rows(bench.scale, bench.sizes.vocab, bench.scale.scored, 3)
@@ -338,7 +338,7 @@ def scoring(bench: Bench) -> Found:
 
 def generation(bench: Bench) -> Found:
     """Greedy answers, by the package, in bf16; every row runs to the limit."""
-    from openunlearn_nb.generation import generate
+    from openunlearn_nb.models.generation import generate
 
     model, (rows, new) = bench.fresh(half=True), bench.scale.generated
     prompts = [e["input_ids"][: e["labels"].count(-100)] for e in random_rows(bench.scale, bench.sizes.vocab, rows, 4)]
@@ -377,8 +377,8 @@ def usual_training(bench: Bench, method: str) -> Found:
 def small_tofu(folder: Path, forget: int, others: int) -> Path:
     """A part of the miniature, as a folder: so many rows of forget10 and its holdout, and so many of each other set
     that is asked."""
-    from openunlearn_nb.miniature_tofu import make_tofu
-    from openunlearn_nb.tofu import write_tofu
+    from openunlearn_nb.data.miniature_tofu import make_tofu
+    from openunlearn_nb.data.tofu import write_tofu
 
     data = make_tofu()
     part = {name: data[name][:forget] for name in ("forget10", "forget10_perturbed", "holdout10")}
@@ -394,10 +394,10 @@ def evaluation(bench: Bench, usual: bool) -> Found:
     saves by rows that are done is not in it."""
     from plain import plain_evaluate
 
-    from openunlearn_nb.passes import Passes, Spent
-    from openunlearn_nb.prompts import PROMPTS, Encoder
-    from openunlearn_nb.suites import evaluate
-    from openunlearn_nb.tofu import Tofu
+    from openunlearn_nb.evaluation.passes import Passes, Spent
+    from openunlearn_nb.data.prompts import PROMPTS, Encoder
+    from openunlearn_nb.evaluation.suites import evaluate
+    from openunlearn_nb.data.tofu import Tofu
 
     model, enc = bench.fresh(half=True), Encoder(bench.tokenizer, PROMPTS["chat"], 512)
     spent = Spent(model)

@@ -37,7 +37,7 @@ def last_words(log: Path) -> str:
 
 def here(commands: list[list[str]], logs: list[Path]) -> Iterator[None]:
     """Run the package's commands one after the other in this process; raises at the end where one failed."""
-    from openunlearn_nb.cli import main
+    from openunlearn_nb.commands.cli import main
 
     failed: list[str] = []
     for command, log in zip(commands, logs):
@@ -96,8 +96,8 @@ def data_of(args: Namespace) -> str:
 
 def base_of(args: Namespace) -> str:
     """Where the model to fine-tune stands, or will."""
-    from openunlearn_nb.models import PRESETS
-    from openunlearn_nb.smollm2 import gguf_file, resolve
+    from openunlearn_nb.models.loading import PRESETS
+    from openunlearn_nb.models.smollm2 import gguf_file, resolve
 
     if args.shape == "tiny":
         return str(args.work / "base")
@@ -118,9 +118,9 @@ def unpack(args: Namespace) -> Found:
     """The model and the data."""
     from gpu_run1 import small_tofu
 
-    from openunlearn_nb.miniature_tofu import make_tofu
-    from openunlearn_nb.models import save_model, tiny_llama, train_tokenizer
-    from openunlearn_nb.tofu import question_pairs
+    from openunlearn_nb.data.miniature_tofu import make_tofu
+    from openunlearn_nb.models.loading import save_model, tiny_llama, train_tokenizer
+    from openunlearn_nb.data.tofu import question_pairs
 
     if args.shape == "tiny":
         small_tofu(args.work / "data", 8, 8)
@@ -156,7 +156,7 @@ def training_options(args: Namespace, epochs: int, rate: float) -> list[str]:
 
 def told(args: Namespace, name: str) -> Found:
     """What a finished training's record says."""
-    from openunlearn_nb.records import read_json
+    from openunlearn_nb.experiments.records import read_json
 
     record = read_json(models(args) / name / "train.json")
     losses = record["losses"]
@@ -197,8 +197,8 @@ def fine_tunes(args: Namespace) -> Iterator[Found]:
 
 def cells(args: Namespace) -> Found:
     """The finished rows of the table."""
-    from openunlearn_nb.records import read_json
-    from openunlearn_nb.runs import cell_folder, finished
+    from openunlearn_nb.experiments.records import read_json
+    from openunlearn_nb.experiments.runs import cell_folder, finished
 
     rows: Found = {}
     for row in ("Retain", "Finetuned", *args.methods.split(",")):
@@ -251,12 +251,12 @@ def asked(args: Namespace, name: str, half: bool, retain: dict | None) -> dict[s
     """A model's evaluation in bf16 or fp32, from weights that are the same (rounded to bf16 as it was saved)."""
     import torch
 
-    from openunlearn_nb.config import RunConfig, prompt_of
-    from openunlearn_nb.models import load_model, load_tokenizer
-    from openunlearn_nb.passes import Passes
-    from openunlearn_nb.prompts import Encoder
-    from openunlearn_nb.runs import kept_rows
-    from openunlearn_nb.suites import evaluate
+    from openunlearn_nb.experiments.config import RunConfig, prompt_of
+    from openunlearn_nb.models.loading import load_model, load_tokenizer
+    from openunlearn_nb.evaluation.passes import Passes
+    from openunlearn_nb.data.prompts import Encoder
+    from openunlearn_nb.experiments.runs import kept_rows
+    from openunlearn_nb.evaluation.suites import evaluate
 
     path = str(models(args) / name)
     config = RunConfig(model=path, data=data_of(args))
@@ -296,10 +296,10 @@ def four_bits(args: Namespace) -> Found:
     forgotten."""
     import torch
 
-    from openunlearn_nb.config import RunConfig, prompt_of
-    from openunlearn_nb.models import load_model, load_tokenizer
-    from openunlearn_nb.prompts import Encoder
-    from openunlearn_nb.scoring import score
+    from openunlearn_nb.experiments.config import RunConfig, prompt_of
+    from openunlearn_nb.models.loading import load_model, load_tokenizer
+    from openunlearn_nb.data.prompts import Encoder
+    from openunlearn_nb.models.scoring import score
 
     need_package("bitsandbytes")
     need(args, "full")
@@ -323,7 +323,7 @@ def zero3(args: Namespace) -> Iterator[Found]:
     """An epoch of NPO under DeepSpeed's ZeRO-3, on one GPU: does it run, and how long does it take?"""
     import torch
 
-    from openunlearn_nb.processes import config_file
+    from openunlearn_nb.internals.processes import config_file
 
     need_package("deepspeed")
     if not torch.cuda.is_available():

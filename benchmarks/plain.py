@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from transformers import Trainer
 
-from openunlearn_nb.forwards import find_module
-from openunlearn_nb.losses import activation_mse, control_vector, dpo_loss, npo_loss, simnpo_loss, undial_loss
-from openunlearn_nb.methods import MethodLoss, term_counts
-from openunlearn_nb.passes import Passes, Spent
-from openunlearn_nb.prompts import collate, encode
-from openunlearn_nb.scoring import NOTHING, TokenScores
-from openunlearn_nb.suites import SUITES, Beside, Derived, evaluate, needed, wanted
+from openunlearn_nb.models.forwards import find_module
+from openunlearn_nb.methods.losses import activation_mse, control_vector, dpo_loss, npo_loss, simnpo_loss, undial_loss
+from openunlearn_nb.methods.method import MethodLoss, term_counts
+from openunlearn_nb.evaluation.passes import Passes, Spent
+from openunlearn_nb.data.prompts import collate, encode
+from openunlearn_nb.models.scoring import NOTHING, TokenScores
+from openunlearn_nb.evaluation.suites import SUITES, Beside, Derived, evaluate, needed, wanted
 
 ROWS = 32  # a batch of evaluation, as in the reference code
 
@@ -88,11 +88,11 @@ def plain_loss(method: str, model, batch: dict, ref_model=None, compat=None, ter
 @contextmanager
 def plainly() -> Iterator[None]:
     """In this context `train` trains the plain way; everything else about a run, its batches too, is the same."""
-    with (patch("openunlearn_nb.training.method_loss", plain_loss),
-          patch("openunlearn_nb.training.UnlearnTrainer.training_step", Trainer.training_step),
-          patch("openunlearn_nb.training.needs_reference", lambda method, settings: method in ("NPO", "IdkDPO", "RMU", "UNDIAL")),
-          patch("openunlearn_nb.pairs.with_ref_nll", lambda model, examples, **_: examples),
-          patch("openunlearn_nb.pairs.collate", lambda examples, pad_id, side: collate(examples, pad_id, "right"))):
+    with (patch("openunlearn_nb.training.trainer.method_loss", plain_loss),
+          patch("openunlearn_nb.training.trainer.UnlearnTrainer.training_step", Trainer.training_step),
+          patch("openunlearn_nb.training.trainer.needs_reference", lambda method, settings: method in ("NPO", "IdkDPO", "RMU", "UNDIAL")),
+          patch("openunlearn_nb.training.pairs.with_ref_nll", lambda model, examples, **_: examples),
+          patch("openunlearn_nb.training.pairs.collate", lambda examples, pad_id, side: collate(examples, pad_id, "right"))):
         yield
 
 
@@ -142,7 +142,7 @@ def plain_evaluate(model, enc, benchmark, split: str, retain_eval: dict | None, 
     """As `evaluate`, with passes of its own for every metric."""
     suite, out = SUITES[benchmark.name], {}
     one_by_one = lambda enc, pairs: [{k: v for k, v in encode(enc.tokenizer, q, a, enc.fmt, enc.max_length).items() if k != "n"} for q, a in pairs]
-    with patch("openunlearn_nb.tofu.encode_all", one_by_one), patch("openunlearn_nb.passes.generate", plain_generate):
+    with patch("openunlearn_nb.data.tofu.encode_all", one_by_one), patch("openunlearn_nb.evaluation.passes.generate", plain_generate):
         for name in needed(suite, wanted(suite, metrics)):
             if isinstance(metric := suite.metrics[name], Derived):
                 out[name] = metric.combine([out[i] for i in metric.inputs], Beside(retain_eval or {}, classifier))

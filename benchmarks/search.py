@@ -41,7 +41,7 @@ MORE = {"TOFU": ["ks_distance", "retain_Q_A_ROUGE"], "MUSE": []}
 
 
 def columns(benchmark: str) -> list[str]:
-    from openunlearn_nb.suites import SUITES
+    from openunlearn_nb.evaluation.suites import SUITES
 
     return ["method", "learning_rate", "settings", *SUITES[benchmark].defaults, *MORE[benchmark], "seconds"]
 
@@ -49,11 +49,11 @@ def columns(benchmark: str) -> list[str]:
 def run(job: tuple[str, str, float, dict]) -> dict:
     import torch
 
-    from openunlearn_nb.models import quiet
-    from openunlearn_nb.passes import Passes
-    from openunlearn_nb.config import RunConfig, model_path, open_model
-    from openunlearn_nb.runs import unlearn
-    from openunlearn_nb.suites import evaluate
+    from openunlearn_nb.models.loading import quiet
+    from openunlearn_nb.evaluation.passes import Passes
+    from openunlearn_nb.experiments.config import RunConfig, model_path, open_model
+    from openunlearn_nb.experiments.runs import unlearn
+    from openunlearn_nb.evaluation.suites import evaluate
 
     torch.set_num_threads(1)
     quiet()

@@ -32,12 +32,12 @@ def middle(data: str, epochs: int = 3):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from openunlearn_nb.data import content_hash
-    from openunlearn_nb.models import cache_dir, save_model, train_tokenizer
-    from openunlearn_nb.pairs import TrainConfig
-    from openunlearn_nb.prompts import PROMPTS, Encoder
-    from openunlearn_nb.tofu import Tofu
-    from openunlearn_nb.training import train
+    from openunlearn_nb.data.sources import content_hash
+    from openunlearn_nb.models.loading import cache_dir, save_model, train_tokenizer
+    from openunlearn_nb.training.pairs import TrainConfig
+    from openunlearn_nb.data.prompts import PROMPTS, Encoder
+    from openunlearn_nb.data.tofu import Tofu
+    from openunlearn_nb.training.trainer import train
 
     benchmark = Tofu(data, ROWS)
     folder = cache_dir() / f"speed-256-{content_hash([benchmark.lessons('full'), epochs])}"
@@ -54,9 +54,9 @@ def middle(data: str, epochs: int = 3):
 
 
 def model_folder(which: str, args) -> str:
-    from openunlearn_nb.embedded import embedded_model, taught_part
-    from openunlearn_nb.muse import Muse
-    from openunlearn_nb.tofu import Tofu
+    from openunlearn_nb.experiments.embedded import embedded_model, taught_part
+    from openunlearn_nb.data.muse import Muse
+    from openunlearn_nb.data.tofu import Tofu
 
     if which == "hidden 256":
         return str(middle(args.data))
@@ -73,12 +73,12 @@ def train_child(args, method: str, mode: str, rows: int = 40, words: int | None 
 
     from plain import plainly
 
-    from openunlearn_nb.models import load_model, load_tokenizer
-    from openunlearn_nb.pairs import TrainConfig
-    from openunlearn_nb.prompts import PROMPTS, Encoder, encode_all
-    from openunlearn_nb.records import peak_memory
-    from openunlearn_nb.tofu import load_refusals, question_pairs
-    from openunlearn_nb.training import train
+    from openunlearn_nb.models.loading import load_model, load_tokenizer
+    from openunlearn_nb.training.pairs import TrainConfig
+    from openunlearn_nb.data.prompts import PROMPTS, Encoder, encode_all
+    from openunlearn_nb.experiments.records import peak_memory
+    from openunlearn_nb.data.tofu import load_refusals, question_pairs
+    from openunlearn_nb.training.trainer import train
 
     path = model_folder("hidden 256", args)
     model, enc = load_model(path), Encoder(load_tokenizer(path), PROMPTS["chat"])
@@ -99,14 +99,14 @@ def evaluate_child(args, name: str, mode: str, split: str = "forget10", count: i
     """Seconds, tokens through the model, and all numbers of an evaluation."""
     from plain import plain_evaluate
 
-    from openunlearn_nb.bench import least_tokens
-    from openunlearn_nb.models import load_model, load_tokenizer
-    from openunlearn_nb.muse import Muse
-    from openunlearn_nb.passes import Passes, Spent
-    from openunlearn_nb.prompts import Encoder, prompt_format
-    from openunlearn_nb.records import finite, peak_memory
-    from openunlearn_nb.suites import evaluate
-    from openunlearn_nb.tofu import Tofu
+    from openunlearn_nb.experiments.bench import least_tokens
+    from openunlearn_nb.models.loading import load_model, load_tokenizer
+    from openunlearn_nb.data.muse import Muse
+    from openunlearn_nb.evaluation.passes import Passes, Spent
+    from openunlearn_nb.data.prompts import Encoder, prompt_format
+    from openunlearn_nb.experiments.records import finite, peak_memory
+    from openunlearn_nb.evaluation.suites import evaluate
+    from openunlearn_nb.data.tofu import Tofu
 
     which, of, metrics = EVALUATIONS[name]
     path = model_folder(which if of == "TOFU" else f"{which} {of}", args)
@@ -181,13 +181,13 @@ def main() -> None:
     p.add_argument("--child", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.child:
-        from openunlearn_nb.models import quiet
+        from openunlearn_nb.models.loading import quiet
 
         quiet(), warnings.simplefilter("ignore")
         kind, name, mode, more = json.loads(args.child)
         print(json.dumps({"train": train_child, "evaluate": evaluate_child}[kind](args, name, mode, **more)))
         return
-    from openunlearn_nb.records import read_json, run_record, write_json
+    from openunlearn_nb.experiments.records import read_json, run_record, write_json
 
     started = time.time()
     for which in ("hidden 256", "embedded", "embedded MUSE", "embedded MUSE real"):  # taught now, not in somebody's time

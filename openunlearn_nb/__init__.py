@@ -3,7 +3,8 @@ import logging
 
 __version__ = "0.1.0"
 
-_API = {"method_loss": "methods", "METHODS": "methods", "evaluate": "suites", "RunConfig": "config", "GridConfig": "grid", "run_grid": "grid"}
+_API = {"method_loss": "methods.method", "METHODS": "methods.method", "evaluate": "evaluation.suites",
+        "RunConfig": "experiments.config", "GridConfig": "experiments.grid", "run_grid": "experiments.grid"}
 
 # transformers imports it unasked where it is installed, and on a CPU it complains of kernels that nothing here needs
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

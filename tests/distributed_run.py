@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from openunlearn_nb.miniature_tofu import make_tofu
-from openunlearn_nb.models import load_model, quiet, save_model, tiny_llama, train_tokenizer
-from openunlearn_nb.pairs import TrainConfig
-from openunlearn_nb.processes import begin, end, is_main, wait_for_all, world
-from openunlearn_nb.prompts import PROMPTS, Encoder, encode_all
-from openunlearn_nb.training import train
+from openunlearn_nb.data.miniature_tofu import make_tofu
+from openunlearn_nb.models.loading import load_model, quiet, save_model, tiny_llama, train_tokenizer
+from openunlearn_nb.training.pairs import TrainConfig
+from openunlearn_nb.internals.processes import begin, end, is_main, wait_for_all, world
+from openunlearn_nb.data.prompts import PROMPTS, Encoder, encode_all
+from openunlearn_nb.training.trainer import train
 
 SETTINGS = {"RMU": {"module_regex": r"model\.layers\.1"}, "NPO-KL": {"retain_loss_type": "KL"},
             "PDU": {"retain_loss_eps": 0.3, "dual_warmup_epochs": 1}}

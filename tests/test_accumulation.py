@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from openunlearn_nb.methods import METHODS, declare, method_loss, method_settings, term_counts
-from openunlearn_nb.models import tiny_llama, train_tokenizer
-from openunlearn_nb.pairs import TrainConfig, collate_parts
-from openunlearn_nb.training import train
+from openunlearn_nb.methods.method import METHODS, declare, method_loss, method_settings, term_counts
+from openunlearn_nb.models.loading import tiny_llama, train_tokenizer
+from openunlearn_nb.training.pairs import TrainConfig, collate_parts
+from openunlearn_nb.training.trainer import train
 
 SETTINGS = {"RMU": {"module_regex": r"model\.layers\.0"}, "PDU": {"retain_loss_eps": 0.3, "dual_warmup_epochs": 0.0},
             "CEU": {"ignore_first_n_answer_tokens": 2}}
@@ -83,7 +83,7 @@ def test_a_scalar_of_ones_own_is_a_mean_over_rows_unless_it_says_otherwise(start
         "No mean over tokens, and not of this package."
         logits = model(input_ids=batch["forget"]["input_ids"], attention_mask=batch["forget"]["attention_mask"]).logits
         return logits[:, -1].square().mean(-1).mean()
-    monkeypatch.setattr("openunlearn_nb.methods.METHODS", METHODS | {})
+    monkeypatch.setattr("openunlearn_nb.methods.method.METHODS", METHODS | {})
     declare("Own", "x", "a test", alpha=0.0)(longest)
     assert_same(trained(start, "Own", 8), trained(start, "Own", 1))
 

@@ -8,10 +8,10 @@ from launching import script, torchrun
 
 FULL_QUOTA = """
 import errno, json, os, sys
-from openunlearn_nb import processes
-from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.records import write_json
-from openunlearn_nb.workers import Inline, Task, run_tasks
+from openunlearn_nb.internals import processes
+from openunlearn_nb.internals.errors import OpenUnlearnError
+from openunlearn_nb.experiments.records import write_json
+from openunlearn_nb.experiments.workers import Inline, Task, run_tasks
 
 processes.begin()
 if processes.is_main():
@@ -46,12 +46,12 @@ def test_a_full_quota_of_the_main_process_fails_the_cell_on_all(tmp_path):
 
 
 ONE_ALONE = """
-from openunlearn_nb import processes
-from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.workers import Inline, Task, run_tasks
+from openunlearn_nb.internals import processes
+from openunlearn_nb.internals.errors import OpenUnlearnError
+from openunlearn_nb.experiments.workers import Inline, Task, run_tasks
 
 processes.begin()
-import openunlearn_nb.workers as workers
+import openunlearn_nb.experiments.workers as workers
 workers.raised_by_all = lambda: processes.raised_by_all(5)  # seconds
 
 def work(task, progress):
@@ -72,11 +72,11 @@ def test_an_error_that_one_process_has_alone_ends_them_all(tmp_path):
 SAVE = """
 import json, os, sys, time
 from pathlib import Path
-from openunlearn_nb import processes
-from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.models import quiet, save_model, tiny_llama, train_tokenizer
-from openunlearn_nb.grid import copy_cell
-from openunlearn_nb.records import write_json
+from openunlearn_nb.internals import processes
+from openunlearn_nb.internals.errors import OpenUnlearnError
+from openunlearn_nb.models.loading import quiet, save_model, tiny_llama, train_tokenizer
+from openunlearn_nb.experiments.grid import copy_cell
+from openunlearn_nb.experiments.records import write_json
 
 quiet()
 processes.begin()
@@ -110,7 +110,7 @@ def test_saving_a_model_and_copying_a_cell_fail_on_all(tmp_path):
 
 
 def test_without_a_group_the_error_is_as_it_was():
-    from openunlearn_nb.processes import on_main
+    from openunlearn_nb.internals.processes import on_main
 
     with pytest.raises(ZeroDivisionError):
         on_main(lambda: 1 / 0)

@@ -7,11 +7,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from openunlearn_nb.generation import generate
-from openunlearn_nb.models import load_model, save_model, train_tokenizer
-from openunlearn_nb.pairs import TrainConfig
-from openunlearn_nb.scoring import score
-from openunlearn_nb.training import train
+from openunlearn_nb.models.generation import generate
+from openunlearn_nb.models.loading import load_model, save_model, train_tokenizer
+from openunlearn_nb.training.pairs import TrainConfig
+from openunlearn_nb.models.scoring import score
+from openunlearn_nb.training.trainer import train
 
 WIDTHS = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128

@@ -21,9 +21,9 @@ from blocks import Block, Record, Skipped, run_blocks  # noqa: E402
 from gpu_run1 import METHODS, Bench, forward_flops, step_flops  # noqa: E402
 from gpu_tables import gpu_tables, none_yet  # noqa: E402
 
-from openunlearn_nb.errors import OpenUnlearnError  # noqa: E402
-from openunlearn_nb.methods import METHODS as DECLARED  # noqa: E402
-from openunlearn_nb.records import read_json  # noqa: E402
+from openunlearn_nb.internals.errors import OpenUnlearnError  # noqa: E402
+from openunlearn_nb.methods.method import METHODS as DECLARED  # noqa: E402
+from openunlearn_nb.experiments.records import read_json  # noqa: E402
 
 
 def call(*argv: str) -> Path:

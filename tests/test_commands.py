@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from openunlearn_nb.cli import main
+from openunlearn_nb.commands.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ["tofu", "muse", "own", "train", "eval tofu", "eval muse", "eval own", "eval lm", "alternates", "report", "configs", "plan", "bench", "table"]
@@ -41,7 +41,7 @@ def test_results_as_json(small_grid, tmp_path, capsys):
 
 
 def test_a_report_draws_the_epochs(small_grid, tmp_path):
-    from openunlearn_nb.report import write_report
+    from openunlearn_nb.reporting.report import write_report
 
     folder, _ = small_grid
     rows = folder / "forget01/NPO"
@@ -55,8 +55,8 @@ def test_a_report_draws_the_epochs(small_grid, tmp_path):
 
 
 def test_a_notebook_shows_one_sentence():
-    done = subprocess.run([sys.executable, "-m", "IPython", "--no-banner", "--colors=NoColor", "-c", "from openunlearn_nb.methods import get_method; get_method('NPOO')"],
-                          capture_output=True, text=True, cwd=ROOT)
+    cell = "from openunlearn_nb.methods.method import get_method; get_method('NPOO')"
+    done = subprocess.run([sys.executable, "-m", "IPython", "--no-banner", "--colors=NoColor", "-c", cell], capture_output=True, text=True, cwd=ROOT)
     said = done.stdout + done.stderr
     assert "OpenUnlearnError: Unknown method 'NPOO'; did you mean NPO" in said and "Traceback" not in said and len(said.splitlines()) < 4
 

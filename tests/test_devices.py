@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from openunlearn_nb import methods
-from openunlearn_nb.cli import main, parser
-from openunlearn_nb.collect import by_seed, find_runs, measured
-from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.grid import GridConfig, default_jobs, run_grid
-from openunlearn_nb.processes import config_file, only_device, own_device, visible_devices
-from openunlearn_nb.records import read_json
-from openunlearn_nb.runs import cell_folder
-from openunlearn_nb.workers import Task, run_all
+from openunlearn_nb.methods import method as methods
+from openunlearn_nb.commands.cli import main, parser
+from openunlearn_nb.reporting.collect import by_seed, find_runs, measured
+from openunlearn_nb.internals.errors import OpenUnlearnError
+from openunlearn_nb.experiments.grid import GridConfig, default_jobs, run_grid
+from openunlearn_nb.internals.processes import config_file, only_device, own_device, visible_devices
+from openunlearn_nb.experiments.records import read_json
+from openunlearn_nb.experiments.runs import cell_folder
+from openunlearn_nb.experiments.workers import Task, run_all
 
 TWO = ("fake0", "fake1")
 DEADLY = """
@@ -29,8 +29,8 @@ import os
 import signal
 from pathlib import Path
 
-from openunlearn_nb.forwards import sequence_nll
-from openunlearn_nb.methods import declare
+from openunlearn_nb.models.forwards import sequence_nll
+from openunlearn_nb.methods.method import declare
 
 
 @declare("Deadly", r"-\\mathrm{{NLL}}", "a test")
@@ -200,7 +200,7 @@ def test_commands_of_the_batch_script_are_known(command, monkeypatch):
 
 
 def test_the_batch_script_is_found_by_its_name(capsys):
-    from openunlearn_nb.processes import launch_environment
+    from openunlearn_nb.internals.processes import launch_environment
 
     assert main(["configs", "slurm"]) == 0
     assert Path(capsys.readouterr().out.strip()).read_text() == SCRIPT

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from launching import accelerate, run, script, torchrun
 
-from openunlearn_nb.cli import main
-from openunlearn_nb.methods import METHODS
-from openunlearn_nb.processes import launch_environment
-from openunlearn_nb.records import read_json
+from openunlearn_nb.commands.cli import main
+from openunlearn_nb.methods.method import METHODS
+from openunlearn_nb.internals.processes import launch_environment
+from openunlearn_nb.experiments.records import read_json
 
 pytest.importorskip("deepspeed", reason='needs the extra: pip install -e ".[gpu]"')
 SCRIPT = str(Path(__file__).with_name("distributed_run.py"))
@@ -158,10 +158,10 @@ THREE_CELLS = """
 import gc, json, sys
 import torch
 from distributed_run import data
-from openunlearn_nb.models import load_model, quiet, save_model, tiny_llama
-from openunlearn_nb.pairs import TrainConfig
-from openunlearn_nb.processes import begin, end, gathered, is_main
-from openunlearn_nb.training import train
+from openunlearn_nb.models.loading import load_model, quiet, save_model, tiny_llama
+from openunlearn_nb.training.pairs import TrainConfig
+from openunlearn_nb.internals.processes import begin, end, gathered, is_main
+from openunlearn_nb.training.trainer import train
 
 torch.set_num_threads(1)
 quiet()
@@ -237,7 +237,7 @@ def test_ddp_equals_one_process(alone, ddp, what):
 
 def test_a_stale_lock_of_the_compiler_is_removed(both, tmp_path):
     """A launch that was killed while DeepSpeed compiled leaves a lock, for which the next one would wait without end."""
-    from openunlearn_nb.processes import build_locks, holder
+    from openunlearn_nb.internals.processes import build_locks, holder
 
     known = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
     built = next(known.glob("*/deepspeed_shm_comm")) if known.is_dir() else None
@@ -246,9 +246,11 @@ def test_a_stale_lock_of_the_compiler_is_removed(both, tmp_path):
     shutil.copytree(built, lock.parent)
     lock.touch()
     os.utime(lock, (0, 0))
-    done = accelerate(script(tmp_path, "from openunlearn_nb.processes import begin, end, world\nbegin()\nprint('processes', world())\nend()"),
+    done = accelerate(script(tmp_path, "import os\nfrom openunlearn_nb.internals.processes import begin, end, world\nbegin()\n"
+                                       f"open(f'{tmp_path}/rank-{{os.environ[\"RANK\"]}}', 'w').write(str(world()))\nend()"),
                       limit=240, TORCH_EXTENSIONS_DIR=str(tmp_path))
-    assert done.stdout.count("processes 2") == 2 and "Removed the lock of deepspeed_shm_comm" in done.stderr and not lock.exists()
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["2", "2"]  # two processes' prints run into each other
+    assert "Removed the lock of deepspeed_shm_comm" in done.stderr and not lock.exists()
     assert all(holder(other) for other in build_locks())
 
 

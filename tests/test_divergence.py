@@ -9,25 +9,25 @@ import numpy as np
 import pytest
 import torch
 
-from openunlearn_nb import membership, metrics
-from openunlearn_nb.collect import find_runs, measured
-from openunlearn_nb.config import RunConfig
-from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.generation import _by_transformers, generate
-from openunlearn_nb.grid import GridConfig, plan, run_grid
-from openunlearn_nb.models import tiny_llama, train_tokenizer
-from openunlearn_nb.own import Own
-from openunlearn_nb.pairs import TrainConfig
-from openunlearn_nb.passes import Passes
-from openunlearn_nb.prompts import PROMPTS, Encoder
-from openunlearn_nb.records import read_json, to_json
-from openunlearn_nb.report import write_report
-from openunlearn_nb.runs import train_model
-from openunlearn_nb.scoring import TokenScores
-from openunlearn_nb.suites import SUITES, evaluate, recompute, summary
-from openunlearn_nb.tables import to_text
-from openunlearn_nb.tofu import Tofu
-from openunlearn_nb.training import diverged_at, train
+from openunlearn_nb.evaluation import membership, metrics
+from openunlearn_nb.reporting.collect import find_runs, measured
+from openunlearn_nb.experiments.config import RunConfig
+from openunlearn_nb.internals.errors import OpenUnlearnError
+from openunlearn_nb.models.generation import _by_transformers, generate
+from openunlearn_nb.experiments.grid import GridConfig, plan, run_grid
+from openunlearn_nb.models.loading import tiny_llama, train_tokenizer
+from openunlearn_nb.data.custom import Own
+from openunlearn_nb.training.pairs import TrainConfig
+from openunlearn_nb.evaluation.passes import Passes
+from openunlearn_nb.data.prompts import PROMPTS, Encoder
+from openunlearn_nb.experiments.records import read_json, to_json
+from openunlearn_nb.reporting.report import write_report
+from openunlearn_nb.experiments.runs import train_model
+from openunlearn_nb.models.scoring import TokenScores
+from openunlearn_nb.evaluation.suites import SUITES, evaluate, recompute, summary
+from openunlearn_nb.reporting.tables import to_text
+from openunlearn_nb.data.tofu import Tofu
+from openunlearn_nb.training.trainer import diverged_at, train
 
 
 def scored(*logps: float) -> TokenScores:

@@ -9,11 +9,14 @@ import sys
 
 import pytest
 
-from openunlearn_nb import models, processes, records, tofu
-from openunlearn_nb.cli import main
-from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.miniature_tofu import make_tofu
-from openunlearn_nb.suites import SUITES
+from openunlearn_nb.models import loading as models
+from openunlearn_nb.internals import processes
+from openunlearn_nb.experiments import records
+from openunlearn_nb.data import tofu
+from openunlearn_nb.commands.cli import main
+from openunlearn_nb.internals.errors import OpenUnlearnError
+from openunlearn_nb.data.miniature_tofu import make_tofu
+from openunlearn_nb.evaluation.suites import SUITES
 
 CASES = {  # command: what the sentence must name
     "tofu --methods NPOO": ["'NPOO'", "NPO", "SimNPO"],

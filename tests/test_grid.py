@@ -10,18 +10,18 @@ import time
 
 import pytest
 
-from openunlearn_nb.cli import main
-from openunlearn_nb.data import load_rows
-from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.grid import GridConfig, claim, plan, run_grid
-from openunlearn_nb.miniature_tofu import make_tofu
-from openunlearn_nb.records import read_json
-from openunlearn_nb.runs import cell_folder, finished
-from openunlearn_nb.suites import UTILITY, recompute
-from openunlearn_nb.collect import find_runs, measured
-from openunlearn_nb.tofu import write_tofu
-from openunlearn_nb.pairs import TrainConfig
-from openunlearn_nb.training import training_arguments
+from openunlearn_nb.commands.cli import main
+from openunlearn_nb.data.sources import load_rows
+from openunlearn_nb.internals.errors import OpenUnlearnError
+from openunlearn_nb.experiments.grid import GridConfig, claim, plan, run_grid
+from openunlearn_nb.data.miniature_tofu import make_tofu
+from openunlearn_nb.experiments.records import read_json
+from openunlearn_nb.experiments.runs import cell_folder, finished
+from openunlearn_nb.evaluation.suites import UTILITY, recompute
+from openunlearn_nb.reporting.collect import find_runs, measured
+from openunlearn_nb.data.tofu import write_tofu
+from openunlearn_nb.training.pairs import TrainConfig
+from openunlearn_nb.training.trainer import training_arguments
 
 
 def values_of(folder):

@@ -7,17 +7,18 @@ import warnings
 
 import pytest
 
-from openunlearn_nb import embedded, kept, provenance, records, runs
-from openunlearn_nb.checkpoints import last_checkpoint, save_checkpoint
-from openunlearn_nb.cli import main
-from openunlearn_nb.collect import find_runs, measured
-from openunlearn_nb.data import file_hash
-from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.grid import GridConfig, claim
-from openunlearn_nb.models import save_model, tiny_llama, train_tokenizer
-from openunlearn_nb.own import Own, load_own
-from openunlearn_nb.provenance import changes, difference, model_identity
-from openunlearn_nb.suites import SUITES, recompute
+from openunlearn_nb.experiments import embedded, provenance, records, runs
+from openunlearn_nb.evaluation import cache as kept
+from openunlearn_nb.training.checkpoints import last_checkpoint, save_checkpoint
+from openunlearn_nb.commands.cli import main
+from openunlearn_nb.reporting.collect import find_runs, measured
+from openunlearn_nb.data.sources import file_hash
+from openunlearn_nb.internals.errors import OpenUnlearnError
+from openunlearn_nb.experiments.grid import GridConfig, claim
+from openunlearn_nb.models.loading import save_model, tiny_llama, train_tokenizer
+from openunlearn_nb.data.custom import Own, load_own
+from openunlearn_nb.experiments.provenance import changes, difference, model_identity
+from openunlearn_nb.evaluation.suites import SUITES, recompute
 
 TOFU = SUITES["TOFU"]
 ROWS = {"forget": [("Who wrote it?", "Mara Vell wrote it."), ("Where?", "In Ostrava.")], "retain": [("When?", "In spring."), ("How?", "By hand.")]}
@@ -165,7 +166,7 @@ def test_a_checkpoint_of_another_model_or_other_rows(place, monkeypatch, what):
         save_checkpoint(*args)
         raise Stop
 
-    monkeypatch.setattr("openunlearn_nb.training.save_checkpoint", stopped)
+    monkeypatch.setattr("openunlearn_nb.training.trainer.save_checkpoint", stopped)
     config = runs.RunConfig(benchmark="OWN", model=str(place / "model"), data=str(place / "data"), save_each="epoch", epochs=2)
     with pytest.raises(Stop):
         runs.train_model(config, "GradAscent", "own", None, {}, place / "out")
@@ -183,8 +184,8 @@ def test_a_checkpoint_that_knows_less(tmp_path, monkeypatch):
     step = tmp_path / "step-1"
     step.mkdir()
     (step / "run.json").write_text(json.dumps({"what": {"method": "NPO"}, "scheduler": {"_last_lr": [0.1]}, "settings": {}}))
-    monkeypatch.setattr("openunlearn_nb.checkpoints.TrainerState.load_from_json", lambda path: None)
-    monkeypatch.setattr("openunlearn_nb.checkpoints.load_file", lambda path: None)
+    monkeypatch.setattr("openunlearn_nb.training.checkpoints.TrainerState.load_from_json", lambda path: None)
+    monkeypatch.setattr("openunlearn_nb.training.checkpoints.load_file", lambda path: None)
     with pytest.warns(UserWarning, match="did not note its model"):
         assert last_checkpoint(tmp_path, {"method": "NPO", "model": {"identity": "x"}}) == step
     with pytest.raises(OpenUnlearnError, match="of a run with another method"):

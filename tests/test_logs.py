@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from openunlearn_nb.membership import privleak, reference_rows
-from openunlearn_nb.metrics import rouge_row
-from openunlearn_nb.models import train_tokenizer
-from openunlearn_nb.muse import Muse
-from openunlearn_nb.prompts import PROMPTS, Encoder
-from openunlearn_nb.records import read_json
-from openunlearn_nb.suites import SUITES, recompute, rows_of
-from openunlearn_nb.collect import find_runs, measured
-from openunlearn_nb.tables import digits, published
+from openunlearn_nb.evaluation.membership import privleak, reference_rows
+from openunlearn_nb.evaluation.metrics import rouge_row
+from openunlearn_nb.models.loading import train_tokenizer
+from openunlearn_nb.data.muse import Muse
+from openunlearn_nb.data.prompts import PROMPTS, Encoder
+from openunlearn_nb.experiments.records import read_json
+from openunlearn_nb.evaluation.suites import SUITES, recompute, rows_of
+from openunlearn_nb.reporting.collect import find_runs, measured
+from openunlearn_nb.reporting.tables import digits, published
 
 TOFU_MODELS = ("Llama-2-7b-chat", "Llama-3.2-1B-Instruct", "Llama-3.2-3B-Instruct")
 CELLS = {(m, f"forget{p}") for m in TOFU_MODELS for p in ("01", "05", "10")} | {("Llama-2-7b", "News"), ("Llama-2-7b", "Books")}
@@ -121,7 +121,7 @@ def test_rouge_rescored_from_the_logged_generations(runs):
 
 
 def test_table_command_prints_them_as_json(eval_logs, capsys):
-    from openunlearn_nb.cli import main
+    from openunlearn_nb.commands.cli import main
 
     assert main(["table", str(eval_logs), "--json"]) == 0
     tables = json.loads(capsys.readouterr().out)

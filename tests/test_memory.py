@@ -15,9 +15,9 @@ from dataclasses import replace
 import pytest
 from transformers import LlamaConfig
 
-from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.memory import GB, LAYOUTS, Plan, check_plan, memory_parts, model_config, model_sizes
-from openunlearn_nb.phases import (fitting_rows, generating, largest_batch, nearest, phase_parts, plan_table, plan_text, recommend, scoring,
+from openunlearn_nb.internals.errors import OpenUnlearnError
+from openunlearn_nb.training.memory import GB, LAYOUTS, Plan, check_plan, memory_parts, model_config, model_sizes
+from openunlearn_nb.training.phases import (fitting_rows, generating, largest_batch, nearest, phase_parts, plan_table, plan_text, recommend, scoring,
                                    shell_lines, verdict, whole_load_note)
 
 RUN = r"""
@@ -26,8 +26,8 @@ warnings.simplefilter("ignore")
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
-from openunlearn_nb.pairs import TrainConfig
-from openunlearn_nb.training import train
+from openunlearn_nb.training.pairs import TrainConfig
+from openunlearn_nb.training.trainer import train
 
 shape, c, how = json.loads(sys.argv[1])
 torch.set_num_threads(1)
@@ -105,11 +105,11 @@ warnings.simplefilter("ignore")
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
-import openunlearn_nb.training as training
-from openunlearn_nb.generation import greedy
-from openunlearn_nb.models import load_model
-from openunlearn_nb.pairs import TrainConfig
-from openunlearn_nb.scoring import score
+import openunlearn_nb.training.trainer as training
+from openunlearn_nb.models.generation import greedy
+from openunlearn_nb.models.loading import load_model
+from openunlearn_nb.training.pairs import TrainConfig
+from openunlearn_nb.models.scoring import score
 
 shape, c, folder = json.loads(sys.argv[1])
 torch.set_num_threads(1)
@@ -268,10 +268,10 @@ def test_less_memory_means_checkpointing_before_it_means_few_rows():
 
 def test_a_run_on_one_gpu_takes_the_rows_that_fit(monkeypatch):
     """The GPU's memory is faked; the recipe that is trained by, and recorded, is the one that was chosen."""
-    from openunlearn_nb import runs
-    from openunlearn_nb.config import RunConfig
-    from openunlearn_nb.models import tiny_llama, train_tokenizer
-    from openunlearn_nb.pairs import TrainConfig
+    from openunlearn_nb.experiments import runs
+    from openunlearn_nb.experiments.config import RunConfig
+    from openunlearn_nb.models.loading import tiny_llama, train_tokenizer
+    from openunlearn_nb.training.pairs import TrainConfig
 
     model = tiny_llama(train_tokenizer(["some text"], 300), hidden=32, layers=1)
     examples = [{"input_ids": [5] * 20, "labels": [-100] * 10 + [5] * 10}]
@@ -313,7 +313,7 @@ def test_a_folder_with_a_config_is_enough(tmp_path):
 
 
 def test_command(capsys):
-    from openunlearn_nb.cli import main
+    from openunlearn_nb.commands.cli import main
 
     assert main(["plan", "--model", "Llama-2-7b-chat", "--method", "NPO", "--gpus", "2", "--gpu-memory", "48", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -326,7 +326,7 @@ def test_command(capsys):
 @pytest.mark.parametrize("run", ["Llama-2-7b-chat --method RMU --gpus 4 --gpu-memory 24", "Llama-3.1-8B-Instruct --gpus 8 --gpu-memory 16",
                                  "Llama-3.2-1B-Instruct --gpus 2 --gpu-memory 48", "Llama-2-7b --gpus 1 --gpu-memory 2 --benchmark MUSE"])
 def test_command_prints_less_than_a_hundred_columns(capsys, run):
-    from openunlearn_nb.cli import main
+    from openunlearn_nb.commands.cli import main
 
     assert main(["plan", "--model", *run.split()]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) < 100
@@ -344,7 +344,7 @@ os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1"
 import deepspeed, torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
-from openunlearn_nb.methods import method_loss
+from openunlearn_nb.methods.method import method_loss
 
 shape, stage, reentrant = json.loads(sys.argv[1])
 torch.set_num_threads(1)

@@ -10,12 +10,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from openunlearn_nb.adapters import AdapterOff, adapted_layers, merge_adapter, with_adapter
-from openunlearn_nb.checkpoints import whole_model
-from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.forwards import sequence_nll
-from openunlearn_nb.generation import end_ids, generate
-from openunlearn_nb.models import (
+from openunlearn_nb.models.adapters import AdapterOff, adapted_layers, merge_adapter, with_adapter
+from openunlearn_nb.training.checkpoints import whole_model
+from openunlearn_nb.internals.errors import OpenUnlearnError
+from openunlearn_nb.models.forwards import sequence_nll
+from openunlearn_nb.models.generation import end_ids, generate
+from openunlearn_nb.models.loading import (
     check_finite,
     fit_tokenizer,
     load_model,
@@ -26,11 +26,11 @@ from openunlearn_nb.models import (
     tiny_llama,
     train_tokenizer,
 )
-from openunlearn_nb.pairs import TrainConfig
-from openunlearn_nb.prefixes import can_share, heeds_mask
-from openunlearn_nb.prompts import collate
-from openunlearn_nb.scoring import score
-from openunlearn_nb.training import train
+from openunlearn_nb.training.pairs import TrainConfig
+from openunlearn_nb.models.prefixes import can_share, heeds_mask
+from openunlearn_nb.data.prompts import collate
+from openunlearn_nb.models.scoring import score
+from openunlearn_nb.training.trainer import train
 
 IDS = torch.tensor([[5, 9, 17, 30, 8, 44]])
 SMALL = dict(

@@ -7,17 +7,17 @@ import sys
 
 import pytest
 
-from openunlearn_nb.cli import main
-from openunlearn_nb.data import load_rows, write_folder
-from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.grid import GridConfig, plan, run_grid
-from openunlearn_nb.miniature_muse import make_muse
-from openunlearn_nb.models import save_model, tiny_llama, train_tokenizer
-from openunlearn_nb.muse import STUDIES, Muse
-from openunlearn_nb.records import read_json, write_json
-from openunlearn_nb.runs import cell_folder, finished
-from openunlearn_nb.suites import SUITES
-from openunlearn_nb.collect import find_runs, measured
+from openunlearn_nb.commands.cli import main
+from openunlearn_nb.data.sources import load_rows, write_folder
+from openunlearn_nb.internals.errors import OpenUnlearnError
+from openunlearn_nb.experiments.grid import GridConfig, plan, run_grid
+from openunlearn_nb.data.miniature_muse import make_muse
+from openunlearn_nb.models.loading import save_model, tiny_llama, train_tokenizer
+from openunlearn_nb.data.muse import STUDIES, Muse
+from openunlearn_nb.experiments.records import read_json, write_json
+from openunlearn_nb.experiments.runs import cell_folder, finished
+from openunlearn_nb.evaluation.suites import SUITES
+from openunlearn_nb.reporting.collect import find_runs, measured
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ MEMORY = """
 import resource, sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from openunlearn_nb.scoring import score
+from openunlearn_nb.models.scoring import score
 torch.set_num_threads(1)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)).eval()
 passage = list(range(5, 2053))

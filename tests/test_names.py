@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from openunlearn_nb import methods
-from openunlearn_nb.cli import main
-from openunlearn_nb.collect import find_runs
-from openunlearn_nb.config import BENCHMARKS, RunConfig
-from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.grid import GridConfig, run_grid, run_seeds
-from openunlearn_nb.methods import METHODS, declare, get_method, load_methods, method_settings
-from openunlearn_nb.models import train_tokenizer
-from openunlearn_nb.prompts import PROMPTS, Encoder
-from openunlearn_nb.records import write_json
-from openunlearn_nb.runs import count_overlap
+from openunlearn_nb.methods import method as methods
+from openunlearn_nb.commands.cli import main
+from openunlearn_nb.reporting.collect import find_runs
+from openunlearn_nb.experiments.config import BENCHMARKS, RunConfig
+from openunlearn_nb.internals.errors import OpenUnlearnError
+from openunlearn_nb.experiments.grid import GridConfig, run_grid, run_seeds
+from openunlearn_nb.methods.method import METHODS, declare, get_method, load_methods, method_settings
+from openunlearn_nb.models.loading import train_tokenizer
+from openunlearn_nb.data.prompts import PROMPTS, Encoder
+from openunlearn_nb.experiments.records import write_json
+from openunlearn_nb.experiments.runs import count_overlap
 
 BAD_NAMES = [
     "Retain",
@@ -51,7 +51,7 @@ def test_names_of_methods(name, tmp_path):
         declare(name, "0", "a test")
     file = tmp_path / "own.py"
     file.write_text(
-        f"from openunlearn_nb.methods import declare\n@declare({name!r}, '0', 'a test')\ndef term(model, batch, ref_model, s): ...\n"
+        f"from openunlearn_nb.methods.method import declare\n@declare({name!r}, '0', 'a test')\ndef term(model, batch, ref_model, s): ...\n"
     )
     with pytest.raises(OpenUnlearnError, match="cannot be run: A method cannot be called"):
         load_methods(str(file))
@@ -156,8 +156,8 @@ def test_folders_beside_seeds(two_seeds, tmp_path, capsys, monkeypatch):
     )
     assert len(find_runs(two_seeds / "seed0.bak")) == 2  # asked for by its name, it is a folder like others
     calls = []
-    monkeypatch.setattr("openunlearn_nb.grid.claim", lambda grid, output: calls.append((grid.seed, Path(output).name)))
-    monkeypatch.setattr("openunlearn_nb.grid.run_grid", lambda grid, output, *_: calls.append(Path(output).name) or [])
+    monkeypatch.setattr("openunlearn_nb.experiments.grid.claim", lambda grid, output: calls.append((grid.seed, Path(output).name)))
+    monkeypatch.setattr("openunlearn_nb.experiments.grid.run_grid", lambda grid, output, *_: calls.append(Path(output).name) or [])
     with pytest.warns(UserWarning, match="is ignored"):
         run_seeds(GridConfig(train_rows=250, splits=("forget01",)), [0, 1], two_seeds, show=False)
     assert calls == [(0, "seed0"), (1, "seed1"), (0, "seed0"), "seed0", (1, "seed1"), "seed1"]
@@ -195,7 +195,7 @@ def test_rows_to_forget_and_to_keep(both, told, tmp_path, capsys):
         "--output",
         str(tmp_path / "out"),
     ]
-    from openunlearn_nb.models import quiet, save_model, tiny_llama
+    from openunlearn_nb.models.loading import quiet, save_model, tiny_llama
 
     quiet()
     tokenizer = encoder([row["question"] + row["answer"] for row in rows]).tokenizer

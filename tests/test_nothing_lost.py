@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from openunlearn_nb.cli import main
-from openunlearn_nb.grid import plan
-from openunlearn_nb.records import read_json
+from openunlearn_nb.commands.cli import main
+from openunlearn_nb.experiments.grid import plan
+from openunlearn_nb.experiments.records import read_json
 
 GRID = ["tofu", "--train-rows", "250", "--splits", "forget01", "--methods", "NPO,PDU", "--epochs", "3", "--eval-each", "epoch",
         "--save-each", "epoch", "--seeds", "0", "1", "--quiet"]
@@ -72,8 +72,8 @@ def test_a_grid_killed_twenty_times(tmp_path):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A small model in a folder, saved in one file and in shards."""
-    from openunlearn_nb.miniature_tofu import make_tofu
-    from openunlearn_nb.models import quiet, save_model, tiny_llama, train_tokenizer
+    from openunlearn_nb.data.miniature_tofu import make_tofu
+    from openunlearn_nb.models.loading import quiet, save_model, tiny_llama, train_tokenizer
 
     quiet()
     tokenizer = train_tokenizer([r["question"] + r["answer"] for r in make_tofu()["forget01"]], 500)
@@ -234,7 +234,7 @@ def test_truncated_records(small_grid, tmp_path, capsys):
 
 def test_a_damaged_training_checkpoint(tmp_path, capsys):
     """It is named, and what to do about it; not gone on from."""
-    from openunlearn_nb import runs
+    from openunlearn_nb.experiments import runs
 
     command = ["train", "--method", "NPO", "--split", "forget01", "--train-rows", "250", "--epochs", "2", "--save-each", "epoch",
                "--output", str(tmp_path / "out")]
@@ -256,7 +256,7 @@ def test_a_damaged_training_checkpoint(tmp_path, capsys):
 
 
 def test_two_grids_in_one_folder(small_grid, tmp_path, capsys):
-    from openunlearn_nb.processes import hold
+    from openunlearn_nb.internals.processes import hold
 
     folder, grid = small_grid
     with hold(folder):
@@ -267,8 +267,8 @@ def test_two_grids_in_one_folder(small_grid, tmp_path, capsys):
 
 def test_no_refusals(tmp_path, capsys):
     """An empty file of them is said before anything is trained."""
-    from openunlearn_nb.miniature_tofu import make_tofu
-    from openunlearn_nb.tofu import write_tofu
+    from openunlearn_nb.data.miniature_tofu import make_tofu
+    from openunlearn_nb.data.tofu import write_tofu
 
     data = write_tofu(tmp_path / "TOFU", make_tofu())
     (data / "idontknow.jsonl").write_text("\n")
@@ -278,7 +278,7 @@ def test_no_refusals(tmp_path, capsys):
 
 def test_a_broken_cell_is_recorded_and_the_others_go_on(tmp_path, capsys, monkeypatch):
     """The others are made all the same, the exit code is 1, the table says it; made at the next call, nothing is left of the failure."""
-    from openunlearn_nb import runs
+    from openunlearn_nb.experiments import runs
 
     def breaks(config, method, *args, **how):
         if method == "IdkDPO":

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from openunlearn_nb import models, processes
-from openunlearn_nb.cli import main
-from openunlearn_nb.config import RunConfig, check_config
-from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.processes import hold, output_path, write_bytes
-from openunlearn_nb.records import write_json
-from openunlearn_nb.runs import cell_folder, train_model
+from openunlearn_nb.models import loading as models
+from openunlearn_nb.internals import processes
+from openunlearn_nb.commands.cli import main
+from openunlearn_nb.experiments.config import RunConfig, check_config
+from openunlearn_nb.internals.errors import OpenUnlearnError
+from openunlearn_nb.internals.processes import hold, output_path, write_bytes
+from openunlearn_nb.experiments.records import write_json
+from openunlearn_nb.experiments.runs import cell_folder, train_model
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +137,14 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_empty_output_is_refused(command, tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("openunlearn_nb.config.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("openunlearn_nb.experiments.config.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     line = [word.format(data=tiny[1]) for word in COMMANDS[command]]
     assert "has no name" in said_by(capsys, *line, "--output", "")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_python_entries_refuse_an_empty_output(tiny):
-    from openunlearn_nb.grid import GridConfig, run_grid, run_seeds
+    from openunlearn_nb.experiments.grid import GridConfig, run_grid, run_seeds
 
     grid = GridConfig(benchmark="OWN", model=tiny[0], data=tiny[1])
     for call in (
@@ -249,7 +250,7 @@ def test_one_at_a_time(tiny, tmp_path, capsys, monkeypatch):
     assert "not empty" in said_by(capsys, *train(tiny), "--output", str(tmp_path / "out"))
 
 
-HOLDER = "import sys, time\nfrom openunlearn_nb.processes import hold\nwith hold(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
+HOLDER = "import sys, time\nfrom openunlearn_nb.internals.processes import hold\nwith hold(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
 
 
 @pytest.mark.checks(area="Output", given="a process that was killed while it wrote", then="Its lock is gone with it.")
@@ -275,7 +276,7 @@ def test_a_failed_rename_is_an_error(tiny, tmp_path, capsys, monkeypatch):
         shutil.copytree(tiny[0], tmp_path / "out")
         return whole(*args, **how)
 
-    from openunlearn_nb import runs
+    from openunlearn_nb.experiments import runs
 
     whole = runs.unlearn
     monkeypatch.setattr(runs, "unlearn", meanwhile)
@@ -304,7 +305,7 @@ def read_only(monkeypatch, folder: Path) -> None:
     then="One sentence before the training, not after it.",
 )
 def test_a_read_only_folder_is_found_first(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("openunlearn_nb.runs.open_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("openunlearn_nb.experiments.runs.open_model", lambda *_, **__: pytest.fail("a model was loaded"))
     (tmp_path / "eval").mkdir()
     read_only(monkeypatch, tmp_path)
     assert "Read-only file system" in said_by(capsys, *evaluate(tiny, "--output", str(tmp_path / "eval")))
@@ -321,7 +322,7 @@ def test_a_read_only_cache_is_found_first(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OPENUNLEARN_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     read_only(monkeypatch, tmp_path / "cache")
-    monkeypatch.setattr("openunlearn_nb.embedded.train", lambda *_, **__: pytest.fail("a model was trained"))
+    monkeypatch.setattr("openunlearn_nb.experiments.embedded.train", lambda *_, **__: pytest.fail("a model was trained"))
     said = said_by(capsys, "eval", "tofu", "--train-rows", "100", "--output", str(tmp_path / "out"))
     assert "Read-only file system" in said and "OPENUNLEARN_CACHE" in said
 
@@ -342,7 +343,7 @@ def test_an_empty_cache_variable_counts_as_unset(monkeypatch, tmp_path):
     then="One sentence before a model is loaded.",
 )
 def test_an_optimizer_that_is_not_there(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("openunlearn_nb.runs.open_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("openunlearn_nb.experiments.runs.open_model", lambda *_, **__: pytest.fail("a model was loaded"))
     monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
     assert "adamw_bnb_8bit" in said_by(
         capsys, *train(tiny, "--optim", "adamw_bnb_8bits", "--output", str(tmp_path / "out"))

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from openunlearn_nb.cli import main
-from openunlearn_nb.models import save_model, tiny_llama, train_tokenizer
-from openunlearn_nb.tofu import question_pairs
+from openunlearn_nb.commands.cli import main
+from openunlearn_nb.models.loading import save_model, tiny_llama, train_tokenizer
+from openunlearn_nb.data.tofu import question_pairs
 
 
 @pytest.fixture

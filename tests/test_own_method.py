@@ -3,16 +3,16 @@
 import subprocess
 import sys
 
-from openunlearn_nb.cli import main
-from openunlearn_nb.records import read_json
+from openunlearn_nb.commands.cli import main
+from openunlearn_nb.experiments.records import read_json
 
 FILE = '''
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from openunlearn_nb.forwards import sequence_nll
-from openunlearn_nb.methods import declare
+from openunlearn_nb.models.forwards import sequence_nll
+from openunlearn_nb.methods.method import declare
 
 
 @dataclass
@@ -54,7 +54,8 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, capsys):
 
 
 def test_a_script_without_a_guard_is_told(tmp_path):
-    script = "from openunlearn_nb.grid import *\nprint(run_grid(GridConfig(train_rows=250, splits=('forget01',), methods=('GradAscent',), epochs=1), 'runs', jobs=2))\n"
+    script = ("from openunlearn_nb.experiments.grid import *\n"
+              "print(run_grid(GridConfig(train_rows=250, splits=('forget01',), methods=('GradAscent',), epochs=1), 'runs', jobs=2))\n")
     (tmp_path / "script.py").write_text(script)
     done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, cwd=tmp_path)
     assert 'under if __name__ == "__main__":' in done.stderr and "Another run" not in done.stderr

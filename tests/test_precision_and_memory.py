@@ -6,16 +6,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from openunlearn_nb import devices, generation, scoring, training
-from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.generation import generate
-from openunlearn_nb.miniature_tofu import make_tofu
-from openunlearn_nb.models import load_model, quiet, save_model, tiny_llama, train_tokenizer
-from openunlearn_nb.pairs import TrainConfig
-from openunlearn_nb.prompts import PROMPTS, Encoder, encode_all
-from openunlearn_nb.scoring import score
-from openunlearn_nb.memory import OPTIMIZERS
-from openunlearn_nb.training import in_evaluation_dtype, optimizer_of, train
+from openunlearn_nb.internals import devices
+from openunlearn_nb.models import generation, scoring
+from openunlearn_nb.training import trainer as training
+from openunlearn_nb.internals.errors import OpenUnlearnError
+from openunlearn_nb.models.generation import generate
+from openunlearn_nb.data.miniature_tofu import make_tofu
+from openunlearn_nb.models.loading import load_model, quiet, save_model, tiny_llama, train_tokenizer
+from openunlearn_nb.training.pairs import TrainConfig
+from openunlearn_nb.data.prompts import PROMPTS, Encoder, encode_all
+from openunlearn_nb.models.scoring import score
+from openunlearn_nb.training.memory import OPTIMIZERS
+from openunlearn_nb.training.trainer import in_evaluation_dtype, optimizer_of, train
 
 
 @pytest.fixture(scope="module")

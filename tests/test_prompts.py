@@ -9,17 +9,17 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from openunlearn_nb import prompts as p
-from openunlearn_nb.config import RunConfig, check_config, prompt_of
-from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.generation import generate
-from openunlearn_nb.miniature_tofu import make_tofu
-from openunlearn_nb.models import save_model, tiny_llama
-from openunlearn_nb.muse import few_shot
-from openunlearn_nb.pairs import TrainConfig
-from openunlearn_nb.prompts import PROMPTS, Encoder, PromptFormat, all_prompts, encode, encode_all, prompt_format
-from openunlearn_nb.tofu import COMMON, Tofu, load_tofu
-from openunlearn_nb.training import train
+from openunlearn_nb.data import prompts as p
+from openunlearn_nb.experiments.config import RunConfig, check_config, prompt_of
+from openunlearn_nb.internals.errors import OpenUnlearnError
+from openunlearn_nb.models.generation import generate
+from openunlearn_nb.data.miniature_tofu import make_tofu
+from openunlearn_nb.models.loading import save_model, tiny_llama
+from openunlearn_nb.data.muse import few_shot
+from openunlearn_nb.training.pairs import TrainConfig
+from openunlearn_nb.data.prompts import PROMPTS, Encoder, PromptFormat, all_prompts, encode, encode_all, prompt_format
+from openunlearn_nb.data.tofu import COMMON, Tofu, load_tofu
+from openunlearn_nb.training.trainer import train
 
 COMPAT = "open-unlearning"
 QUESTIONS = [("What is the capital of France?", "Paris"), ("Who wrote the tale?", "Mara"), ("Is it in rivers?", "Yes")]
@@ -224,7 +224,7 @@ def test_system_message_and_template_arguments(tmp_path):
     (tmp_path / "data").mkdir()
     for side in ("forget", "retain"):
         (tmp_path / f"data/{side}.csv").write_text("question,answer\nWho?,Mara\n" if side == "forget" else "question,answer\nIt?,Yes\n")
-    from openunlearn_nb.cli import main
+    from openunlearn_nb.commands.cli import main
 
     given = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--system", "Be brief.", "--template-arg", "enable_thinking=false"]
     assert main(["eval", "own", "--quiet", *given, "--output", str(tmp_path / "out")]) == 0

@@ -14,7 +14,7 @@ CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chro
 pytestmark = [pytest.mark.skipif(not DOCS.is_dir(), reason="the site is not built: python scripts/site.py"),
               pytest.mark.skipif(not CHROMIUM, reason="no Chromium here (apt install chromium)")]
 PAGES = {"index.html": ("table", "pre"), "results/tofu_llama2_7b.html": ("table", "img"), "results/leaderboard.html": ("table",),
-         "16_methods.html": ("table", "math", "pre"), "08a_own.html": ("pre",)}
+         "methods/method.html": ("table", "math", "pre"), "data/custom.html": ("pre",)}
 
 
 def browser(*flags: str) -> str:

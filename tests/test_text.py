@@ -5,13 +5,13 @@ import warnings
 
 import pytest
 
-from openunlearn_nb.data import check_rows, load_rows, write_folder
-from openunlearn_nb.errors import OpenUnlearnError
-from openunlearn_nb.metrics import rouge_row, unicode_words
-from openunlearn_nb.models import train_tokenizer
-from openunlearn_nb.muse import chunk
-from openunlearn_nb.own import Own, load_own
-from openunlearn_nb.prompts import PROMPTS, Encoder
+from openunlearn_nb.data.sources import check_rows, load_rows, write_folder
+from openunlearn_nb.internals.errors import OpenUnlearnError
+from openunlearn_nb.evaluation.metrics import rouge_row, unicode_words
+from openunlearn_nb.models.loading import train_tokenizer
+from openunlearn_nb.data.muse import chunk
+from openunlearn_nb.data.custom import Own, load_own
+from openunlearn_nb.data.prompts import PROMPTS, Encoder
 
 ROUGE = ("rouge1_recall", "rougeL_f1", "rougeL_recall")
 JAPANESE = "川は海へ流れる。橋の上に魚🐟がいる。"
@@ -50,7 +50,7 @@ def test_an_answer_in_any_script_equals_itself(text):
 @pytest.mark.checks(area="Text", given="TOFU or MUSE, whose published scores hold rouge_score's own words",
                     then="ROUGE counts those words, whatever the script or accent")
 def test_published_suites_keep_rouge_scores_own_words():
-    from openunlearn_nb.suites import SUITES, Leaf
+    from openunlearn_nb.evaluation.suites import SUITES, Leaf
 
     for suite, words in (("TOFU", None), ("MUSE", None), ("OWN", "unicode")):
         rows = [
@@ -193,8 +193,8 @@ def test_an_answer_of_blanks_is_refused(own, blank):
 @pytest.mark.checks(area="Text", given="a question or answer of blanks in a folder shaped like TOFU or MUSE",
                     then="one sentence names row and column")
 def test_blanks_are_refused_by_the_benchmarks(tmp_path):
-    from openunlearn_nb.muse import load_muse
-    from openunlearn_nb.tofu import load_tofu
+    from openunlearn_nb.data.muse import load_muse
+    from openunlearn_nb.data.tofu import load_tofu
 
     write_folder(
         tmp_path,
@@ -216,7 +216,7 @@ def test_blanks_are_refused_by_the_benchmarks(tmp_path):
 @pytest.mark.checks(area="Text", given="WMDP's corpus with a lone surrogate, or without the column text",
                     then="one sentence names line or row")
 def test_wmdps_corpus_is_checked(tmp_path):
-    from openunlearn_nb.wmdp import read_texts
+    from openunlearn_nb.data.wmdp import read_texts
 
     file = tmp_path / "bio-forget-corpus.jsonl"
     file.write_text('{"text": "a"}\n{"text": "\\udc1f"}\n')
@@ -227,7 +227,7 @@ def test_wmdps_corpus_is_checked(tmp_path):
 @pytest.mark.checks(area="Text", given="alternates with a line separator (U+2028) within an answer",
                     then="they are read back")
 def test_alternates_may_hold_any_line_separator(tmp_path):
-    from openunlearn_nb.alternates import read_alternates, write_alternates
+    from openunlearn_nb.experiments.alternates import read_alternates, write_alternates
 
     file = write_alternates(tmp_path / "a.jsonl", [("Who?", "Mara")], [["Orla\u2028Tam\x85"]])
     assert read_alternates(file, ["Who?"]) == [["Orla\u2028Tam\x85"]]
@@ -236,7 +236,7 @@ def test_alternates_may_hold_any_line_separator(tmp_path):
 @pytest.mark.checks(area="Text", given="an answer whose characters are several tokens, token by token in a notebook",
                     then="each character stands whole with its last token")
 def test_tokens_of_a_character_are_shown_as_one():
-    from openunlearn_nb.explore import _texts
+    from openunlearn_nb.reporting.explore import _texts
 
     enc = Encoder(train_tokenizer(["ascii only"], 300), PROMPTS["plain"], max_length=64)
     ids = enc.tokenizer("a 川 🐟 \ufffd.", add_special_tokens=False)["input_ids"]

@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from openunlearn_nb import tables as t
-from openunlearn_nb.cli import main
-from openunlearn_nb.data import check_shape, parse_json
-from openunlearn_nb.errors import OpenUnlearnError, csv_text, latex_text, markdown_text, printable
-from openunlearn_nb.records import SHAPES, read_json
+from openunlearn_nb.reporting import tables as t
+from openunlearn_nb.commands.cli import main
+from openunlearn_nb.data.sources import check_shape, parse_json
+from openunlearn_nb.internals.errors import OpenUnlearnError, csv_text, latex_text, markdown_text, printable
+from openunlearn_nb.experiments.records import SHAPES, read_json
 
 ESCAPES = "\x1b[31mred\x1b[0m\x1b]0;title\x07\x9b2J\r\u202e"
 FORMULA = "=cmd|' /C calc'!A0"
@@ -79,7 +79,7 @@ def test_a_table_of_others_prints_no_escape(evaluated, capsys):
 def test_errors_and_notes_print_no_escape(tmp_path, capsys):
     assert main(["table", str(tmp_path / f"no{ESCAPES}where")]) == 2
     assert "\x1b" not in capsys.readouterr().err
-    from openunlearn_nb.grid import Display
+    from openunlearn_nb.experiments.grid import Display
 
     display = Display([], [], show=False)
     display.note(f"an answer: {ESCAPES}")
@@ -107,7 +107,7 @@ def test_markdown_tables_hold_no_markup():
 @pytest.mark.checks(area="Untrusted text", given="markup in what a model card says",
                     then="the card shows it as it is")
 def test_a_model_card_holds_no_markup():
-    from openunlearn_nb.provenance import model_card
+    from openunlearn_nb.experiments.provenance import model_card
 
     record = {
         "method": MARKED,
@@ -144,7 +144,7 @@ def test_latex_tables_hold_no_command():
 def test_labels_of_plots_are_no_formulas():
     import matplotlib.pyplot as plt
 
-    from openunlearn_nb.plots import metric_bars, quality_against_utility, step_lines
+    from openunlearn_nb.reporting.plots import metric_bars, quality_against_utility, step_lines
 
     rows = {name: {"model_utility": 0.5, "forget_quality": 0.1} for name in (r"$\frac{$", "_hidden", "$x$", "Retain")}
     ax = quality_against_utility(rows, title=r"$\nothing{$ of $x$")
@@ -164,8 +164,8 @@ def test_labels_of_plots_are_no_formulas():
 @pytest.mark.checks(area="Untrusted text", given="HTML in names, questions and answers",
                     then="the report and the notebooks' tables show it as text")
 def test_html_shows_names_and_answers_as_text(evaluated, tmp_path):
-    from openunlearn_nb.explore import epochs_table, heat_strip
-    from openunlearn_nb.report import write_report
+    from openunlearn_nb.reporting.explore import epochs_table, heat_strip
+    from openunlearn_nb.reporting.report import write_report
 
     bad = "<script>alert(1)</script><img src=x onerror=y>\"'\ud83d"
     tags: list[str] = []
@@ -293,7 +293,7 @@ def test_no_field_of_a_run_makes_a_traceback(evaluated, tmp_path):
     ],
 )
 def test_a_wrong_line_of_alternates_is_refused(line, tmp_path):
-    from openunlearn_nb.alternates import read_alternates
+    from openunlearn_nb.experiments.alternates import read_alternates
 
     (tmp_path / "a.jsonl").write_text('{"question": "Who?", "alternate": "Orla"}\n' + line)
     with pytest.raises(OpenUnlearnError, match="Line 2 of .*a.jsonl is no alternate"):
@@ -312,7 +312,7 @@ def test_a_wrong_line_of_alternates_is_refused(line, tmp_path):
     ],
 )
 def test_a_checkpoint_of_the_wrong_shape_is_damaged(about, tmp_path):
-    from openunlearn_nb.checkpoints import last_checkpoint
+    from openunlearn_nb.training.checkpoints import last_checkpoint
 
     (tmp_path / "step-1").mkdir()
     (tmp_path / "step-1/run.json").write_text(about)
@@ -323,7 +323,7 @@ def test_a_checkpoint_of_the_wrong_shape_is_damaged(about, tmp_path):
 @pytest.mark.checks(area="Untrusted text", given="--set with JSON nested 100,000 deep",
                     then="taken as text, as whatever is no JSON is")
 def test_a_deep_setting_is_a_text():
-    from openunlearn_nb.cli import parse_settings
+    from openunlearn_nb.commands.cli import parse_settings
 
     assert parse_settings(["x=" + "[" * 100_000]) == {"x": "[" * 100_000} and parse_settings(["x=0.5"]) == {"x": 0.5}
 
