@@ -166,6 +166,7 @@ def test_a_device_that_fails_leaves_the_others_at_work(two_devices, tmp_path):
     assert notes == [f"{lost} cell: its process on device fake1 ended; it is tried again, alone."]
 
 
+@pytest.mark.slow
 def test_a_grid_whose_worker_is_killed(two_devices, small_grid, tmp_path, monkeypatch):
     """`kill -9` for the worker of one cell, once: the other cell stands, and so does that one in the end, made on the other device."""
     file, mark, folder = tmp_path / "deadly.py", tmp_path / "killed", shutil.copytree(small_grid[0], tmp_path / "grid")

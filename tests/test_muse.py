@@ -209,6 +209,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus():
     """Twenty more passages of 2,048 tokens cost less than half of one passage's distribution (250 MB in fp32)."""
     run = lambda n: int(subprocess.run([sys.executable, "-c", MEMORY, n], capture_output=True, text=True, check=True).stdout)

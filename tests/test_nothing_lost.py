@@ -202,6 +202,7 @@ def test_a_full_or_read_only_disk(command, mount, why, tmp_path):
     assert [f.name for f in left] in ([], ["TOFU_EVAL.json"]) and all(map(read_json, left))  # whole; without run.json it is not yet a run's
 
 
+@pytest.mark.slow
 @mounts
 def test_a_grid_on_a_full_disk(small_grid, tmp_path):
     """What was written before the disk was full is whole; with room again the same command finishes it."""

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.experiments.records import read_json
 
@@ -53,6 +55,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_is_told(tmp_path):
     script = ("from openunlearn_nb.experiments.grid import *\n"
               "print(run_grid(GridConfig(train_rows=250, splits=('forget01',), methods=('GradAscent',), epochs=1), 'runs', jobs=2))\n")

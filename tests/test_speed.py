@@ -34,7 +34,7 @@ def opened(benchmark, taught: str):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("benchmark, taught, split", [(TOFU, "full", "forget01"), (MUSE, "News_target", "News")])
+@pytest.mark.parametrize("benchmark, taught, split", [(TOFU, "full", "forget01"), pytest.param(MUSE, "News_target", "News", marks=pytest.mark.slow)])
 def test_an_evaluation_is_the_plain_one(benchmark, taught, split):
     """Every metric, aggregates and per-example values, within 1e-4; texts the same; and fewer tokens through the model."""
     model, enc = opened(benchmark, taught)

@@ -148,6 +148,7 @@ def test_seeds_make_one_table(tmp_path, capsys):
     assert main([*command, "--seeds", "2", "--epochs", "2"]) == 2 and "another configuration" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_new_base_is_taught_the_benchmark(tmp_path, capsys):
     """Finetuned and Retain from one command, and a grid on them."""
     tokenizer = train_tokenizer(Tofu().texts(), 600)
@@ -170,6 +171,7 @@ def corpora(folder):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_wmdp_and_general_ability(tmp_path, capsys):
     pytest.importorskip("lm_eval", reason='general ability needs lm-eval: pip install -e ".[lm]"')
     tokenizer = train_tokenizer(Muse().texts(), 600, chat=False)
