@@ -1,14 +1,32 @@
 """The package's rooms: which module may import which, and that every module has its notebook."""
 
 import ast
+import json
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, NOTEBOOKS = ROOT / "openunlearn_nb", ROOT / "nbs"
 ROOMS = ("internals", "data", "models", "methods", "training", "evaluation", "experiments", "reporting", "commands")  # lowest first
 BY_HAND = {"__init__.py", "__main__.py", "_modidx.py"}  # written by hand, or an index
+
+# What is not rewritten yet. Whoever rewrites a chapter takes its name away; none is added.
+LONG_CELLS = {
+    "commands/cli", "commands/options", "data/custom", "data/muse", "data/sources", "data/tofu", "data/wmdp", "evaluation/metrics",
+    "evaluation/passes", "evaluation/suites", "experiments/config", "experiments/grid", "experiments/provenance", "experiments/records",
+    "experiments/runs", "experiments/workers", "internals/processes", "internals/registry", "internals/zero", "methods/method",
+    "models/adapters", "models/forwards", "models/generation", "models/loading", "models/prefixes", "reporting/report",
+    "training/pairs", "training/phases", "training/trainer",
+}
+LONG_MODULES = {
+    "commands/cli", "data/prompts", "evaluation/suites", "experiments/runs", "internals/processes", "methods/method", "models/loading",
+    "training/trainer",
+}
+LONG_FUNCTIONS = {"data/miniature_tofu", "experiments/alternates", "experiments/embedded", "experiments/general"}
 
 
 def modules() -> list[Path]:
@@ -43,3 +61,29 @@ def test_every_module_has_its_notebook():
     made = {match[1] for file in NOTEBOOKS.rglob("*.ipynb") if (match := re.search(r'#\| default_exp ([\w.]+)', file.read_text(encoding="utf-8")))}
     there = {".".join(file.relative_to(PACKAGE).with_suffix("").parts) for file in modules()}
     assert there == made
+
+
+def name_of(file: Path, root: Path) -> str:
+    return file.relative_to(root).with_suffix("").as_posix()
+
+
+def exported_cells(file: Path) -> Iterator[str]:
+    for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code" and text.startswith("#| export"):
+            yield text
+
+
+@pytest.mark.parametrize("file", sorted(NOTEBOOKS.rglob("*.ipynb")), ids=lambda file: name_of(file, NOTEBOOKS))
+def test_an_exported_cell_has_at_most_40_lines(file):
+    if name_of(file, NOTEBOOKS) in LONG_CELLS:
+        pytest.skip("not rewritten yet")
+    assert [text.splitlines()[1] for text in exported_cells(file) if len(text.splitlines()) > 41] == []  # one is nbdev's mark
+
+
+@pytest.mark.parametrize("file", modules(), ids=lambda file: name_of(file, PACKAGE))
+def test_a_module_has_at_most_300_lines_and_short_functions(file):
+    text, name = file.read_text(encoding="utf-8"), name_of(file, PACKAGE)
+    lengths = [node.end_lineno - node.lineno + 1 for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    assert len(text.splitlines()) <= 300 or name in LONG_MODULES
+    assert statistics.median(lengths or [0]) < 10 or name in LONG_FUNCTIONS
