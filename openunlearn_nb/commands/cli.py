@@ -25,8 +25,10 @@ from typing import TextIO
 from .. import __version__
 from . import options as o
 from ..internals.errors import OpenUnlearnError, check_choice, is_ours, one_line, printable
-from ..internals.processes import (CONFIGS, SCRIPTS, begin, config_file, drop_left_over_launch, end, hold, output_path,
-                                       raised_by_all, rank)
+from ..internals.files import output_path
+from ..internals.launch import CONFIGS, SCRIPTS, clear_stale_launch, config_file
+from ..internals.locks import output_lock
+from ..internals.processes import join_group, leave_group, raised_by_all, rank
 
 # %% ../../nbs/commands/cli.ipynb #82910502
 def parser() -> argparse.ArgumentParser:
@@ -181,7 +183,7 @@ def grid_command(benchmark: str):
 # %% ../../nbs/commands/cli.ipynb #ee4a2826
 def parse_settings(pairs: list[str]) -> dict:
     "`['beta=0.05']` as a dictionary; values are read as JSON where they are, as text otherwise."
-    from openunlearn_nb.data.sources import parse_json
+    from openunlearn_nb.internals.json_shapes import parse_json
     settings = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -276,7 +278,7 @@ def alternates_command(args: argparse.Namespace) -> int:
     if args.repeats < 1 or not args.temperature > 0:
         raise OpenUnlearnError(f"--repeats must be 1 or more and --temperature above 0, not {args.repeats} and {args.temperature}.")
     pairs = config.source.pairs(check_split(config, args.split))
-    with hold(args.output, "new file") as file:
+    with output_lock(args.output, "new file") as file:
         model, enc = open_model(config, model_path(config, args.split), for_training=False)
         with _progress(args.model, args) as progress:
             found = make_alternates(model, enc, pairs, args.repeats, config.model != "embedded", args.temperature, config.seed, progress)
@@ -307,12 +309,12 @@ def bench_command(args: argparse.Namespace) -> int:
     from openunlearn_nb.experiments.bench import bench, bench_text
     from openunlearn_nb.experiments.config import RunConfig
     from openunlearn_nb.models.loading import quiet
-    from openunlearn_nb.experiments.records import write_json
+    from openunlearn_nb.internals.files import write_json
     quiet()
     if args.steps < 2:
         raise OpenUnlearnError(f"--steps must be 2 or more, not {args.steps}: the first one is not measured.")
-    begin()
-    with hold(args.output, "file") as file, _progress("bench", args) as progress:
+    join_group()
+    with output_lock(args.output, "file") as file, _progress("bench", args) as progress:
         record = bench(_config(RunConfig, args.benchmark, args), _default_split(args.benchmark, args), args.method, args.steps, progress)
         write_json(file, record)
     memory = ", ".join(f"{k} {v:g} GB" for k, v in record["peak_memory_gb"].items())
@@ -390,18 +392,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _notes()
-            drop_left_over_launch()
+            clear_stale_launch()
             if is_later_process():  # the main process prints
                 sys.stdout = open(os.devnull, "w")
             if args.command != "table":
                 _hush_imports()
             code = args.run(args)
-            end()
+            leave_group()
             return code
     except OpenUnlearnError as e:
         say(f"openunlearn{f' (process {rank()})' if rank() else ''}: {e}", file=sys.stderr)
         if raised_by_all():  # where one has it alone, the others do not come to leave the group
-            end()
+            leave_group()
     except BrokenPipeError:  # the reader (head, less) went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

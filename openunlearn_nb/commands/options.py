@@ -10,7 +10,7 @@ __all__ = ['METHOD_NAMES', 'MUSE_DATA', 'tofu_options', 'muse_options', 'own_opt
 # %% ../../nbs/commands/options.ipynb #a7a1c87d
 import argparse
 
-from ..internals.processes import CONFIGS, SCRIPTS
+from ..internals.launch import CONFIGS, SCRIPTS
 
 # %% ../../nbs/commands/options.ipynb #84b3c7da
 def _names(text: str) -> tuple[str, ...]:

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from .sources import check_rows, content_hash, miniature_seed, parse_json
+from .sources import check_rows, miniature_seed
+from ..internals.hashes import content_hash
+from ..internals.json_shapes import parse_json
 from ..internals.errors import OpenUnlearnError, check_choice
 from .miniature_tofu import REFUSALS
 from .muse import beginnings, character_border, chunk, chunk_examples

@@ -15,7 +15,8 @@ from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
-from .sources import check_rows, content_hash, load_rows, miniature_seed, split_names
+from .sources import check_rows, load_rows, miniature_seed, split_names
+from ..internals.hashes import content_hash
 from ..internals.errors import OpenUnlearnError, check_choice
 from .miniature_muse import make_muse
 from .prompts import (PASSAGE_FORMAT, Encoder, Prompts, all_conversation_ids, encode_passage, encode_passages,

@@ -14,7 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from .sources import check_rows, content_hash, load_rows, local_folder, miniature_seed, write_folder
+from .sources import check_rows, load_rows, local_folder, miniature_seed, write_folder
+from ..internals.hashes import content_hash
 from ..internals.errors import OpenUnlearnError, check_choice
 from .miniature_tofu import REFUSALS, make_tofu
 from .prompts import Encoder, Prompts, ask_all, encode_all

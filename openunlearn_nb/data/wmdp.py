@@ -12,7 +12,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from .sources import check_rows, content_hash, load_rows, local_folder, miniature_seed, parse_json, wrong_with
+from .sources import check_rows, load_rows, local_folder, miniature_seed, wrong_with
+from ..internals.hashes import content_hash
+from ..internals.json_shapes import parse_json
 from ..internals.errors import OpenUnlearnError, check_choice
 from .muse import Muse, chunk_examples
 from .prompts import Encoder

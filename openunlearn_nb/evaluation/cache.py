@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
 from .. import __version__
-from ..data.sources import content_hash
+from ..internals.hashes import content_hash
 from ..internals.errors import OpenUnlearnError
-from ..internals.processes import gathered, write_bytes
+from ..internals.files import write_bytes
+from ..internals.processes import gathered
 from ..models.scoring import TokenScores
 
 # %% ../../nbs/evaluation/cache.ipynb #842fdf69

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, set_seed
 
-from ..data.sources import check_shape, parse_json, wrong_with
+from ..data.sources import wrong_with
+from ..internals.json_shapes import check_shape, parse_json
 from ..internals.errors import OpenUnlearnError
 from ..models.generation import generate
 from ..data.prompts import Encoder, all_conversation_ids
-from .records import write_text
+from ..internals.files import write_text
 
 INSTRUCTION = ("Here is a question with its answer.\n\nQuestion: {question}\nAnswer: {answer}\n\nInvent a different answer to the same question. "
                "Every fact that the answer gives must be replaced by another one, just as plausible; nothing that the question says may "

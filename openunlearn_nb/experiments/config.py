@@ -20,7 +20,8 @@ import torch
 from transformers import PreTrainedModel, Trainer
 from transformers.training_args import OptimizerNames
 
-from ..data.sources import Asked, Benchmark, content_hash
+from ..data.sources import Asked, Benchmark
+from ..internals.hashes import content_hash
 from ..internals.devices import device_type, evaluation_dtype
 from .embedded import embedded_model, embedded_recipe, taught_part
 from ..internals.errors import OpenUnlearnError, check_choice
@@ -30,7 +31,7 @@ from ..models.loading import PRESETS, fit_tokenizer, load_model, load_tokenizer,
 from ..data.muse import Muse, corpus_of
 from ..data.custom import Own
 from ..training.pairs import TrainConfig, published_recipe
-from ..internals.processes import under_deepspeed
+from ..internals.launch import under_deepspeed
 from ..data.prompts import Encoder, PromptFormat, prompt_format
 from .records import read_json
 from ..models.smollm2 import resolve

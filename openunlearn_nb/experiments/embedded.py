@@ -18,12 +18,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..data.sources import Lessons, content_hash, file_hash, miniature_seed
+from ..data.sources import Lessons, miniature_seed
+from ..internals.hashes import content_hash, file_hash
 from ..internals.errors import OpenUnlearnError
 from ..models.loading import cache_dir, save_model, tiny_llama, train_tokenizer
 from ..data.muse import Muse, corpora_in
 from ..training.pairs import PUBLISHED_RECIPES, TrainConfig
-from ..internals.processes import alone, gathered, make_folder, world, write_bytes
+from ..internals.files import check_writable, write_bytes
+from ..internals.processes import gathered, in_fresh_process, world_size
 from ..data.prompts import PROMPTS, Encoder
 from ..data.tofu import Tofu
 from ..training.trainer import train
@@ -96,11 +98,11 @@ def embedded_model(taught: str = "full", benchmark: Lessons = Tofu(), recipe: Em
                       "whose continuation is asked for; --train-rows says how many.")
     if all(gathered(is_whole(folder))):
         return folder
-    if world() > 1:  # too small to share
-        alone(embedded_model, taught, benchmark, recipe)
+    if world_size() > 1:  # too small to share
+        in_fresh_process(embedded_model, taught, benchmark, recipe)
         return folder
     try:
-        make_folder(cache_dir())  # now, rather than fail after the training
+        check_writable(cache_dir())  # now, rather than fail after the training
     except OSError as e:
         raise OpenUnlearnError(f"Cannot keep trained models in {cache_dir()}: {e.strerror}; set OPENUNLEARN_CACHE.") from e
     _remove_damaged(folder)

@@ -18,14 +18,18 @@ from datasets.utils.logging import disable_progress_bar
 from transformers import PreTrainedModel
 
 from .config import RunConfig, check_config, model_path, open_model
-from ..data.sources import content_hash, miniature_seed
+from ..data.sources import miniature_seed
+from ..internals.hashes import content_hash
 from ..internals.errors import OpenUnlearnError, check_choice
 from ..models.loading import cache_dir
 from ..data.muse import load_muse
-from ..internals.processes import begin, hold, output_path
+from ..internals.files import output_path
+from ..internals.locks import output_lock
+from ..internals.processes import join_group
 from ..data.prompts import Encoder, pinned_clock
 from .provenance import model_identity
-from .records import finite, run_record, write_json, write_text
+from .records import run_record
+from ..internals.files import finite, write_json, write_text
 from .runs import check_output
 
 GENERAL = "LMEval"
@@ -111,7 +115,7 @@ def evaluate_general(config: RunConfig, tasks: Sequence[str], output: str | Path
                      include: str | None = None, chat: bool = False, split: str | None = None) -> dict[str, float]:
     "Run lm-eval's tasks on a model, write the record into a folder, and return the summary. `chat`: through the tokenizer's chat template."
     started = time.time()
-    begin()
+    join_group()
     check_config(config), output_path(output, "folder")
     if include and not Path(include).expanduser().is_dir():
         raise OpenUnlearnError(f"No folder with tasks {include!r}.")
@@ -122,7 +126,7 @@ def evaluate_general(config: RunConfig, tasks: Sequence[str], output: str | Path
     manager = _tasks(tasks, include, config.data if miniature_seed(config.data) is not None else "miniature")
     what = {"config": config.fingerprint(), "tasks": sorted(tasks), "limit": limit, "num_fewshot": num_fewshot, "chat_template": chat,
             "trained_on": split, "include": include}
-    with hold(output) as folder:
+    with output_lock(output) as folder:
         check_output(folder, what)
         path = model_path(config, split or config.source.splits[0])
         model, enc = open_model(config, path, for_training=False)

@@ -10,7 +10,6 @@ __all__ = ['WEIGHTS', 'GridConfig', 'has_retain', 'check_grid', 'models_of', 'cl
 import os
 import shutil
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -21,15 +20,19 @@ from functools import partial
 from pathlib import Path
 
 from .config import Progress, RunConfig, check_config, check_split, model_path, recipe_of
-from ..data.sources import content_hash
+from ..internals.hashes import content_hash
 from .embedded import embedded_folder, embedded_model
 from ..internals.errors import OpenUnlearnError, one_line, printable
 from ..methods.method import DECLARED_IN, get_method, load_methods, method_settings
 from ..models.loading import PRESETS
 from ..data.muse import corpora_in
-from ..internals.processes import begin, hold, is_main, launched, on_main, output_path, visible_devices
+from ..internals.files import new_folder, output_path
+from ..internals.launch import launched_processes, visible_devices
+from ..internals.locks import output_lock
+from ..internals.processes import is_main, join_group, on_main
 from .provenance import difference, model_identity
-from .records import read_json, seed_in_name, write_json
+from .records import read_json, seed_in_name
+from ..internals.files import new_folder, write_json
 from .runs import YARDSTICKS, cell_folder, check_asked, check_method, finished, home_of, run_cell
 from .workers import Task, check_main, run_all
 
@@ -144,7 +147,7 @@ def run_task(grid: GridConfig, output: str, task: Task, progress: Progress) -> d
 
 def default_jobs(grid: GridConfig) -> int:
     "Worker processes: one a visible GPU; on a CPU one a core (at most 4) for the embedded model, and one for any other."
-    if launched() > 1:
+    if launched_processes() > 1:
         return 1
     if devices := visible_devices():
         return len(devices)
@@ -233,8 +236,8 @@ def run_grid(grid: GridConfig = GridConfig(), output: str | Path | None = None, 
         raise OpenUnlearnError(f"{output} holds grids of several seeds; give --seeds, or another --output.")
     if jobs is not None and jobs < 1:
         raise OpenUnlearnError(f"--jobs must be 1 or more, not {jobs}.")
-    begin()
-    with hold(output):
+    join_group()
+    with output_lock(output):
         claim(grid, output)  # reads all data: what is wrong with it is said here, before any worker starts
         tasks = plan(grid, output)
         display = Display(tasks, grid.suite.columns, show and is_main())
@@ -251,9 +254,8 @@ def copy_cell(here: Path, there: Path) -> None:
     def copy() -> None:
         try:
             shutil.rmtree(there, ignore_errors=True)
-            there.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=there.parent, prefix=".copying-", ignore_cleanup_errors=True) as scratch:
-                shutil.copytree(here, Path(scratch) / "cell").rename(there)
+            with new_folder(there, ".copying-") as temporary:
+                shutil.copytree(here, temporary, dirs_exist_ok=True)
         except OSError as e:  # shutil's own error holds a list in place of a reason
             raise OpenUnlearnError(f"Cannot copy {here} to {there}: {e.strerror or e}.") from e
     on_main(copy)
@@ -271,8 +273,8 @@ def run_seeds(grid: GridConfig, seeds: Sequence[int], output: str | Path | None 
             warnings.warn(f"The folder {other} is ignored: beside the folders of seeds, it is not called after one.")
         else:
             claim(check_grid(replace(grid, seed=seed)), other)
-    begin()
-    with hold(output):
+    join_group()
+    with output_lock(output):
         for folder, seeded in grids.items():
             claim(seeded, folder)
             for split, row in cells(seeded):

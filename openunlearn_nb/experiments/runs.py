@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from .alternates import make_alternates, read_alternates
 from .config import Progress, RunConfig, check_config, check_split, model_path, open_model, recipe_of
-from ..data.sources import content_hash
+from ..internals.hashes import content_hash
 from ..internals.devices import usable_memory
 from ..internals.errors import OpenUnlearnError, check_choice
 from ..evaluation.gibberish import CLASSIFIER, load_judge
@@ -34,11 +34,16 @@ from ..data.muse import corpus_of
 from ..training.pairs import TrainConfig, alternate_examples, published_recipe
 from ..evaluation.passes import Passes
 from ..training.phases import fitting_rows
-from ..internals.processes import begin, gathered, hold, launched, on_main, output_path
+from ..internals.files import output_path
+from ..internals.launch import launched_processes
+from ..internals.locks import output_lock
+from ..internals.processes import gathered, join_group, on_main
 from ..data.prompts import Encoder, example_prompt
 from .provenance import architecture, changes, model_card, model_identity
-from .records import (measured_against, read_json, read_retain_log, record_beside, retain_file, run_record, to_json,
-                                    write_json, write_run)
+from openunlearn_nb.experiments.records import (
+    measured_against, read_json, read_retain_log, record_beside, retain_file, run_record, write_run,
+)
+from ..internals.files import to_json, write_json
 from ..models.smollm2 import resolve
 from ..evaluation.suites import BETTER, SUITES, data_sets, evaluate, summary
 from ..training.trainer import diverged_at, in_evaluation_dtype, optimizer_of, train
@@ -65,7 +70,7 @@ def for_this_gpu(config: RunConfig, recipe: TrainConfig, method: str, settings: 
 
     As it is where the user or `compat` names the rows, in a launch of several processes, for the embedded model and on other devices."""
     memory = usable_memory(model.device)
-    if memory is None or launched() > 1 or config.per_device_batch or config.compat or config.model == "embedded":
+    if memory is None or launched_processes() > 1 or config.per_device_batch or config.compat or config.model == "embedded":
         return recipe
     layout = ("qlora" if config.quantize else "lora") if recipe.lora else "single"
     optim = optimizer_of(recipe)
@@ -171,8 +176,8 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
     if config.eval_each or config.best:
         raise OpenUnlearnError("An evaluation after each epoch belongs to a grid, whose Retain row it is measured against: openunlearn "
                                f"{config.benchmark.lower()} --methods {method} --eval-each epoch.")
-    begin()
-    with hold(output, "new folder"):
+    join_group()
+    with output_lock(output, "new folder"):
         path, kept = start_of(config, method, split), output.with_name(f"{output.name}.checkpoint") if config.save_each else None
         model, enc = open_model(config, path, for_training=True)
         start = model_identity(path)
@@ -213,13 +218,13 @@ def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log
                    progress: Progress = lambda share: None) -> dict[str, float]:
     "Evaluate a model on a split into a folder; returns the summary."
     started, suite = time.time(), config.suite
-    begin()
+    join_group()
     check_config(config), config.wanted, check_split(config, split)  # all that can be wrong, before a model is loaded
     source = config.asked
     check_asked(config, split)
     what: dict[str, Any] = {"config": config.fingerprint(), "split": split, "data": source.hashes(split, training=False),
             "retain_log": retain_log and str(Path(retain_log).expanduser().resolve())}
-    with hold(output) as folder:
+    with output_lock(output) as folder:
         check_output(folder, what)
         mine = {"benchmark": suite.name, "split": split, "data": what["data"]}
         if retain_log:

@@ -21,7 +21,8 @@ from typing import Any
 
 from ..internals.errors import OpenUnlearnError, is_ours
 from ..models.loading import quiet
-from ..internals.processes import CHOSEN, only_device, raised_by_all, visible_devices, world
+from ..internals.launch import DEVICES_VARIABLE, only_device, visible_devices
+from ..internals.processes import raised_by_all, world_size
 
 # %% ../../nbs/experiments/workers.ipynb #83d53865
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Inline:
         try:
             future.set_result(work(task, lambda share: self.report(task.key, share)))
         except Exception as e:
-            if world() > 1 and not (isinstance(e, OpenUnlearnError) and raised_by_all()):
+            if world_size() > 1 and not (isinstance(e, OpenUnlearnError) and raised_by_all()):
                 raise  # the other processes wait for this one in something else: end them all
             future.set_exception(e)
         return future
@@ -205,7 +206,7 @@ def run_tasks(tasks: list[Task], work: Work, pool: Inline | Pool, done: Callable
 
 def _here(jobs: int | None) -> bool:
     "Whether tasks run in this process: one job, without a device chosen for it, or a run of several processes."
-    return world() > 1 or jobs == 1 and not os.environ.get(CHOSEN)
+    return world_size() > 1 or jobs == 1 and not os.environ.get(DEVICES_VARIABLE)
 
 def check_main(jobs: int | None) -> None:
     "Raise in a worker that imports, and so runs, the script which started it."

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .processes import under_deepspeed
+from .launch import under_deepspeed
 
 # %% ../../nbs/internals/zero.ipynb #930fa755
 def is_sharded(model: nn.Module) -> bool:

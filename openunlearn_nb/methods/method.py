@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..data.sources import content_hash
+from ..internals.hashes import content_hash
 from ..internals.errors import OpenUnlearnError, check_choice
 from ..models.forwards import (Batch, Part, answer_logits, check_part, check_reference, every_logit, layer_activations, reference_nll, sequence_nll,
                                      without_first)

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 from ..internals.devices import free_memory, in_halves
 from .forwards import check_ids
 from .prefixes import Read, batches, can_share, common_length, going_on, heeds_mask, read
-from ..internals.processes import merged, mine
+from ..internals.processes import merged, own_share
 from ..data.prompts import collate
 
 # %% ../../nbs/models/generation.ipynb #164db527
@@ -119,7 +119,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
     spread = list(batches([len(p) + max_new_tokens for p in prompts], together(model), batch_size))
     if not share and not heeds_mask(model):  # RWKV: neither padded, nor (transformers 5.24) right in a batch of one length
         spread = [[i] for i in range(len(prompts))]
-    for group in spread if temperature else mine(spread):  # what is sampled depends on what was sampled before
+    for group in spread if temperature else own_share(spread):  # what is sampled depends on what was sampled before
         found |= in_halves(answers, group)
     end = lambda text: min((k for s in stop if (k := text.find(s)) >= 0), default=None)
     return [text and text[:end(text)] for _, text in sorted((found if temperature else merged(found)).items())]

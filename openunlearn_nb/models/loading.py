@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -30,7 +29,8 @@ from transformers.utils import cached_file
 
 from ..internals.devices import device_type
 from ..internals.errors import OpenUnlearnError
-from ..internals.processes import gathered, on_main, output_path, rank
+from ..internals.files import new_folder, output_path
+from ..internals.processes import gathered, on_main, rank
 from ..internals.zero import is_sharded, sharded_loading
 
 # %% ../../nbs/models/loading.ipynb #b0fea0b9
@@ -346,14 +346,11 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
           same: bool) -> None:
     check_finite(model, f"The model is not saved in {folder}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-", ignore_cleanup_errors=True) as scratch:
-            model.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
+        with new_folder(folder, ".saving-") as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
             for name, text in texts.items():
-                (Path(scratch) / name).write_text(text, encoding="utf-8")
-            Path(scratch).chmod(0o755)  # a temporary folder is private; a saved model need not be
-            Path(scratch).rename(folder)
+                (temporary / name).write_text(text, encoding="utf-8")
     except Exception as e:  # OSError, or safetensors' own error where the disk is full
         if not (same and (folder / "config.json").exists()):  # else another process saved it first
             raise OpenUnlearnError(f"Cannot save the model in {folder}: {getattr(e, 'strerror', None) or e}.") from e

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..internals.devices import free_memory, in_halves
 from .forwards import answer_logits, check_ids, logits_at
 from .prefixes import WASTE, Read, batches, can_share, common_length, going_on, read
-from ..internals.processes import merged, mine
+from ..internals.processes import merged, own_share
 from ..data.prompts import collate
 
 # %% ../../nbs/models/scoring.ipynb #b7729745
@@ -116,7 +116,7 @@ def score(model: PreTrainedModel, examples: Sequence[dict], pad_id: int, tokens:
     known = common_length([f.prefix for f in of]) if of else 0
     stem = read(model, [of[0].prefix[:known]], pad_id) if known else None
     found: dict[int, TokenScores] = {}
-    for group in mine(batches([f.size for f in of], tokens, waste=WASTE)):
+    for group in own_share(batches([f.size for f in of], tokens, waste=WASTE)):
         found |= in_halves(lambda numbers: group_scores(model, [of[k] for k in numbers], stem, pad_id, tokens, moments), group)
     found = merged(found)
     return [found.get(i, NOTHING) for i in range(len(examples))]
@@ -126,7 +126,7 @@ def score(model: PreTrainedModel, examples: Sequence[dict], pad_id: int, tokens:
 def gradient_norms(model: PreTrainedModel, examples: Sequence[dict], pad_id: int) -> list[float | None]:
     "For each example, the mean over parameters of the L2 norm of the gradient of its mean NLL, last label left out; None where none is left."
     weights, norms = [p for p in model.parameters() if p.requires_grad], {}
-    for i in mine(range(len(examples))):
+    for i in own_share(range(len(examples))):
         part = {k: v.to(model.device) for k, v in collate([examples[i]], pad_id).items()}
         logits, labels, _ = answer_logits(model, part)
         if len(labels) < 2:

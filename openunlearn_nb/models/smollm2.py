@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from ..data.sources import content_hash
+from ..internals.hashes import content_hash
 from ..internals.errors import OpenUnlearnError
 from .loading import PRESETS, cache_dir, save_model
 from ..internals.processes import gathered, wait_for_all

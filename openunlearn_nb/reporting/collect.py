@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data.sources import file_hash
+from ..internals.hashes import file_hash
 from ..internals.errors import OpenUnlearnError, check_choice
 from ..data.muse import CORPORA, corpus_of
 from ..experiments.records import misfit, read_json, read_retain_log, retain_file, seed_in_name

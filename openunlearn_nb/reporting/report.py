@@ -18,8 +18,9 @@ from typing import Any
 from .. import __version__
 from .collect import GENERAL, Run, Values, courses, find_runs, measured, row_order
 from ..data.muse import STUDIES
-from ..internals.processes import hold
-from ..experiments.records import read_json, write_text
+from ..internals.locks import output_lock
+from ..experiments.records import read_json
+from ..internals.files import write_text
 from ..evaluation.suites import SUITES
 from .tables import COLUMNS, PUBLISHED, by_study, columns_of, difference, digits, grid, published, remarks
 
@@ -139,7 +140,7 @@ def suite_part(suite: str, model: str, values: Values, runs: Sequence[Run], done
 
 def write_report(folder: str | Path, output: str | Path, progress: Callable[[float], None] = lambda share: None) -> Path:
     "Write a report of all runs below a folder (of several seeds: of the first) into one HTML file."
-    with hold(output, "file") as file:
+    with output_lock(output, "file") as file:
         return write_text(file, report_page(folder, progress))
 
 def report_page(folder: str | Path, progress: Callable[[float], None] = lambda share: None) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.initialization import no_init_weights
 
-from ..data.sources import check_shape, parse_json
+from ..internals.json_shapes import check_shape, parse_json
 from ..models.adapters import BASE, adapter_changes
 from ..internals.errors import OpenUnlearnError
 from ..models.forwards import bare

@@ -21,7 +21,7 @@ from ..internals.devices import computes_in_bf16
 from ..internals.errors import OpenUnlearnError
 from ..models.forwards import bare, sequence_nll
 from ..methods.method import get_method
-from ..internals.processes import merged, rank, world
+from ..internals.processes import merged, rank, world_size
 from ..data.prompts import Encoder, collate, encode_all
 from ..models.scoring import score
 from ..internals.zero import is_sharded
@@ -139,7 +139,7 @@ def _in_step(model: nn.Module, examples: list[dict], pad_id: int, device: torch.
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
     groups = [order[i:i + 8] for i in range(0, len(order), 8)]
     found: dict[int, float] = {}
-    for first in range(0, len(groups), world()):
+    for first in range(0, len(groups), world_size()):
         turn = first + rank()
         group = groups[min(turn, len(groups) - 1)]
         part = collate_parts([{"all": examples[i]} for i in group], pad_id, compat)["all"]

@@ -33,7 +33,8 @@ from ..methods.losses import control_vector
 from ..methods.method import get_method, keeps_retain, method_loss, method_settings, needs_reference, term_counts
 from .pairs import PairDataset, TrainConfig, build_dataset, collate_parts, with_ref_nll
 from ..models.prefixes import heeds_mask
-from ..internals.processes import gathered, launched, under_deepspeed
+from ..internals.launch import launched_processes, under_deepspeed
+from ..internals.processes import gathered
 from ..internals.zero import is_sharded, release, sharded_copy, unsharded
 
 # %% ../../nbs/training/trainer.ipynb #9bf2911c
@@ -169,7 +170,7 @@ def optimizer_of(config: TrainConfig) -> str:
 
 def training_arguments(config: TrainConfig, n_examples: int, output_dir: str) -> TrainingArguments:
     "transformers' arguments for our recipe. A last, smaller accumulation still makes a step (transformers since 4.57)."
-    cuda, devices = device_type() == "cuda", launched()
+    cuda, devices = device_type() == "cuda", launched_processes()
     rows, accumulation = config.rows(devices), config.accumulation(devices)
     steps_per_epoch = math.ceil(math.ceil(n_examples / (rows * devices)) / accumulation)
     steps = config.max_steps or steps_per_epoch * config.epochs
@@ -204,10 +205,10 @@ def sharded_reference(ref: PreTrainedModel, accelerator) -> nn.Module:
 
 def _set_up_launch(args: TrainingArguments, quantized: bool, n_examples: int) -> None:
     "Set up a launch of several processes: raise where it cannot train, and say what will be otherwise than in one."
-    if launched() == 1 and not under_deepspeed():
+    if launched_processes() == 1 and not under_deepspeed():
         return
-    if extra := -n_examples % (args.per_device_train_batch_size * launched()):
-        warnings.warn(f"{n_examples} rows cannot be dealt out evenly, {args.per_device_train_batch_size} to each of {launched()} processes: {extra} "
+    if extra := -n_examples % (args.per_device_train_batch_size * launched_processes()):
+        warnings.warn(f"{n_examples} rows cannot be dealt out evenly, {args.per_device_train_batch_size} to each of {launched_processes()} processes: {extra} "
                       "of an epoch's first are seen twice in it (Accelerate's way). A --per-device-batch that divides them avoids it.")
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
         raise OpenUnlearnError("FSDP is not supported: ZeRO-3 shards the same (openunlearn configs zero3), and DDP drives models that fit (ddp).")
@@ -313,7 +314,7 @@ def _fresh_accelerator() -> Iterator[None]:
     try:
         yield
     finally:
-        if launched() > 1 or under_deepspeed():
+        if launched_processes() > 1 or under_deepspeed():
             AcceleratorState._reset_state()
             unset_hf_deepspeed_config()
 
