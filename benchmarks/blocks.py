@@ -46,7 +46,8 @@ class Record:
         return self.blocks.get(name, {}).keys() >= {"result", "seconds"}
 
     def put(self, name: str, entry: Found) -> None:
-        from openunlearn_nb.experiments.records import run_record, write_json
+        from openunlearn_nb.experiments.records import run_record
+        from openunlearn_nb.internals.files import write_json
 
         self.blocks[name] = entry
         write_json(self.file, run_record(self.started, **self.what, blocks=self.blocks))

@@ -323,7 +323,7 @@ def zero3(args: Namespace) -> Iterator[Found]:
     """An epoch of NPO under DeepSpeed's ZeRO-3, on one GPU: does it run, and how long does it take?"""
     import torch
 
-    from openunlearn_nb.internals.processes import config_file
+    from openunlearn_nb.internals.launch import config_file
 
     need_package("deepspeed")
     if not torch.cuda.is_available():

@@ -32,7 +32,7 @@ def middle(data: str, epochs: int = 3):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from openunlearn_nb.data.sources import content_hash
+    from openunlearn_nb.internals.hashes import content_hash
     from openunlearn_nb.models.loading import cache_dir, save_model, train_tokenizer
     from openunlearn_nb.training.pairs import TrainConfig
     from openunlearn_nb.data.prompts import PROMPTS, Encoder
@@ -104,7 +104,8 @@ def evaluate_child(args, name: str, mode: str, split: str = "forget10", count: i
     from openunlearn_nb.data.muse import Muse
     from openunlearn_nb.evaluation.passes import Passes, Spent
     from openunlearn_nb.data.prompts import Encoder, prompt_format
-    from openunlearn_nb.experiments.records import finite, peak_memory
+    from openunlearn_nb.experiments.records import peak_memory
+    from openunlearn_nb.internals.files import finite
     from openunlearn_nb.evaluation.suites import evaluate
     from openunlearn_nb.data.tofu import Tofu
 
@@ -187,7 +188,8 @@ def main() -> None:
         kind, name, mode, more = json.loads(args.child)
         print(json.dumps({"train": train_child, "evaluate": evaluate_child}[kind](args, name, mode, **more)))
         return
-    from openunlearn_nb.experiments.records import read_json, run_record, write_json
+    from openunlearn_nb.experiments.records import read_json, run_record
+    from openunlearn_nb.internals.files import write_json
 
     started = time.time()
     for which in ("hidden 256", "embedded", "embedded MUSE", "embedded MUSE real"):  # taught now, not in somebody's time

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from openunlearn_nb.data.miniature_tofu import make_tofu
 from openunlearn_nb.models.loading import load_model, quiet, save_model, tiny_llama, train_tokenizer
 from openunlearn_nb.training.pairs import TrainConfig
-from openunlearn_nb.internals.processes import begin, end, is_main, wait_for_all, world
+from openunlearn_nb.internals.processes import is_main, join_group, leave_group, wait_for_all, world_size
 from openunlearn_nb.data.prompts import PROMPTS, Encoder, encode_all
 from openunlearn_nb.training.trainer import train
 
@@ -41,7 +41,7 @@ def data():
 def main(out: Path, whats: list[str]) -> None:
     torch.set_num_threads(1)
     quiet()
-    begin()
+    join_group()
     tokenizer, examples = data()
     model = tiny_llama(tokenizer, hidden=32, layers=3)
     start = save_model(model, tokenizer, out / "start")
@@ -49,7 +49,7 @@ def main(out: Path, whats: list[str]) -> None:
     for what in whats:
         name, _, option = what.partition("-")
         recipe = TrainConfig(learning_rate=1e-3, epochs=4, effective_batch=16, gradient_checkpointing=option == "checkpointing",
-                             batch_size=(16 if world() == 1 else 2) if option == "divided" else 4, max_steps=STEPS, lora=4 if "LoRA" in option else None)
+                             batch_size=(16 if world_size() == 1 else 2) if option == "divided" else 4, max_steps=STEPS, lora=4 if "LoRA" in option else None)
         settings = SETTINGS.get(what, SETTINGS.get(name, {}))
         loaded = option.startswith("sharded")  # by ZeRO-3 in shards, as the commands load it; without it, a copy of the whole model
         given = lambda: load_model(str(start), sharded=True) if loaded else copy.deepcopy(model)
@@ -68,7 +68,7 @@ def main(out: Path, whats: list[str]) -> None:
             (out / f"{what}.json").write_text(json.dumps(trained.losses))
             save_file({k: v.contiguous() for k, v in trained.model.state_dict().items() if k != "lm_head.weight"}, out / f"{what}.safetensors")
             print(what, trained.losses[:1], trained.losses[-1:], flush=True)
-    end()  # else gloo's threads may outlive the interpreter, which aborts the process
+    leave_group()  # else gloo's threads may outlive the interpreter, which aborts the process
 
 
 if __name__ == "__main__":

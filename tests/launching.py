@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from openunlearn_nb.internals.processes import config_file
+from openunlearn_nb.internals.launch import config_file
 
 LIMIT = 420  # seconds; the first use of DeepSpeed compiles for one or two minutes
 

@@ -10,10 +10,10 @@ FULL_QUOTA = """
 import errno, json, os, sys
 from openunlearn_nb.internals import processes
 from openunlearn_nb.internals.errors import OpenUnlearnError
-from openunlearn_nb.experiments.records import write_json
+from openunlearn_nb.internals.files import write_json
 from openunlearn_nb.experiments.workers import Inline, Task, run_tasks
 
-processes.begin()
+processes.join_group()
 if processes.is_main():
     replace = os.replace
     def full(source, target):
@@ -31,7 +31,7 @@ run_tasks([Task("first", "NPO"), Task("second", "NPO")], work, Inline(lambda *_:
 everybody = processes.gathered(told)
 if processes.is_main():
     open(os.path.join(sys.argv[1], "told.json"), "w").write(json.dumps(everybody))
-processes.end()
+processes.leave_group()
 """
 
 
@@ -50,7 +50,7 @@ from openunlearn_nb.internals import processes
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.experiments.workers import Inline, Task, run_tasks
 
-processes.begin()
+processes.join_group()
 import openunlearn_nb.experiments.workers as workers
 workers.raised_by_all = lambda: processes.raised_by_all(5)  # seconds
 
@@ -76,10 +76,10 @@ from openunlearn_nb.internals import processes
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.models.loading import quiet, save_model, tiny_llama, train_tokenizer
 from openunlearn_nb.experiments.grid import copy_cell
-from openunlearn_nb.experiments.records import write_json
+from openunlearn_nb.internals.files import write_json
 
 quiet()
-processes.begin()
+processes.join_group()
 tokenizer = train_tokenizer(["some words to train on"], 300)
 model = tiny_llama(tokenizer, hidden=32, layers=1)
 if processes.is_main():
@@ -98,7 +98,7 @@ said.append("written")
 everybody = processes.gathered(said)
 if processes.is_main():
     open(os.path.join(sys.argv[1], "told.json"), "w").write(json.dumps(everybody))
-processes.end()
+processes.leave_group()
 """
 
 

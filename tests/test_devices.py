@@ -18,7 +18,7 @@ from openunlearn_nb.commands.cli import main, parser
 from openunlearn_nb.reporting.collect import by_seed, find_runs, measured
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.experiments.grid import GridConfig, default_jobs, run_grid
-from openunlearn_nb.internals.processes import config_file, only_device, own_device, visible_devices
+from openunlearn_nb.internals.launch import config_file, only_device, own_device, visible_devices
 from openunlearn_nb.experiments.records import read_json
 from openunlearn_nb.experiments.runs import cell_folder
 from openunlearn_nb.experiments.workers import Task, run_all
@@ -201,7 +201,7 @@ def test_commands_of_the_batch_script_are_known(command, monkeypatch):
 
 
 def test_the_batch_script_is_found_by_its_name(capsys):
-    from openunlearn_nb.internals.processes import launch_environment
+    from openunlearn_nb.internals.launch import launch_environment
 
     assert main(["configs", "slurm"]) == 0
     assert Path(capsys.readouterr().out.strip()).read_text() == SCRIPT

@@ -15,7 +15,7 @@ from launching import accelerate, run, script, torchrun
 
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.methods.method import METHODS
-from openunlearn_nb.internals.processes import launch_environment
+from openunlearn_nb.internals.launch import launch_environment
 from openunlearn_nb.experiments.records import read_json
 
 pytest.importorskip("deepspeed", reason='needs the extra: pip install -e ".[gpu]"')
@@ -159,12 +159,12 @@ import torch
 from distributed_run import data
 from openunlearn_nb.models.loading import load_model, quiet, save_model, tiny_llama
 from openunlearn_nb.training.pairs import TrainConfig
-from openunlearn_nb.internals.processes import begin, end, gathered, is_main
+from openunlearn_nb.internals.processes import gathered, is_main, join_group, leave_group
 from openunlearn_nb.training.trainer import train
 
 torch.set_num_threads(1)
 quiet()
-begin()
+join_group()
 tokenizer, examples = data()
 start = save_model(tiny_llama(tokenizer, hidden=512, layers=3), tokenizer, sys.argv[1] + "/start")
 
@@ -197,7 +197,7 @@ found.append({"held": 0.5, "living": living() / size})
 found = gathered(found)
 if is_main():
     open(sys.argv[1] + "/found.json", "w").write(json.dumps(found))  # standard output is shared with libraries and the other process
-end()
+leave_group()
 """
 
 
@@ -237,7 +237,7 @@ def test_ddp_equals_one_process(alone, ddp, what):
 
 def test_a_stale_lock_of_the_compiler_is_removed(both, tmp_path):
     """A launch that was killed while DeepSpeed compiled leaves a lock, for which the next one would wait without end."""
-    from openunlearn_nb.internals.processes import build_locks, holder
+    from openunlearn_nb.internals.compile_locks import compile_locks, process_with_open
 
     known = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
     built = next(known.glob("*/deepspeed_shm_comm")) if known.is_dir() else None
@@ -246,12 +246,12 @@ def test_a_stale_lock_of_the_compiler_is_removed(both, tmp_path):
     shutil.copytree(built, lock.parent)
     lock.touch()
     os.utime(lock, (0, 0))
-    done = accelerate(script(tmp_path, "import os\nfrom openunlearn_nb.internals.processes import begin, end, world\nbegin()\n"
-                                       f"open(f'{tmp_path}/rank-{{os.environ[\"RANK\"]}}', 'w').write(str(world()))\nend()"),
+    done = accelerate(script(tmp_path, "import os\nfrom openunlearn_nb.internals.processes import join_group, leave_group, world_size\njoin_group()\n"
+                                       f"open(f'{tmp_path}/rank-{{os.environ[\"RANK\"]}}', 'w').write(str(world_size()))\nleave_group()"),
                       limit=240, TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["2", "2"]  # two processes' prints run into each other
     assert "Removed the lock of deepspeed_shm_comm" in done.stderr and not lock.exists()
-    assert all(holder(other) for other in build_locks())
+    assert all(process_with_open(other) for other in compile_locks())
 
 
 def test_a_program_that_waits_is_ended_and_says_for_what(tmp_path):

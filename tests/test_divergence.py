@@ -20,7 +20,8 @@ from openunlearn_nb.data.custom import Own
 from openunlearn_nb.training.pairs import TrainConfig
 from openunlearn_nb.evaluation.passes import Passes
 from openunlearn_nb.data.prompts import PROMPTS, Encoder
-from openunlearn_nb.experiments.records import read_json, to_json
+from openunlearn_nb.experiments.records import read_json
+from openunlearn_nb.internals.files import to_json
 from openunlearn_nb.reporting.report import write_report
 from openunlearn_nb.experiments.runs import train_model
 from openunlearn_nb.models.scoring import TokenScores

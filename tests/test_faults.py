@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from openunlearn_nb.models import loading as models
-from openunlearn_nb.internals import processes
+from openunlearn_nb.internals import files
 from openunlearn_nb.experiments import records
 from openunlearn_nb.data import tofu
 from openunlearn_nb.commands.cli import main
@@ -203,7 +203,7 @@ def test_no_disk_space(monkeypatch, tmp_path):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(processes.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OpenUnlearnError, match="No space left on device"):
         records.write_json(tmp_path / "x.json", {})
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from openunlearn_nb.evaluation import cache as kept
 from openunlearn_nb.training.checkpoints import last_checkpoint, save_checkpoint
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.reporting.collect import find_runs, measured
-from openunlearn_nb.data.sources import file_hash
+from openunlearn_nb.internals.hashes import file_hash
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.experiments.grid import GridConfig, claim
 from openunlearn_nb.models.loading import save_model, tiny_llama, train_tokenizer

@@ -14,7 +14,8 @@ from openunlearn_nb.experiments.grid import GridConfig, plan, run_grid
 from openunlearn_nb.data.miniature_muse import make_muse
 from openunlearn_nb.models.loading import save_model, tiny_llama, train_tokenizer
 from openunlearn_nb.data.muse import STUDIES, Muse
-from openunlearn_nb.experiments.records import read_json, write_json
+from openunlearn_nb.experiments.records import read_json
+from openunlearn_nb.internals.files import write_json
 from openunlearn_nb.experiments.runs import cell_folder, finished
 from openunlearn_nb.evaluation.suites import SUITES
 from openunlearn_nb.reporting.collect import find_runs, measured

@@ -16,7 +16,7 @@ from openunlearn_nb.experiments.grid import GridConfig, run_grid, run_seeds
 from openunlearn_nb.methods.method import METHODS, declare, get_method, load_methods, method_settings
 from openunlearn_nb.models.loading import train_tokenizer
 from openunlearn_nb.data.prompts import PROMPTS, Encoder
-from openunlearn_nb.experiments.records import write_json
+from openunlearn_nb.internals.files import write_json
 from openunlearn_nb.experiments.runs import count_overlap
 
 BAD_NAMES = [

@@ -257,10 +257,10 @@ def test_a_damaged_training_checkpoint(tmp_path, capsys):
 
 
 def test_two_grids_in_one_folder(small_grid, tmp_path, capsys):
-    from openunlearn_nb.internals.processes import hold
+    from openunlearn_nb.internals.locks import output_lock
 
     folder, grid = small_grid
-    with hold(folder):
+    with output_lock(folder):
         said = refused(capsys, "tofu", "--train-rows", str(grid.train_rows), "--splits", "forget01", "--methods", "NPO,IdkDPO", "--epochs", "2",
                        "--output", str(folder))
     assert "Another process" in said and str(os.getpid()) in said

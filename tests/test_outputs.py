@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from openunlearn_nb.models import loading as models
-from openunlearn_nb.internals import processes
+from openunlearn_nb.internals import files, launch, processes
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.experiments.config import RunConfig, check_config
 from openunlearn_nb.internals.errors import OpenUnlearnError
-from openunlearn_nb.internals.processes import hold, output_path, write_bytes
-from openunlearn_nb.experiments.records import write_json
+from openunlearn_nb.internals.files import output_path, write_bytes
+from openunlearn_nb.internals.locks import output_lock
+from openunlearn_nb.internals.files import write_json
 from openunlearn_nb.experiments.runs import cell_folder, train_model
 
 
@@ -231,7 +232,7 @@ def test_a_place_that_cannot_be(tiny, tmp_path, capsys):
     then="The second is told that another process is writing there.",
 )
 def test_one_at_a_time(tiny, tmp_path, capsys, monkeypatch):
-    with hold(tmp_path / "out"):
+    with output_lock(tmp_path / "out"):
         for command in (
             train(tiny),
             evaluate(tiny),
@@ -250,18 +251,18 @@ def test_one_at_a_time(tiny, tmp_path, capsys, monkeypatch):
     assert "not empty" in said_by(capsys, *train(tiny), "--output", str(tmp_path / "out"))
 
 
-HOLDER = "import sys, time\nfrom openunlearn_nb.internals.processes import hold\nwith hold(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
+HOLDER = "import sys, time\nfrom openunlearn_nb.internals.locks import output_lock\nwith output_lock(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
 
 
 @pytest.mark.checks(area="Output", given="a process that was killed while it wrote", then="Its lock is gone with it.")
 def test_a_lock_goes_with_its_process(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
-    with pytest.raises(OpenUnlearnError, match=f"Another process \\({process.pid}\\)"), hold(tmp_path / "out"):
+    with pytest.raises(OpenUnlearnError, match=f"Another process \\({process.pid}\\)"), output_lock(tmp_path / "out"):
         pass
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    with hold(tmp_path / "out"):
+    with output_lock(tmp_path / "out"):
         assert (tmp_path / ".out.lock").exists()
     assert not list(tmp_path.iterdir())
 
@@ -296,7 +297,7 @@ def read_only(monkeypatch, folder: Path) -> None:
         return refuses
 
     for name in ("TemporaryFile", "NamedTemporaryFile", "TemporaryDirectory"):
-        monkeypatch.setattr(processes.tempfile, name, guarded(getattr(processes.tempfile, name)))
+        monkeypatch.setattr(files.tempfile, name, guarded(getattr(files.tempfile, name)))
 
 
 @pytest.mark.checks(
@@ -392,7 +393,7 @@ def test_an_ascii_terminal(tmp_path, monkeypatch):
     ],
 )
 def test_variables_of_no_launch(left, tiny, tmp_path, capsys, monkeypatch):
-    for name in processes.LAUNCH:
+    for name in launch.LAUNCH_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in left.items():
         monkeypatch.setenv(name, value)
@@ -400,7 +401,7 @@ def test_variables_of_no_launch(left, tiny, tmp_path, capsys, monkeypatch):
     assert main(train(tiny, "--output", str(tmp_path / "out"))) == 0 and sys.stdout is out
     said = capsys.readouterr()
     assert "1 steps" in said.out and "this process works alone" in said.err and len(said.err.splitlines()) == 1
-    assert processes.launched() == 1 and (tmp_path / "out/train.json").exists()
+    assert launch.launched_processes() == 1 and (tmp_path / "out/train.json").exists()
 
 
 @pytest.mark.checks(
@@ -413,9 +414,9 @@ def test_a_launch_that_nobody_joins(rank, tiny, tmp_path, capsys, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for name, value in zip(processes.LAUNCH, (rank, rank, "2", "127.0.0.1", str(port))):
+    for name, value in zip(launch.LAUNCH_VARIABLES, (rank, rank, "2", "127.0.0.1", str(port))):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(processes, "JOIN", timedelta(seconds=1))
+    monkeypatch.setattr(processes, "JOIN_TIMEOUT", timedelta(seconds=1))
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # a process that is not the first gets another
     begin = time.monotonic()
     said = said_by(capsys, *evaluate(tiny, "--output", str(tmp_path / "out")))

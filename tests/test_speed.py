@@ -18,7 +18,8 @@ from openunlearn_nb.data.muse import Muse  # noqa: E402
 from openunlearn_nb.training.pairs import TrainConfig  # noqa: E402
 from openunlearn_nb.evaluation.passes import Passes, Spent  # noqa: E402
 from openunlearn_nb.data.prompts import Encoder, encode_all, prompt_format  # noqa: E402
-from openunlearn_nb.experiments.records import finite, read_json  # noqa: E402
+from openunlearn_nb.experiments.records import read_json  # noqa: E402
+from openunlearn_nb.internals.files import finite  # noqa: E402
 from openunlearn_nb.evaluation.suites import evaluate  # noqa: E402
 from openunlearn_nb.data.tofu import Tofu  # noqa: E402
 from openunlearn_nb.training.trainer import train  # noqa: E402

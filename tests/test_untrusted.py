@@ -10,7 +10,7 @@ import pytest
 
 from openunlearn_nb.reporting import tables as t
 from openunlearn_nb.commands.cli import main
-from openunlearn_nb.data.sources import check_shape, parse_json
+from openunlearn_nb.internals.json_shapes import check_shape, parse_json
 from openunlearn_nb.internals.errors import OpenUnlearnError, csv_text, latex_text, markdown_text, printable
 from openunlearn_nb.experiments.records import SHAPES, read_json
 

@@ -23,13 +23,12 @@ from ..internals.hashes import content_hash
 from ..internals.errors import OpenUnlearnError, check_choice
 from ..models.loading import cache_dir
 from ..data.muse import load_muse
-from ..internals.files import output_path
+from ..internals.files import finite, output_path, write_json, write_text
 from ..internals.locks import output_lock
 from ..internals.processes import join_group
 from ..data.prompts import Encoder, pinned_clock
 from .provenance import model_identity
 from .records import run_record
-from ..internals.files import finite, write_json, write_text
 from .runs import check_output
 
 GENERAL = "LMEval"

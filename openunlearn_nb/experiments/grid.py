@@ -26,13 +26,12 @@ from ..internals.errors import OpenUnlearnError, one_line, printable
 from ..methods.method import DECLARED_IN, get_method, load_methods, method_settings
 from ..models.loading import PRESETS
 from ..data.muse import corpora_in
-from ..internals.files import new_folder, output_path
+from ..internals.files import new_folder, output_path, write_json
 from ..internals.launch import launched_processes, visible_devices
 from ..internals.locks import output_lock
 from ..internals.processes import is_main, join_group, on_main
 from .provenance import difference, model_identity
 from .records import read_json, seed_in_name
-from ..internals.files import new_folder, write_json
 from .runs import YARDSTICKS, cell_folder, check_asked, check_method, finished, home_of, run_cell
 from .workers import Task, check_main, run_all
 

@@ -15,12 +15,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..internals.hashes import file_hash
+from ..internals.hashes import file_hash, text_hash
 from ..internals.errors import OpenUnlearnError, markdown_text, printable
 from ..models.loading import cache_dir, preset_of
 from ..internals.processes import on_main
 from .records import read_json
-from ..internals.hashes import text_hash
 
 # %% ../../nbs/experiments/provenance.ipynb #c72f7694
 DECIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -34,7 +34,7 @@ from ..data.muse import corpus_of
 from ..training.pairs import TrainConfig, alternate_examples, published_recipe
 from ..evaluation.passes import Passes
 from ..training.phases import fitting_rows
-from ..internals.files import output_path
+from ..internals.files import output_path, to_json, write_json
 from ..internals.launch import launched_processes
 from ..internals.locks import output_lock
 from ..internals.processes import gathered, join_group, on_main
@@ -43,7 +43,6 @@ from .provenance import architecture, changes, model_card, model_identity
 from openunlearn_nb.experiments.records import (
     measured_against, read_json, read_retain_log, record_beside, retain_file, run_record, write_run,
 )
-from ..internals.files import to_json, write_json
 from ..models.smollm2 import resolve
 from ..evaluation.suites import BETTER, SUITES, data_sets, evaluate, summary
 from ..training.trainer import diverged_at, in_evaluation_dtype, optimizer_of, train

@@ -21,7 +21,7 @@ from typing import Any
 from .errors import OpenUnlearnError
 from .processes import on_main
 
-# %% ../../nbs/internals/files.ipynb #53f3333e
+# %% ../../nbs/internals/files.ipynb #684513ca
 def output_path(given: str | Path, kind: str = "file") -> Path:
     """The path that results go to, `~` expanded. Raises `OpenUnlearnError` where nothing of its kind can be written.
 
@@ -35,7 +35,8 @@ def output_path(given: str | Path, kind: str = "file") -> Path:
     try:
         path = Path(text).expanduser()
     except RuntimeError as e:  # ~someone
-        raise OpenUnlearnError(f"The output {text!r} is in the home folder of nobody here; give another --output.") from e
+        why = "is in the home folder of nobody here"
+        raise OpenUnlearnError(f"The output {text!r} {why}; give another --output.") from e
     try:
         _check_kind(path, kind)
     except OSError as e:  # a name of more than 255 bytes, a folder that is a file, a link to itself

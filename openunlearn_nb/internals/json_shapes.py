@@ -41,8 +41,9 @@ def _check_depth(value: Any) -> None:
         if depth > MAX_DEPTH:
             raise ValueError("it is nested too deep")
 
-# %% ../../nbs/internals/json_shapes.ipynb #bfc7009d
-_WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", None: "null", object: "anything"}
+# %% ../../nbs/internals/json_shapes.ipynb #b06f4d3b
+_WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", None: "null",
+          object: "anything"}
 
 def _in_words(shape: Any) -> str:
     if isinstance(shape, list):

@@ -54,7 +54,7 @@ def config_file(name: str) -> Path:
     known = check_choice(name, [*CONFIGS, *SCRIPTS], "configuration")
     return Path(str(files("openunlearn_nb"))) / "configs" / f"{known}{'.sh' if known in SCRIPTS else '.yaml'}"
 
-# %% ../../nbs/internals/launch.ipynb #a19244cc
+# %% ../../nbs/internals/launch.ipynb #635d404a
 def launch_environment(name: str) -> dict[str, str]:
     "The environment variables that `accelerate launch` makes of a configuration, for `notebook_launcher`."
     import yaml
@@ -69,18 +69,19 @@ def launch_environment(name: str) -> dict[str, str]:
 
 def _deepspeed_variable(key: str) -> str:
     "Accelerate's name of the variable for a key of `deepspeed_config`."
-    without_prefix = {"gradient_accumulation_steps", "gradient_clipping"}  # the others are called ACCELERATE_DEEPSPEED_...
+    without_prefix = {"gradient_accumulation_steps", "gradient_clipping"}  # others are ACCELERATE_DEEPSPEED_...
     prefix = "" if key in without_prefix else "DEEPSPEED_"
     return f"ACCELERATE_{prefix}{'zero3_init' if key == 'zero3_init_flag' else key}".upper()
 
-# %% ../../nbs/internals/launch.ipynb #02853eb2
+# %% ../../nbs/internals/launch.ipynb #c7a172b7
 DEVICES_VARIABLE = "OPENUNLEARN_DEVICES"  # set by the user: the devices that workers may use
 DEVICE_VARIABLE = "OPENUNLEARN_DEVICE"  # set by this package: the one device of a worker
 
 def _cuda_variable() -> str:
     "The variable that limits which GPUs a process sees. PyTorch on AMD GPUs prefers HIP's where it is set."
     import torch
-    return "HIP_VISIBLE_DEVICES" if torch.version.hip and "HIP_VISIBLE_DEVICES" in os.environ else "CUDA_VISIBLE_DEVICES"
+    hip = torch.version.hip and "HIP_VISIBLE_DEVICES" in os.environ
+    return "HIP_VISIBLE_DEVICES" if hip else "CUDA_VISIBLE_DEVICES"
 
 def _listed(variable: str) -> list[str]:
     return [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()]
@@ -107,7 +108,8 @@ def _check_chosen(chosen: list[str], here: list[str]) -> None:
         raise OpenUnlearnError(f"{DEVICES_VARIABLE} names a device twice: {','.join(chosen)}.")
     unknown = [name for name in chosen if here and name not in here and not name.startswith(("GPU-", "MIG-"))]
     if unknown:
-        raise OpenUnlearnError(f"{DEVICES_VARIABLE} names {unknown[0]!r}, which is not among the GPUs here ({', '.join(here)}).")
+        gpus = ", ".join(here)
+        raise OpenUnlearnError(f"{DEVICES_VARIABLE} names {unknown[0]!r}, which is not among the GPUs here ({gpus}).")
 
 # %% ../../nbs/internals/launch.ipynb #777b6854
 @contextmanager
