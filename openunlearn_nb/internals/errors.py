@@ -10,6 +10,7 @@ __all__ = ['printable', 'OpenUnlearnError', 'check_choice', 'is_ours', 'one_line
 import difflib
 import re
 from collections.abc import Iterable
+from importlib.resources import files
 from pathlib import Path
 
 # %% ../../nbs/internals/errors.ipynb #bc5a5ea7
@@ -44,8 +45,8 @@ def check_choice(value: str, valid: Iterable[str], what: str) -> str:
 
 # %% ../../nbs/internals/errors.ipynb #cf50ef05
 def is_ours(category: type[Warning], filename: str) -> bool:
-    "Whether a warning comes from this package."
-    return issubclass(category, UserWarning) and Path(filename).parent.name == "openunlearn_nb"
+    "Whether a warning of this category, raised in the file `filename`, is one of this package's notes."
+    return issubclass(category, UserWarning) and Path(filename).is_relative_to(str(files("openunlearn_nb")))
 
 # %% ../../nbs/internals/errors.ipynb #6d598dfe
 def one_line(text: str) -> str:
