@@ -147,7 +147,7 @@ class Bench:
     @cached_property
     def tokenizer(self):
         """A small one: of the vocabulary it has names for the first ids, others are decoded to nothing."""
-        from openunlearn_nb.models.loading import train_tokenizer
+        from openunlearn_nb.models.tiny import train_tokenizer
 
         return train_tokenizer([q + a for q, a in self.texts], 500)
 

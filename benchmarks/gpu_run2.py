@@ -119,7 +119,8 @@ def unpack(args: Namespace) -> Found:
     from gpu_run1 import small_tofu
 
     from openunlearn_nb.data.miniature_tofu import make_tofu
-    from openunlearn_nb.models.loading import save_model, tiny_llama, train_tokenizer
+    from openunlearn_nb.models.saving import save_model
+    from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
     from openunlearn_nb.data.tofu import question_pairs
 
     if args.shape == "tiny":

@@ -33,7 +33,8 @@ def middle(data: str, epochs: int = 3):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from openunlearn_nb.internals.hashes import content_hash
-    from openunlearn_nb.models.loading import cache_dir, save_model, train_tokenizer
+    from openunlearn_nb.models.saving import cache_dir, save_model
+    from openunlearn_nb.models.tiny import train_tokenizer
     from openunlearn_nb.training.pairs import TrainConfig
     from openunlearn_nb.data.prompts import PROMPTS, Encoder
     from openunlearn_nb.data.tofu import Tofu

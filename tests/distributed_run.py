@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from openunlearn_nb.data.miniature_tofu import make_tofu
-from openunlearn_nb.models.loading import load_model, quiet, save_model, tiny_llama, train_tokenizer
+from openunlearn_nb.models.loading import load_model, quiet
+from openunlearn_nb.models.saving import save_model
+from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.training.pairs import TrainConfig
 from openunlearn_nb.internals.processes import is_main, join_group, leave_group, wait_for_all, world_size
 from openunlearn_nb.data.prompts import PROMPTS, Encoder, encode_all

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from openunlearn_nb.methods.method import METHODS, declare, method_loss, method_settings, term_counts
-from openunlearn_nb.models.loading import tiny_llama, train_tokenizer
+from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.training.pairs import TrainConfig, collate_parts
 from openunlearn_nb.training.trainer import train
 

@@ -8,7 +8,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from openunlearn_nb.models.generation import generate
-from openunlearn_nb.models.loading import load_model, save_model, train_tokenizer
+from openunlearn_nb.models.loading import load_model
+from openunlearn_nb.models.saving import save_model
+from openunlearn_nb.models.tiny import train_tokenizer
 from openunlearn_nb.training.pairs import TrainConfig
 from openunlearn_nb.models.scoring import score
 from openunlearn_nb.training.trainer import train

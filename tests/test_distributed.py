@@ -157,7 +157,9 @@ THREE_CELLS = """
 import gc, json, sys
 import torch
 from distributed_run import data
-from openunlearn_nb.models.loading import load_model, quiet, save_model, tiny_llama
+from openunlearn_nb.models.loading import load_model, quiet
+from openunlearn_nb.models.saving import save_model
+from openunlearn_nb.models.tiny import tiny_llama
 from openunlearn_nb.training.pairs import TrainConfig
 from openunlearn_nb.internals.processes import gathered, is_main, join_group, leave_group
 from openunlearn_nb.training.trainer import train

@@ -15,7 +15,7 @@ from openunlearn_nb.experiments.config import RunConfig
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.models.generation import _by_transformers, generate
 from openunlearn_nb.experiments.grid import GridConfig, plan, run_grid
-from openunlearn_nb.models.loading import tiny_llama, train_tokenizer
+from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.data.custom import Own
 from openunlearn_nb.training.pairs import TrainConfig
 from openunlearn_nb.evaluation.passes import Passes

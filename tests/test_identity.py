@@ -15,7 +15,8 @@ from openunlearn_nb.reporting.collect import find_runs, measured
 from openunlearn_nb.internals.hashes import file_hash
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.experiments.grid import GridConfig, claim
-from openunlearn_nb.models.loading import save_model, tiny_llama, train_tokenizer
+from openunlearn_nb.models.saving import save_model
+from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.data.custom import Own, load_own
 from openunlearn_nb.experiments.provenance import changes, difference, model_identity
 from openunlearn_nb.evaluation.suites import SUITES, recompute

@@ -6,7 +6,7 @@ import pytest
 
 from openunlearn_nb.evaluation.membership import privleak, reference_rows
 from openunlearn_nb.evaluation.metrics import rouge_row
-from openunlearn_nb.models.loading import train_tokenizer
+from openunlearn_nb.models.tiny import train_tokenizer
 from openunlearn_nb.data.muse import Muse
 from openunlearn_nb.data.prompts import PROMPTS, Encoder
 from openunlearn_nb.experiments.records import read_json

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.methods.method import METHODS, method_loss, method_settings
-from openunlearn_nb.models.loading import tiny_llama, train_tokenizer
+from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.data.prompts import collate
 
 TWELVE = ["GradAscent", "GradDiff", "IdkDPO", "NPO", "SimNPO", "RMU", "UNDIAL", "AltPO", "SatImp", "WGA", "CEU", "PDU"]

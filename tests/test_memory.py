@@ -270,7 +270,7 @@ def test_a_run_on_one_gpu_takes_the_rows_that_fit(monkeypatch):
     """The GPU's memory is faked; the recipe that is trained by, and recorded, is the one that was chosen."""
     from openunlearn_nb.experiments import runs
     from openunlearn_nb.experiments.config import RunConfig
-    from openunlearn_nb.models.loading import tiny_llama, train_tokenizer
+    from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
     from openunlearn_nb.training.pairs import TrainConfig
 
     model = tiny_llama(train_tokenizer(["some text"], 300), hidden=32, layers=1)

@@ -15,17 +15,11 @@ from openunlearn_nb.training.checkpoints import whole_model
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.models.forwards import sequence_nll
 from openunlearn_nb.models.generation import end_ids, generate
-from openunlearn_nb.models.loading import (
-    check_finite,
-    fit_tokenizer,
-    load_model,
-    load_tokenizer,
-    not_finite,
-    save_model,
-    stored_types,
-    tiny_llama,
-    train_tokenizer,
-)
+from openunlearn_nb.models.checks import check_finite, non_finite_weights, stored_types
+from openunlearn_nb.models.loading import load_model, load_tokenizer
+from openunlearn_nb.models.saving import save_model
+from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
+from openunlearn_nb.models.tokenizers import fit_tokenizer
 from openunlearn_nb.training.pairs import TrainConfig
 from openunlearn_nb.models.prefixes import can_share, heeds_mask
 from openunlearn_nb.data.prompts import collate
@@ -242,7 +236,7 @@ def test_weights_that_are_not_finite_are_not_saved(tokenizer, tmp_path):
         save_model(model, tokenizer, tmp_path / "model")
     assert not list(tmp_path.iterdir())
     with torch.device("meta"):
-        assert not_finite(tiny_llama(tokenizer, 32, 2)) == []  # what is not here is not looked at
+        assert non_finite_weights(tiny_llama(tokenizer, 32, 2)) == []  # what is not here is not looked at
 
 
 def test_a_shards_padding_is_not_looked_at():

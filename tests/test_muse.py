@@ -12,7 +12,8 @@ from openunlearn_nb.data.sources import load_rows, write_folder
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.experiments.grid import GridConfig, plan, run_grid
 from openunlearn_nb.data.miniature_muse import make_muse
-from openunlearn_nb.models.loading import save_model, tiny_llama, train_tokenizer
+from openunlearn_nb.models.saving import save_model
+from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.data.muse import STUDIES, Muse
 from openunlearn_nb.experiments.records import read_json
 from openunlearn_nb.internals.files import write_json

@@ -14,7 +14,7 @@ from openunlearn_nb.experiments.config import BENCHMARKS, RunConfig
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.experiments.grid import GridConfig, run_grid, run_seeds
 from openunlearn_nb.methods.method import METHODS, declare, get_method, load_methods, method_settings
-from openunlearn_nb.models.loading import train_tokenizer
+from openunlearn_nb.models.tiny import train_tokenizer
 from openunlearn_nb.data.prompts import PROMPTS, Encoder
 from openunlearn_nb.internals.files import write_json
 from openunlearn_nb.experiments.runs import count_overlap
@@ -195,7 +195,9 @@ def test_rows_to_forget_and_to_keep(both, told, tmp_path, capsys):
         "--output",
         str(tmp_path / "out"),
     ]
-    from openunlearn_nb.models.loading import quiet, save_model, tiny_llama
+    from openunlearn_nb.models.loading import quiet
+    from openunlearn_nb.models.saving import save_model
+    from openunlearn_nb.models.tiny import tiny_llama
 
     quiet()
     tokenizer = encoder([row["question"] + row["answer"] for row in rows]).tokenizer

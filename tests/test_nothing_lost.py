@@ -73,7 +73,9 @@ def test_a_grid_killed_twenty_times(tmp_path):
 def saved(tmp_path_factory):
     """A small model in a folder, saved in one file and in shards."""
     from openunlearn_nb.data.miniature_tofu import make_tofu
-    from openunlearn_nb.models.loading import quiet, save_model, tiny_llama, train_tokenizer
+    from openunlearn_nb.models.loading import quiet
+    from openunlearn_nb.models.saving import save_model
+    from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 
     quiet()
     tokenizer = train_tokenizer([r["question"] + r["answer"] for r in make_tofu()["forget01"]], 500)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from openunlearn_nb.models import loading as models
+from openunlearn_nb.models import loading as models, saving
+from openunlearn_nb.models import tiny as tiny_model
 from openunlearn_nb.internals import files, launch, processes
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.experiments.config import RunConfig, check_config
@@ -37,9 +38,9 @@ def tiny(tmp_path_factory) -> tuple[str, str]:
         (folder / "data").mkdir(exist_ok=True)
         text = "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in some)
         (folder / f"data/{side}.jsonl").write_text(text)
-    tokenizer = models.train_tokenizer([q + a for q, a in rows], 300)
+    tokenizer = tiny_model.train_tokenizer([q + a for q, a in rows], 300)
     models.quiet()
-    models.save_model(models.tiny_llama(tokenizer, hidden=32, layers=1), tokenizer, folder / "model")
+    saving.save_model(tiny_model.tiny_llama(tokenizer, hidden=32, layers=1), tokenizer, folder / "model")
     return str(folder / "model"), str(folder / "data")
 
 
@@ -153,7 +154,7 @@ def test_python_entries_refuse_an_empty_output(tiny):
         lambda: run_seeds(grid, [0], ""),
         lambda: write_json("", {}),
         lambda: write_bytes(" ", b""),
-        lambda: models.save_model(None, None, ""),
+        lambda: saving.save_model(None, None, ""),
         lambda: train_model(RunConfig(), "NPO", "forget01", None, {}, ""),
     ):
         with pytest.raises(OpenUnlearnError, match="has no name"):
@@ -335,7 +336,7 @@ def test_an_empty_cache_variable_counts_as_unset(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENUNLEARN_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert models.cache_dir() == tmp_path / ".cache/openunlearn_nb"
+    assert saving.cache_dir() == tmp_path / ".cache/openunlearn_nb"
 
 
 @pytest.mark.checks(

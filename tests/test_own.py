@@ -6,7 +6,8 @@ import json
 import pytest
 
 from openunlearn_nb.commands.cli import main
-from openunlearn_nb.models.loading import save_model, tiny_llama, train_tokenizer
+from openunlearn_nb.models.saving import save_model
+from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.data.tofu import question_pairs
 
 

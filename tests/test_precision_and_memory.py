@@ -12,7 +12,9 @@ from openunlearn_nb.training import trainer as training
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.models.generation import generate
 from openunlearn_nb.data.miniature_tofu import make_tofu
-from openunlearn_nb.models.loading import load_model, quiet, save_model, tiny_llama, train_tokenizer
+from openunlearn_nb.models.loading import load_model, quiet
+from openunlearn_nb.models.saving import save_model
+from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.training.pairs import TrainConfig
 from openunlearn_nb.data.prompts import PROMPTS, Encoder, encode_all
 from openunlearn_nb.models.scoring import score

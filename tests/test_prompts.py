@@ -14,7 +14,8 @@ from openunlearn_nb.experiments.config import RunConfig, check_config, prompt_of
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.models.generation import generate
 from openunlearn_nb.data.miniature_tofu import make_tofu
-from openunlearn_nb.models.loading import save_model, tiny_llama
+from openunlearn_nb.models.saving import save_model
+from openunlearn_nb.models.tiny import tiny_llama
 from openunlearn_nb.data.muse import few_shot
 from openunlearn_nb.training.pairs import TrainConfig
 from openunlearn_nb.data.prompts import PROMPTS, Encoder, PromptFormat, all_prompts, encode, encode_all, prompt_format

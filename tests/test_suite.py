@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 import openunlearn_nb
 from openunlearn_nb.experiments.alternates import read_alternates
 from openunlearn_nb.commands.cli import main
-from openunlearn_nb.models.loading import save_model, tiny_llama, train_tokenizer
+from openunlearn_nb.models.saving import save_model
+from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.data.muse import Muse
 from openunlearn_nb.training.pairs import TrainConfig
 from openunlearn_nb.evaluation.passes import Passes

@@ -8,7 +8,7 @@ import pytest
 from openunlearn_nb.data.sources import check_rows, load_rows, write_folder
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.evaluation.metrics import rouge_row, unicode_words
-from openunlearn_nb.models.loading import train_tokenizer
+from openunlearn_nb.models.tiny import train_tokenizer
 from openunlearn_nb.data.muse import chunk
 from openunlearn_nb.data.custom import Own, load_own
 from openunlearn_nb.data.prompts import PROMPTS, Encoder

@@ -27,7 +27,8 @@ from .embedded import embedded_model, embedded_recipe, taught_part
 from ..internals.errors import OpenUnlearnError, check_choice
 from ..evaluation.gibberish import CLASSIFIER
 from ..methods.method import COMPAT
-from ..models.loading import PRESETS, fit_tokenizer, load_model, load_tokenizer, preset_of
+from ..models.loading import PRESETS, load_model, load_tokenizer, preset_of
+from ..models.tokenizers import fit_tokenizer
 from ..data.muse import Muse, corpus_of
 from ..data.custom import Own
 from ..training.pairs import TrainConfig, published_recipe

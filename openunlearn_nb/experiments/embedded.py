@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from ..data.sources import Lessons, miniature_seed
 from ..internals.hashes import content_hash, file_hash
 from ..internals.errors import OpenUnlearnError
-from ..models.loading import cache_dir, save_model, tiny_llama, train_tokenizer
+from ..models.saving import cache_dir, save_model
+from ..models.tiny import tiny_llama, train_tokenizer
 from ..data.muse import Muse, corpora_in
 from ..training.pairs import PUBLISHED_RECIPES, TrainConfig
 from ..internals.files import check_writable, write_bytes

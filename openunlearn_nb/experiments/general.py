@@ -21,7 +21,7 @@ from .config import RunConfig, check_config, model_path, open_model
 from ..data.sources import miniature_seed
 from ..internals.hashes import content_hash
 from ..internals.errors import OpenUnlearnError, check_choice
-from ..models.loading import cache_dir
+from ..models.saving import cache_dir
 from ..data.muse import load_muse
 from ..internals.files import finite, output_path, write_json, write_text
 from ..internals.locks import output_lock

@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig
 
 from ..internals.hashes import file_hash, text_hash
 from ..internals.errors import OpenUnlearnError, markdown_text, printable
-from ..models.loading import cache_dir, preset_of
+from ..models.loading import preset_of
+from ..models.saving import cache_dir
 from ..internals.processes import on_main
 from .records import read_json
 

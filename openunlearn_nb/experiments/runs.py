@@ -29,7 +29,8 @@ from ..evaluation.gibberish import CLASSIFIER, load_judge
 from ..evaluation.cache import Kept
 from ..training.memory import GB, OPTIMIZERS, Plan, model_sizes
 from ..methods.method import DECLARED_IN, get_method, method_settings
-from ..models.loading import PRESETS, cache_dir, load_model, save_model
+from ..models.loading import PRESETS, load_model
+from ..models.saving import cache_dir, save_model
 from ..data.muse import corpus_of
 from ..training.pairs import TrainConfig, alternate_examples, published_recipe
 from ..evaluation.passes import Passes

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..internals.errors import OpenUnlearnError
-from .loading import vocabulary
+from .tokenizers import vocabulary_size
 from ..internals.zero import is_sharded
 
 Part = dict[str, Tensor]  # input_ids, attention_mask, labels; ref_nll where it was computed beforehand, position_ids where not the usual
@@ -41,7 +41,7 @@ def check_part(batch: Batch, name: str) -> None:
 
 def check_ids(model: nn.Module, rows: Iterable[Sequence[int]]) -> None:
     "Raise where a token's id has no embedding in the model."
-    size, largest = vocabulary(model), max((max(row) for row in rows if row), default=0)
+    size, largest = vocabulary_size(model), max((max(row) for row in rows if row), default=0)
     if largest >= size:
         raise OpenUnlearnError(f"The tokenizer gives a token the id {largest}, and the model has embeddings for {size} (ids 0 to {size - 1}): "
                                "the tokenizer is another model's, or tokens were added to it and not to the model (resize_token_embeddings).")

@@ -18,7 +18,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from .forwards import bare, logits_at, model_inputs
-from .loading import vocabulary
+from .tokenizers import vocabulary_size
 from ..data.prompts import common_beginning
 from ..internals.zero import is_sharded
 
@@ -35,7 +35,7 @@ def _unmoved(model: PreTrainedModel, after: int, columns: int) -> bool:
         ids = [5, 6, 7, 8]
         padded = [*ids[:after], *[1] * columns, *ids[after:]], [*[1] * after, *[0] * columns, *[1] * (len(ids) - after)]
         tensor = lambda row: torch.tensor([row], device=model.device)
-        parts = [{"input_ids": tensor(row) % vocabulary(model), "attention_mask": tensor(mask)} for row, mask in ((ids, [1] * len(ids)), padded)]
+        parts = [{"input_ids": tensor(row) % vocabulary_size(model), "attention_mask": tensor(mask)} for row, mask in ((ids, [1] * len(ids)), padded)]
         one, other = (model(**model_inputs(part), use_cache=False).logits[0, -1].float() for part in parts)
         found[after, columns] = bool((one - other).abs().max() <= max(1e-4, 16 * torch.finfo(model.dtype).eps) * one.abs().max())
     return found[after, columns]

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaC
 
 from ..internals.hashes import content_hash
 from ..internals.errors import OpenUnlearnError
-from .loading import PRESETS, cache_dir, save_model
+from .loading import PRESETS
+from .saving import cache_dir, save_model
 from ..internals.processes import gathered, wait_for_all
 
 # %% ../../nbs/models/smollm2.ipynb #d1b030ec
