@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from openunlearn_nb.methods import method as methods
-from openunlearn_nb.commands.cli import main, parser
+from openunlearn_nb.commands.cli import main
+from openunlearn_nb.commands.options import parse
 from openunlearn_nb.reporting.collect import by_seed, find_runs, measured
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.experiments.grid import GridConfig, default_jobs, run_grid
@@ -196,8 +197,8 @@ def test_commands_of_the_batch_script_are_known(command, monkeypatch):
     values = {"SLURM_GPUS_ON_NODE": "8", "SEED": "1", "SPLIT": "forget05", "MODEL": "Llama-3.2-1B-Instruct", "DATA": "locuslab/TOFU"}
     line = re.sub(r"\$(\w+)", lambda found: values[found[1]], command)
     assert len(COMMANDS) == 4
-    args = parser().parse_args(shlex.split(line))
-    assert args.save_each == "epoch" and args.data == "locuslab/TOFU" and args.jobs in (8, None)
+    args = parse(shlex.split(line))
+    assert args.settings["save_each"] == "epoch" and args.settings["data"] == "locuslab/TOFU" and args.jobs in (8, None)
 
 
 def test_the_batch_script_is_found_by_its_name(capsys):

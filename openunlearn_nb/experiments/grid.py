@@ -33,14 +33,13 @@ from ..internals.processes import is_main, join_group, on_main
 from .provenance import difference, model_identity
 from .records import read_json, seed_in_name
 from .runs import YARDSTICKS, cell_folder, check_asked, check_method, finished, home_of, run_cell
+from .settings import GridSettings
 from .workers import Task, check_main, run_all
 
 # %% ../../nbs/experiments/grid.ipynb #edf767f6
 @dataclass(frozen=True)
-class GridConfig(RunConfig):
+class GridConfig(GridSettings, RunConfig):
     "A grid. Without `splits` all of the benchmark's table that the data has, without `methods` those of the table."
-    splits: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ()
 
 def has_retain(grid: GridConfig) -> bool:
     "Whether a grid has a retain model."

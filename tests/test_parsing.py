@@ -1,0 +1,78 @@
+"""The command line is built from the fields of dataclasses: quick help, settings from a file, and a sentence for a mistake."""
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from openunlearn_nb.commands.options import COMMANDS, leaf, parse, parser
+from openunlearn_nb.experiments.settings import GridSettings, RunSettings
+
+
+def said(capsys, line: str) -> str:
+    """What a wrong command line is answered with."""
+    with pytest.raises(SystemExit) as end:
+        parse(line.split())
+    assert end.value.code == 2
+    return capsys.readouterr().err.strip()
+
+
+@pytest.mark.parametrize("line", ["--help", *(f"{name} --help" for name in COMMANDS)])
+def test_help_imports_nothing_heavy(line):
+    program = ("import sys\nfrom openunlearn_nb.commands.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+               "assert not {'torch', 'transformers', 'numpy', 'pandas', 'datasets'} & set(sys.modules)\nassert len(sys.modules) < 400\n")
+    done = subprocess.run([sys.executable, "-c", program, *line.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_setting_is_an_option_of_some_command():
+    options = {action.dest for name in COMMANDS for action in leaf(parser(), name)._actions}
+    assert {f.name for of in (RunSettings, GridSettings) for f in fields(of)} - options == {"quantize"}  # --qlora sets it
+
+
+def test_only_what_was_given_is_a_setting():
+    assert parse(["tofu"]).settings == {"benchmark": "TOFU"}
+    given = parse("train --method NPO --output x --epochs 3 --benchmark muse".split())
+    assert given.settings == {"benchmark": "MUSE", "epochs": 3} and (given.method, given.split) == ("NPO", None)
+
+
+@pytest.mark.parametrize("line", ["--methods NPO,RMU --splits forget01,forget05", "--methods NPO RMU --splits forget01 forget05",
+                                  "--methods NPO, RMU --splits forget01 --splits=forget05"])
+def test_lists_with_commas_or_spaces(line):
+    given = parse(["tofu", *line.split()]).settings
+    assert given["methods"] == ("NPO", "RMU") and given["splits"] == ("forget01", "forget05")
+
+
+def test_underscores_and_the_names_of_transformers():
+    given = parse("train --method NPO --output x --num_train_epochs 2 --learning_rate=1e-4 --per_device_train_batch_size 8".split()).settings
+    assert (given["epochs"], given["learning_rate"], given["per_device_batch"]) == (2, 1e-4, 8)
+
+
+@pytest.mark.parametrize("line, sentence", [
+    ("train --methd NPO", "openunlearn train: there is no option --methd; did you mean --method?"),
+    ("tofu --meth NPO", "openunlearn tofu: there is no option --meth; did you mean --methods?"),  # no abbreviation
+    ("tofuu", "openunlearn: Unknown command 'tofuu'; did you mean tofu?"),
+    ("tofu --epochs three", "openunlearn tofu: --epochs: 'three' is not a whole number."),
+    ("tofu --save-each step", "openunlearn tofu: --save-each: Unknown save each 'step'; valid: epoch."),
+    ("tofu --output", "openunlearn tofu: --output needs a value."),
+    ("train --method NPO", "openunlearn train: --output must be given."),
+    ("table", "openunlearn table: folder must be given."),
+    ("table a b", "openunlearn table: 'b' is one word too many."),
+])
+def test_a_mistake_is_answered_with_one_sentence(line, sentence, capsys):
+    assert said(capsys, line) == sentence
+
+
+def test_a_file_of_settings(tmp_path, capsys):
+    file = tmp_path / "npo.yaml"
+    file.write_text("method: NPO\noutput: out\nepochs: 7\nlearning_rate: 1e-4\nset: {beta: 0.5, alpha: 2}\ntrust_remote_code: true\n"
+                    "gradient-checkpointing: false\nsystem:\n")
+    given = parse(f"train --config {file} --epochs 3 --set beta=0.1".split())
+    assert (given.method, given.output, given.set) == ("NPO", "out", ["beta=0.5", "alpha=2", "beta=0.1"])  # the last one counts
+    assert given.settings == {"benchmark": "TOFU", "epochs": 3, "learning_rate": 1e-4, "trust_remote_code": True, "gradient_checkpointing": False}
+    file.write_text("epoch: 7\n")
+    assert said(capsys, f"tofu --config {file}") == "openunlearn tofu: there is no option --epoch; did you mean --epochs?"
+    file.write_text("- epochs\n")
+    assert "no list of names and values" in said(capsys, f"tofu --config {file}")
+    assert "No such file" in said(capsys, f"tofu --config {tmp_path}/none.yaml")
