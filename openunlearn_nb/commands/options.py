@@ -274,7 +274,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p, command = leaf(top, given.full_name), COMMANDS[given.full_name]
     if unknown:
         p.unknown_option(unknown[0])
-    p.check_required(given)
+    p.check_required(given, p.required)
     defaults = {f.name: f.default for of in (command.options, CommonOptions) for f in fields(of)}
     values = defaults | {"benchmark": command.benchmark} | vars(given)
     values["benchmark"] = values["benchmark"].upper()

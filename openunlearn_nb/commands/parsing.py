@@ -82,6 +82,7 @@ def _help(about: dict[str, Any]) -> str:
     told = "default" in text or about["default"] in (None, MISSING, (), "", True, False)
     return text if told else f"{text} (default: {about['default']})"
 
+# %% ../../nbs/commands/parsing.ipynb #d146f4f0
 def _add_field(parser: "Parser", group: Any, of: Field, annotation: Any, sweeps: bool, changes: dict[str, Any]) -> None:
     about = {"default": of.default, **of.metadata, **changes}
     if about.get("flag") == "":
@@ -177,6 +178,14 @@ class _Sentences(argparse.ArgumentParser):
         hint = f"did you mean {known[near[0]]}?" if near else f"{self.prog} --help lists them"
         self.error(f"there is no option {name}; {hint}")
 
+    def check_required(self, given: argparse.Namespace, required: Iterable[str]) -> None:
+        "End where something is missing that must be given."
+        for name in required:
+            if not hasattr(given, name):
+                of_name = (action for action in self._actions if action.dest == name and action.option_strings)
+                option = next((action.option_strings[0] for action in of_name), name)
+                self.error(f"{option} must be given")
+
 # %% ../../nbs/commands/parsing.ipynb #848445fa
 class Parser(_Sentences):
     "Without abbreviations; underscores are as good as dashes; only what was given is returned."
@@ -215,11 +224,3 @@ class Parser(_Sentences):
             return super().parse_known_args([self.spelled(word) for word in _tokens(read_settings(file))])
         except OpenUnlearnError as e:
             self.error(str(e))
-
-    def check_required(self, given: argparse.Namespace) -> None:
-        "End where something is missing that must be given."
-        for name in self.required:
-            if not hasattr(given, name):
-                of_name = (action for action in self._actions if action.dest == name and action.option_strings)
-                option = next((action.option_strings[0] for action in of_name), name)
-                self.error(f"{option} must be given")
