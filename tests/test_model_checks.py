@@ -21,7 +21,7 @@ from openunlearn_nb.models.saving import save_model
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.models.tokenizers import fit_tokenizer
 from openunlearn_nb.training.pairs import TrainConfig
-from openunlearn_nb.models.prefixes import can_share, heeds_mask
+from openunlearn_nb.models.prefixes import can_share_prefixes, respects_padding_mask
 from openunlearn_nb.data.prompts import collate
 from openunlearn_nb.models.scoring import score
 from openunlearn_nb.training.trainer import train
@@ -401,7 +401,7 @@ def test_nothing_to_adapt_is_told():
 )
 def test_a_model_that_does_not_heed_the_mask(tokenizer):
     model = random_model("rwkv", **RWKV)
-    assert not heeds_mask(model) and not can_share(model) and heeds_mask(random_model("llama", **SMALL))
+    assert not respects_padding_mask(model) and not can_share_prefixes(model) and respects_padding_mask(random_model("llama", **SMALL))
     prompts = [[5, 6, 7, 8, 9], [5, 6], [11, 12]]
     assert generate(model, tokenizer, prompts, max_new_tokens=6) == [
         generate(model, tokenizer, [p], max_new_tokens=6)[0] for p in prompts
@@ -442,7 +442,7 @@ def test_a_model_that_counts_columns_shares_no_prefix(tokenizer, kind, config):
     model = random_model(kind, **config)
     stem = [*range(10, 20)]
     prompts = [stem + [30, 31], stem + [32, 33, 34, 35, 36, 37, 38, 39]]
-    assert not can_share(model)
+    assert not can_share_prefixes(model)
     assert generate(model, tokenizer, prompts, max_new_tokens=8) == [
         generate(model, tokenizer, [p], max_new_tokens=8)[0] for p in prompts
     ]

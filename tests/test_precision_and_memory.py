@@ -99,10 +99,10 @@ def test_budgets_follow_the_free_memory_of_a_gpu(tiny, monkeypatch):
     for free in (2e9, 8e9):
         monkeypatch.setattr(generation, "free_memory", lambda device: free)
         monkeypatch.setattr(scoring, "free_memory", lambda device: free)
-        sizes[free] = generation.together(model), scoring.batch_tokens(model, 10 ** 9)
+        sizes[free] = generation.cache_tokens(model), scoring.batch_tokens(model, 10 ** 9)
     assert all(large == pytest.approx(4 * small, rel=1e-3) for small, large in zip(sizes[2e9], sizes[8e9]))
     each_token = 2 * 3 * 64 * 4  # keys and values, three layers, 64 numbers of four bytes
-    assert generation.together(model) * each_token == pytest.approx(4e9, rel=1e-3)
+    assert generation.cache_tokens(model) * each_token == pytest.approx(4e9, rel=1e-3)
 
 
 def test_a_batch_that_does_not_fit_is_cut_in_two(tiny, monkeypatch):

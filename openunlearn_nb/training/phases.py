@@ -19,7 +19,7 @@ from ..internals.errors import OpenUnlearnError
 from .memory import GB, LAYOUTS, LIVE, PARTS, Plan, asks, check_plan, memory_parts, standing, with_margin
 from ..methods.method import get_method, needs_reference
 from .pairs import published_recipe
-from ..models.prefixes import ROOM
+from ..models.prefixes import SPARE_TOKENS
 from ..models.scoring import SLICE
 
 # %% ../../nbs/training/phases.ipynb #0a66c3ac
@@ -41,8 +41,8 @@ def _reading(plan: Plan, rows: int, tokens: int) -> Iterator[Moment]:
     "The moments in which `rows` prompts of so many tokens are read, and joined."
     m, size = plan.model, _number(plan)
     kept = rows * cache_bytes(plan)
-    yield dict(cache=kept * (tokens + ROOM), activations=rows * tokens * size * (3 * m.inner + 4.5 * m.hidden))
-    yield dict(cache=kept * (2 * tokens + ROOM + tokens / m.layers))
+    yield dict(cache=kept * (tokens + SPARE_TOKENS), activations=rows * tokens * size * (3 * m.inner + 4.5 * m.hidden))
+    yield dict(cache=kept * (2 * tokens + SPARE_TOKENS + tokens / m.layers))
 
 def scoring(plan: Plan, rows: int = 1, questions: int = 0) -> Moment:
     "The worst moment while `rows` rows of `length` tokens are scored together; `questions`: how many are read for several rows, if any."
@@ -58,7 +58,7 @@ def scoring(plan: Plan, rows: int = 1, questions: int = 0) -> Moment:
 def generating(plan: Plan, rows: int = 1) -> Moment:
     "The worst moment while `rows` answers of `new_tokens` tokens to prompts of `length` are generated together."
     m, size = plan.model, _number(plan)
-    held = plan.length + (ROOM + 1) * math.ceil(plan.new_tokens / (ROOM + 1))
+    held = plan.length + (SPARE_TOKENS + 1) * math.ceil(plan.new_tokens / (SPARE_TOKENS + 1))
     repeated = 2 * rows * held * m.attention * size * (m.keys < m.attention)
     spoken = dict(cache=rows * held * cache_bytes(plan) * (1 + 1 / m.layers), activations=repeated, logits=rows * m.vocab * size)
     return heaviest([*_reading(plan, rows, plan.length), spoken])

@@ -32,7 +32,7 @@ from ..models.forwards import check_ids, parameters_up_to, trained_parameters
 from ..methods.losses import control_vector
 from ..methods.method import get_method, keeps_retain, method_loss, method_settings, needs_reference, term_counts
 from .pairs import PairDataset, TrainConfig, build_dataset, collate_parts, with_ref_nll
-from ..models.prefixes import heeds_mask
+from ..models.prefixes import respects_padding_mask
 from ..internals.launch import launched_processes, under_deepspeed
 from ..internals.processes import gathered
 from ..internals.zero import is_sharded, release, sharded_copy, unsharded
@@ -369,7 +369,7 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
     `for_saving`: under DeepSpeed the main process alone gets the trained model, in the host's memory, and the others an empty one."""
     settings = _start_settings(method, settings or {}, model.config.get_text_config().hidden_size, config)
     check_ids(model, (e["input_ids"] for of in (forget, retain, *(alternates or [])) for e in of))
-    side = "left" if heeds_mask(model) else "right"  # what stands before a row's padding never sees it
+    side = "left" if respects_padding_mask(model) else "right"  # what stands before a row's padding never sees it
     data = build_dataset(model, pad_id, method, forget, retain if keeps_retain(settings) else [], alternates, config.seed, compat)
     quantized = getattr(model, "is_quantized", False)
     model, ref, frozen = _equipped(model, method, settings, config)
