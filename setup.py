@@ -23,7 +23,7 @@ setup(
     license_files=["LICENSE"],
     keywords=cfg["keywords"],
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
-    package_data={cfg["lib_path"]: ["py.typed", "published/*.csv", "configs/*.yaml", "configs/*.sh"]},
+    package_data={cfg["lib_path"]: ["py.typed", "published/*.csv", "recipes/*.json", "configs/*.yaml", "configs/*.sh"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

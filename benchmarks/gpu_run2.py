@@ -264,7 +264,7 @@ def asked(args: Namespace, name: str, half: bool, retain: dict | None) -> dict[s
     model, tokenizer = load_model(path, torch.bfloat16 if half else torch.float32), load_tokenizer(path)
     enc = Encoder(tokenizer, prompt_of(config, path, tokenizer), 512, model.config.max_position_embeddings)
     passes = Passes(
-        model, enc, config.asked, config.batch_size, kept_rows(config, path, model)
+        model, enc, config.source, config.batch_size, kept_rows(config, path, model)
     )  # the grid's in bf16 are not asked again
     return evaluate(passes, SPLIT, retain, ["default"], against_itself=retain is None)
 
@@ -306,7 +306,7 @@ def four_bits(args: Namespace) -> Found:
     need(args, "full")
     path = str(models(args) / "full")
     config, tokenizer, found = RunConfig(model=path, data=data_of(args)), load_tokenizer(path), {}
-    examples = config.source.to_forget(SPLIT, Encoder(tokenizer, prompt_of(config, path, tokenizer), 512))
+    examples = config.source.forget_examples(SPLIT, Encoder(tokenizer, prompt_of(config, path, tokenizer), 512))
     for kind in (None, "nf4"):
         begin = time.perf_counter()
         model = load_model(path, torch.bfloat16, quantize=kind)

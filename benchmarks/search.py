@@ -6,7 +6,7 @@
 Methods named after the file (`TOFU out.csv UNDIAL,WGA`) are searched alone, and their lines added to it.
 
 Each line of the CSV is one run: method, settings, and what came out. The chapter on the embedded model says what is chosen
-from it and asserts that `TOFU_RECIPES` and `MUSE_LEARNING_RATE` are that choice.
+from it and asserts that `embedded_recipe` is that choice.
 """
 
 import csv

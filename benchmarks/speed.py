@@ -41,21 +41,21 @@ def middle(data: str, epochs: int = 3):
     from openunlearn_nb.training.trainer import train
 
     benchmark = Tofu(data, ROWS)
-    folder = cache_dir() / f"speed-256-{content_hash([benchmark.lessons('full'), epochs])}"
+    folder = cache_dir() / f"speed-256-{content_hash([benchmark.embedded_rows('full'), epochs])}"
     if folder.is_dir():
         return folder
-    tokenizer = train_tokenizer(benchmark.texts(), 32000)
+    tokenizer = train_tokenizer(benchmark.tokenizer_texts(), 32000)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=32000, hidden_size=256, intermediate_size=704, num_hidden_layers=8, num_attention_heads=4, max_position_embeddings=4096,
         tie_word_embeddings=True, bos_token_id=None, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id))
     recipe = TrainConfig(1e-3, epochs, 8, 8, gradient_checkpointing=False)
-    examples = benchmark.lesson_examples("full", Encoder(tokenizer, PROMPTS["chat"]))
+    examples = benchmark.embedded_examples("full", Encoder(tokenizer, PROMPTS["chat"]))
     return save_model(train(model, tokenizer.pad_token_id, "Finetune", [], examples, recipe).model, tokenizer, folder)
 
 
 def model_folder(which: str, args) -> str:
-    from openunlearn_nb.experiments.embedded import embedded_model, taught_part
+    from openunlearn_nb.experiments.embedded import embedded_model
     from openunlearn_nb.data.muse import Muse
     from openunlearn_nb.data.tofu import Tofu
 
@@ -64,7 +64,7 @@ def model_folder(which: str, args) -> str:
     if which == "embedded MUSE":
         return str(embedded_model("News_target", Muse()))
     if which == "embedded MUSE real":
-        return str(embedded_model("News_target", Muse(args.muse, taught_part(Muse(args.muse)))))
+        return str(embedded_model("News_target", Muse(args.muse, Muse(args.muse).embedded_part())))
     return str(embedded_model("full", Tofu(args.data, ROWS)))
 
 

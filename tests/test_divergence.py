@@ -62,7 +62,7 @@ def results(lost: set[int]) -> Passes:
     made = {"answer": lambda i: (one(i),), "paraphrase": lambda i: (one(i),), "perturbed": lambda i: ([one(i), one(i)],),
             "generation": lambda i: ("Who?", f"Mara Vell wrote it {i}", None if i in lost else f"Mara wrote {i}"), "text": lambda i: (one(i), "words"),
             "moments": lambda i: (one(i),), "gradient": lambda i: (None if i in lost else 1.0,)}
-    found = {(where, part): [make(i) for i in range(10)] for where in set(Tofu().sets("forget01").values()) for part, make in made.items()}
+    found = {(where, part): [make(i) for i in range(10)] for where in set(Tofu().data_sets("forget01").values()) for part, make in made.items()}
     return SimpleNamespace(benchmark=Tofu(), results=found, run=lambda where, parts: None)
 
 

@@ -94,9 +94,9 @@ def test_muse_prompts_are_the_published_ones(runs, real_muse):
     enc = Encoder(train_tokenizer(["any text"], 300, chat=False), PROMPTS["plain"], max_length=100_000)
     for where, name in {"verbmem/forget": "forget_verbmem_ROUGE", "knowmem/forget_qa": "forget_knowmem_ROUGE",
                         "knowmem/retain_qa": "retain_knowmem_ROUGE"}.items():
-        logged, prompts = rows_of(log[name]), muse.asked(f"News/{where}", enc)
+        logged, prompts = rows_of(log[name]), muse.prompts(f"News/{where}", enc)
         assert len(logged) == len(prompts.ids) == 100
-        for entry, ids, truth in zip(logged, prompts.ids, prompts.truths):
+        for entry, ids, truth in zip(logged, prompts.ids, prompts.reference_answers):
             assert bare(enc.tokenizer.decode(ids)) == bare(entry["input"]) and bare(truth) == bare(entry["ground_truth"])
 
 

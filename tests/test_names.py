@@ -219,6 +219,6 @@ def test_the_benchmarks_rows_do_not_overlap(benchmark, splits):
     assert BENCHMARKS[benchmark]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert [count_overlap(source.to_forget(split, enc), source.to_keep(split, enc)) for split in splits] == [
+        assert [count_overlap(source.forget_examples(split, enc), source.retain_examples(split, enc)) for split in splits] == [
             0
         ] * len(splits)

@@ -156,7 +156,7 @@ def like_llama_2(texts):
 
 
 def tofu_rows(data):
-    pairs = Tofu(data).lessons("full") if data != "miniature" else [(r["question"], r["answer"]) for r in make_tofu()["full"]]
+    pairs = Tofu(data).embedded_rows("full") if data != "miniature" else [(r["question"], r["answer"]) for r in make_tofu()["full"]]
     for config in (*COMMON, "forget10_perturbed", "retain_perturbed"):
         pairs += [(r["question"], a) for r in load_tofu(config, data) for a in (r["answer"], *r["perturbed_answer"])]
     return pairs

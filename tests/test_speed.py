@@ -56,7 +56,7 @@ def test_an_evaluation_is_the_plain_one(benchmark, taught, split):
 def test_training_is_the_plain_one(method):
     """Losses of every step within 1e-4, of a model that moves."""
     model, enc = opened(TOFU, "full")
-    forget, retain = (encode_all(enc, pairs) for pairs in (TOFU.pairs("forget01"), TOFU.lessons("retain99")[:40]))
+    forget, retain = (encode_all(enc, pairs) for pairs in (TOFU.forget_pairs("forget01"), TOFU.embedded_rows("retain99")[:40]))
     alternates = [[retain[i] for i in range(len(forget))]] * 2
     recipe, settings = TrainConfig(learning_rate=1e-3, epochs=2, effective_batch=8, batch_size=4, gradient_checkpointing=False), dict(METHODS.get(method, {}))
     if method == "RMU":

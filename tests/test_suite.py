@@ -31,22 +31,22 @@ class Few:
     def __init__(self, whole, n, step=1):
         self.whole, self.name, self.some = whole, whole.name, lambda rows: rows[:n][::step]
 
-    def sets(self, split):
-        return self.whole.sets(split)
+    def data_sets(self, split):
+        return self.whole.data_sets(split)
 
     def scored(self, where, part, enc):
         return self.some(self.whole.scored(where, part, enc))
 
-    def asked(self, where, enc):
-        asked = self.whole.asked(where, enc)
-        return asked._replace(ids=self.some(asked.ids), truths=self.some(asked.truths))
+    def prompts(self, where, enc):
+        asked = self.whole.prompts(where, enc)
+        return asked._replace(ids=self.some(asked.ids), reference_answers=self.some(asked.reference_answers))
 
 
 def taught(benchmark, prompt):
     """A small model that learnt a little, so that its numbers are not all alike."""
-    tokenizer = train_tokenizer(benchmark.texts(), 600, chat=prompt == "chat")
+    tokenizer = train_tokenizer(benchmark.tokenizer_texts(), 600, chat=prompt == "chat")
     model, enc = tiny_llama(tokenizer, hidden=32, layers=2), Encoder(tokenizer, PROMPTS[prompt])
-    lessons = benchmark.lesson_examples(benchmark.taught(benchmark.splits[0])[0], enc)[:96]
+    lessons = benchmark.embedded_examples(benchmark.training_sets(benchmark.splits[0])[0], enc)[:96]
     train(model, tokenizer.pad_token_id, "Finetune", [], lessons, TrainConfig(learning_rate=5e-3, epochs=4, **QUICK))
     return model, enc
 
@@ -126,7 +126,7 @@ def test_alternates_are_made_read_and_used(tmp_path, capsys):
     some = ["--split", "forget01", "--train-rows", "250"]
     assert main(["alternates", *some, "--repeats", "2", "--output", str(file)]) == 0
     assert "40 other answers to 20 questions" in capsys.readouterr().out
-    pairs = Tofu().pairs("forget01")
+    pairs = Tofu().forget_pairs("forget01")
     for (_, truth), texts in zip(pairs, read_alternates(file, [q for q, _ in pairs])):
         assert len(texts) == 2 and all(t.strip() and t != truth for t in texts)
     out = str(tmp_path / "altpo")
@@ -152,7 +152,7 @@ def test_seeds_make_one_table(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_new_base_is_taught_the_benchmark(tmp_path, capsys):
     """Finetuned and Retain from one command, and a grid on them."""
-    tokenizer = train_tokenizer(Tofu().texts(), 600)
+    tokenizer = train_tokenizer(Tofu().tokenizer_texts(), 600)
     base = save_model(tiny_llama(tokenizer, hidden=32, layers=2), tokenizer, tmp_path / "base")
     made = str(tmp_path / "made")
     assert main(["train", "--method", "Finetune", "--model", str(base), "--on", "full,retain99", "--epochs", "1", "--output", made]) == 0
@@ -175,7 +175,7 @@ def corpora(folder):
 @pytest.mark.slow
 def test_wmdp_and_general_ability(tmp_path, capsys):
     pytest.importorskip("lm_eval", reason='general ability needs lm-eval: pip install -e ".[lm]"')
-    tokenizer = train_tokenizer(Muse().texts(), 600, chat=False)
+    tokenizer = train_tokenizer(Muse().tokenizer_texts(), 600, chat=False)
     base = str(save_model(tiny_llama(tokenizer, hidden=32, layers=3), tokenizer, tmp_path / "base"))
     layer = ["--set", r"module_regex=model\.layers\.1", "--set", r'trainable_params_regex=["model\\.layers\\.(0|1)\\.mlp\\.down_proj\\.weight"]']
     train_ = ["train", "--benchmark", "WMDP", "--method", "RMU", "--model", base, "--split", "cyber", *layer]

@@ -9,7 +9,7 @@ from openunlearn_nb.data.sources import check_rows, load_rows, write_folder
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.evaluation.metrics import rouge_row, unicode_words
 from openunlearn_nb.models.tiny import train_tokenizer
-from openunlearn_nb.data.muse import chunk
+from openunlearn_nb.data.passages import chunk
 from openunlearn_nb.data.custom import Own, load_own
 from openunlearn_nb.data.prompts import PROMPTS, Encoder
 
@@ -115,9 +115,9 @@ def test_pieces_of_ascii_are_cut_where_they_were():
 def test_halves_of_own_texts_do_not_cut_characters(own, tmp_path):
     own(forget_txt=JAPANESE * 4, retain_txt=JAPANESE)
     enc = Encoder(train_tokenizer(["ascii only"], 300), PROMPTS["plain"], max_length=30)
-    asked = Own(str(tmp_path)).asked("forget", enc)
-    texts = [enc.tokenizer.decode(ids) for ids in asked.ids] + asked.truths
-    assert len(asked.truths) > 2 and not any("\ufffd" in text for text in texts)
+    asked = Own(str(tmp_path)).prompts("forget", enc)
+    texts = [enc.tokenizer.decode(ids) for ids in asked.ids] + asked.reference_answers
+    assert len(asked.reference_answers) > 2 and not any("\ufffd" in text for text in texts)
 
 
 # tables

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, NamedTuple
-
-import torch
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import chat_template_utils
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..internals.errors import OpenUnlearnError, check_choice
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
 
 # %% ../../nbs/data/prompts.ipynb #2a23e64d
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ TEMPLATE_MARKS = {  # prompt format: what the chat template of its family contai
     "llama-2": ("[INST]", "<<SYS>>"),
 }
 
-def prompt_format(name: str | None, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+def prompt_format(name: str | None, tokenizer: "PreTrainedTokenizerBase") -> PromptFormat:
     """The format called `name`.
 
     Without a name, the one that the chat template is recognised by, `chat` for other templates, and `plain` where there is none."""
@@ -73,6 +74,7 @@ class _Pinned(datetime):
 @contextmanager
 def pinned_clock() -> Iterator[None]:
     "While this lasts, `strftime_now` of chat templates names the same day. transformers takes it from its module's `datetime`."
+    from transformers.utils import chat_template_utils
     theirs = chat_template_utils.datetime
     chat_template_utils.datetime = _Pinned
     try:
@@ -99,7 +101,7 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
     return outcome["result"]
 
 # %% ../../nbs/data/prompts.ipynb #017cd6d1
-def render(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict]], fmt: PromptFormat, open_answer: bool = False) -> list[str]:
+def render(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[dict]], fmt: PromptFormat, open_answer: bool = False) -> list[str]:
     """The text of each conversation (a list of `{"role", "content"}`) by the tokenizer's chat template.
 
     `open_answer`: followed by the generation prompt, with which an answer begins."""
@@ -140,13 +142,13 @@ def _tagged(fmt: PromptFormat, question: str, shots: Shots) -> str:
     examples = [fmt.question_start + q + fmt.question_end + a + fmt.answer_end for q, a in shots]
     return "".join(examples) + fmt.question_start + question + fmt.question_end
 
-def _open_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], fmt: PromptFormat, shots: Shots) -> list[str]:
+def _open_prompts(tokenizer: "PreTrainedTokenizerBase", questions: Sequence[str], fmt: PromptFormat, shots: Shots) -> list[str]:
     "The text of each prompt as the reference code writes it: with the template's generation prompt, or up to the last tag."
     if not fmt.chat:
         return [_tagged(fmt, q, shots) for q in questions]
     return render(tokenizer, [_turns(fmt, q, None, shots) for q in questions], fmt, open_answer=True)
 
-def _before_answers(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], fmt: PromptFormat, shots: Shots) -> list[str]:
+def _before_answers(tokenizer: "PreTrainedTokenizerBase", questions: Sequence[str], fmt: PromptFormat, shots: Shots) -> list[str]:
     """The text before the answer to each question, as whole conversations have it.
 
     Warns where the template's generation prompt says something else."""
@@ -167,7 +169,7 @@ def _before_answers(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]
 # %% ../../nbs/data/prompts.ipynb #1587bc3d
 Spans = list[tuple[int, int]]  # of each token: its first character, and the one after its last
 
-def _coded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], fmt: PromptFormat) -> list[tuple[list[int], Spans | None]]:
+def _coded(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], fmt: PromptFormat) -> list[tuple[list[int], Spans | None]]:
     "Ids of each text, with their places where the tokenizer tells them. A chat template writes bos and eos itself."
     if not tokenizer.is_fast:
         return [(ids, None) for ids in tokenizer(list(texts), add_special_tokens=not fmt.chat)["input_ids"]]
@@ -186,13 +188,13 @@ def common_beginning(one: Sequence, other: Sequence) -> int:
     "How many items two sequences begin with in common."
     return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
-def without_added_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int], fmt: PromptFormat) -> list[int]:
+def without_added_eos(tokenizer: "PreTrainedTokenizerBase", ids: list[int], fmt: PromptFormat) -> list[int]:
     "Ids of a text that is to be continued: without the eos that some tokenizers add to every text."
     adds = not fmt.chat and tokenizer.eos_token_id in tokenizer("")["input_ids"][-1:]
     return ids[:-1] if adds and ids[-1:] == [tokenizer.eos_token_id] else ids
 
 # %% ../../nbs/data/prompts.ipynb #a1248803
-def all_conversations(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], fmt: PromptFormat,
+def all_conversations(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[str, str]], fmt: PromptFormat,
                       shots: Shots = ()) -> list[Conversation]:
     "Ids of each question with its answer, and where the answer stands in them."
     if not pairs:
@@ -207,7 +209,7 @@ def all_conversations(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[
     befores = dict(zip(questions, _before_answers(tokenizer, questions, fmt, shots)))
     return [Conversation(ids, _border(tokenizer, ids, spans, text, befores[q], fmt)) for (q, _), text, (ids, spans) in zip(pairs, texts, coded)]
 
-def _border(tokenizer: PreTrainedTokenizerBase, ids: list[int], spans: Spans | None, text: str, before: str, fmt: PromptFormat) -> int:
+def _border(tokenizer: "PreTrainedTokenizerBase", ids: list[int], spans: Spans | None, text: str, before: str, fmt: PromptFormat) -> int:
     "The place of an answer's first token in the ids of a conversation, whose text begins with `before`."
     begin = len(before) if text.startswith(before) else common_beginning(text, before)  # a template may treat some answers in its own way
     if spans is None:
@@ -217,7 +219,7 @@ def _border(tokenizer: PreTrainedTokenizerBase, ids: list[int], spans: Spans | N
     return len(ids) if start is None else start
 
 # %% ../../nbs/data/prompts.ipynb #e0487734
-def all_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], fmt: PromptFormat, shots: Shots = (),
+def all_prompts(tokenizer: "PreTrainedTokenizerBase", questions: Sequence[str], fmt: PromptFormat, shots: Shots = (),
                 published: bool = False) -> list[list[int]]:
     "Ids of what a model is asked to continue, for each question. `published`: to the character as the reference code asks."
     if not questions:
@@ -241,7 +243,7 @@ def _prompt(ids: list[int], spans: Spans | None, alone: list[int], before: str) 
     return alone if before[spans[start][0]:].strip() else ids[:start]
 
 # %% ../../nbs/data/prompts.ipynb #09fedda4
-def all_conversation_ids(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str | None]], fmt: PromptFormat,
+def all_conversation_ids(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[str, str | None]], fmt: PromptFormat,
                          shots: Shots = (), published: bool = False) -> list[list[int]]:
     "Ids of each question with its answer; where all answers are None, of the prompts alone (`published`: as in `all_prompts`)."
     answers = [(q, a) for q, a in pairs if a is not None]
@@ -249,7 +251,7 @@ def all_conversation_ids(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tup
         return all_prompts(tokenizer, [q for q, _ in pairs], fmt, shots, published)
     return [conversation.ids for conversation in all_conversations(tokenizer, answers, fmt, shots)]
 
-def conversation_ids(tokenizer: PreTrainedTokenizerBase, question: str, answer: str | None, fmt: PromptFormat,
+def conversation_ids(tokenizer: "PreTrainedTokenizerBase", question: str, answer: str | None, fmt: PromptFormat,
                      shots: Shots = ()) -> list[int]:
     "Ids of the prompt alone (`answer=None`) or of the prompt with its answer."
     return all_conversation_ids(tokenizer, [(question, answer)], fmt, shots)[0]
@@ -257,7 +259,7 @@ def conversation_ids(tokenizer: PreTrainedTokenizerBase, question: str, answer: 
 # %% ../../nbs/data/prompts.ipynb #09bed680
 class Encoder(NamedTuple):
     "Everything that turns text into a model's ids."
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     fmt: PromptFormat
     max_length: int = 512
     positions: int | None = None  # the most tokens the model can read; None: unknown
@@ -265,7 +267,7 @@ class Encoder(NamedTuple):
 class Prompts(NamedTuple):
     "What a model is to complete: prompt ids (None where a prompt does not fit), the true answers, and where to stop."
     ids: Sequence[list[int] | None]
-    truths: list[str]
+    reference_answers: list[str]
     max_new_tokens: int = 200
     stop: tuple[str, ...] = ()
 
@@ -277,7 +279,7 @@ def labelled(conversation: Conversation, eos: int, max_length: int) -> dict[str,
     unscored = len(ids) if start >= max_length else min(start, len(ids))  # of a prompt that fills it all, the eos says nothing
     return {"input_ids": ids, "labels": [-100] * unscored + ids[unscored:]}
 
-def encode(tokenizer: PreTrainedTokenizerBase, question: str, answer: str, fmt: PromptFormat, max_length: int = 512,
+def encode(tokenizer: "PreTrainedTokenizerBase", question: str, answer: str, fmt: PromptFormat, max_length: int = 512,
            shots: Shots = ()) -> dict[str, list[int]]:
     "`labelled` ids of one question and answer."
     return labelled(all_conversations(tokenizer, [(question, answer)], fmt, shots)[0], tokenizer.eos_token_id, max_length)
@@ -313,7 +315,7 @@ def example_prompt(enc: Encoder) -> str:
 # %% ../../nbs/data/prompts.ipynb #6b71cafe
 PASSAGE_FORMAT = PromptFormat(chat=False)  # no tags
 
-def encode_passage(tokenizer: PreTrainedTokenizerBase, prefix: str, text: str, max_length: int = 2048, compat: str | None = None) -> dict[str, Any]:
+def encode_passage(tokenizer: "PreTrainedTokenizerBase", prefix: str, text: str, max_length: int = 2048, compat: str | None = None) -> dict[str, Any]:
     "`input_ids` and `labels` of a text after its prefix: at most the prefix's ids and `max_length` more, uncut length in `n`."
     whole = f"{prefix} {text}" if prefix else text
     ids, spans = _coded(tokenizer, [whole], PASSAGE_FORMAT)[0]
@@ -342,8 +344,9 @@ def encode_passages(enc: Encoder, pairs: Sequence[tuple[str, str]], what: str) -
     return [{k: v for k, v in e.items() if k != "n"} for e in examples]
 
 # %% ../../nbs/data/prompts.ipynb #47ef3315
-def collate(examples: Sequence[dict], pad_id: int, side: str = "left") -> dict[str, torch.Tensor]:
+def collate(examples: Sequence[dict], pad_id: int, side: str = "left") -> "dict[str, torch.Tensor]":
     "Pad examples to `input_ids`, `attention_mask`, `labels`, each `[batch, length]`."
+    import torch
     width = max(len(e["input_ids"]) for e in examples)
     def pad(values, fill):
         gap = [fill] * (width - len(values))

@@ -7,17 +7,18 @@ __all__ = ['SPLITS', 'ENOUGH', 'read_texts', 'Wmdp']
 
 # %% ../../nbs/data/wmdp.ipynb #d4144ca5
 import random
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from .benchmark import Benchmark, benchmark
+from .muse import Muse
+from .passages import chunk_examples
+from .prompts import Encoder
 from .sources import check_rows, load_rows, local_folder, miniature_seed, wrong_with
+from ..internals.errors import OpenUnlearnError, check_choice
 from ..internals.hashes import content_hash
 from ..internals.json_shapes import parse_json
-from ..internals.errors import OpenUnlearnError, check_choice
-from .muse import Muse, chunk_examples
-from .prompts import Encoder
 
 # %% ../../nbs/data/wmdp.ipynb #91b291c9
 SPLITS = ["bio", "cyber"]
@@ -45,45 +46,52 @@ def read_texts(file: Path) -> list[str]:
     return texts
 
 # %% ../../nbs/data/wmdp.ipynb #5a9dbebe
-@dataclass(frozen=True)
-class Wmdp:
+@benchmark("WMDP")
+class Wmdp(Benchmark):
     "WMDP's corpora, from a folder, a Hub data set or the miniature; what unlearning reads of it."
-    data: str = "miniature"
-    max_rows: int | None = None  # documents of each of the miniature's sets that the embedded model is taught
-    name = "WMDP"
     splits = SPLITS
-    methods = ["GradAscent", "GradDiff", "NPO", "SimNPO", "RMU"]
+    miniature = True
+    data_help = "a folder with bio-forget-corpus.jsonl, bio-retain-corpus.jsonl and the same for cyber"
+    recipe = {"learning_rate": 5e-5, "effective_batch": 16, "batch_size": 1, "warmup_epochs": 0.0, "weight_decay": 0.0,
+              "schedule": "constant", "max_steps": 80}
+    finetune_recipe = {}
+    trains_at_max_length = False
+    method_recipes = "corpora.json"
+    embedded_recipe = {"learning_rate": 5e-3, "effective_batch": 8, "batch_size": 8, "max_length": 128}
+    presets = {"Zephyr-7b-beta": "HuggingFaceH4/zephyr-7b-beta"}
 
     @property
-    def taught_by(self) -> Muse:
+    def embedded_benchmark(self) -> Muse:
         "The benchmark whose embedded model stands in."
         return Muse(self.data, self.max_rows)
 
     def corpus(self, split: str, side: str) -> list[str]:
         "The texts to `forget` or to `retain`."
         if miniature_seed(self.data) is not None:
-            return self.taught_by.documents(_LIKE[split], {"forget": "forget", "retain": "retain1"}[side])
+            return self.embedded_benchmark.documents(_LIKE[split], {"forget": "forget", "retain": "retain1"}[side])
         name = f"{check_choice(split, SPLITS, 'WMDP corpus')}-{side}-corpus"
         if (folder := local_folder(self.data)) is None:
             rows = check_rows(load_rows(self.data, name), {"text": str}, f"{name} of {self.data}", may_be_empty=True)
             return [row["text"] for row in rows]
         return read_texts(Path(folder) / f"{name}.jsonl")
 
-    def taught(self, split: str) -> tuple[str, str]:
+    def training_sets(self, split: str) -> tuple[str, str]:
         "Names of what the embedded model, and one that never saw the texts to forget, are taught."
-        return Muse().taught(_LIKE[check_choice(split, SPLITS, "WMDP corpus")])
+        return Muse().training_sets(_LIKE[self.check_split(split)])
 
-    def own_splits(self) -> list[str]:
-        return self.splits
+    def learnable(self) -> list[str]:
+        raise OpenUnlearnError(f"Nothing is taught for {self.name}, so there is no Finetune: the model knows it from pretraining.")
 
-    def check(self, split: str) -> None:
-        "Raise where a corpus cannot be read."
-        self.corpus(split, "forget"), self.corpus(split, "retain")
+    def forget_rows(self, split: str) -> list[dict]:
+        return [{"text": text} for text in self.corpus(split, "forget")]
+
+    def retain_rows(self, split: str) -> list[dict]:
+        return [{"text": text} for text in self.corpus(split, "retain")]
 
     def hashes(self, *splits: str, training: bool = True) -> dict[str, str]:
         return {f"{s}-{side}": content_hash(self.corpus(s, side)) for s in splits for side in ("forget", "retain")}
 
-    def pieces(self, split: str, side: str, enc: Encoder) -> list[dict]:
+    def corpus_pieces(self, split: str, side: str, enc: Encoder) -> list[dict]:
         "Examples of a corpus's pieces; of a large corpus, of texts drawn at random until there are enough."
         texts, size = self.corpus(split, side), ENOUGH * enc.max_length
         if sum(map(len, texts)) > size:
@@ -91,21 +99,15 @@ class Wmdp:
             texts = texts[:next(i for i, end in enumerate(ends, start=1) if end > size)]
         return chunk_examples(enc, texts, f"{split}-{side}-corpus")
 
-    def to_forget(self, split: str, enc: Encoder) -> list[dict]:
-        return self.pieces(split, "forget", enc)
+    def forget_examples(self, split: str, enc: Encoder) -> list[dict]:
+        return self.corpus_pieces(split, "forget", enc)
 
-    def to_keep(self, split: str, enc: Encoder) -> list[dict]:
-        return self.pieces(split, "retain", enc)
+    def retain_examples(self, split: str, enc: Encoder) -> list[dict]:
+        return self.corpus_pieces(split, "retain", enc)
 
-    def to_learn(self, taught: str, enc: Encoder) -> list[dict]:
-        raise OpenUnlearnError("Nothing is taught for WMDP: the model knows it from pretraining.")
-
-    def pairs(self, split: str) -> list[tuple[str, str]]:
-        raise OpenUnlearnError("IdkDPO and AltPO put another answer in the place of the true one; WMDP's corpora answer nothing.")
+    def training_examples(self, name: str, enc: Encoder) -> list[dict]:
+        raise OpenUnlearnError(f"Nothing is taught for {self.name}: the model knows it from pretraining.")
 
     def refusals(self) -> list[str]:
         "None: no question is asked."
         return []
-
-    def before(self, split: str) -> str | None:
-        return None

@@ -22,7 +22,7 @@ import torch
 
 from ..internals.errors import OpenUnlearnError
 from .metrics import Row
-from ..data.miniature_tofu import REFUSALS
+from ..data.benchmark import REFUSALS
 
 CLASSIFIER = "madhurjindal/autonlp-Gibberish-Detector-492513457"  # OpenUnlearning's
 

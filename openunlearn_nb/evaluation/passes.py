@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
-from ..data.sources import Asked
+from ..data.benchmark import Benchmark
 from ..models.generation import generate
 from .cache import Kept, scores_of, texts_of
 from ..data.prompts import Encoder
@@ -51,7 +51,7 @@ class Spent:
 class Passes:
     "A model's results on the data sets of a benchmark; each is computed once."
 
-    def __init__(self, model: PreTrainedModel, enc: Encoder, benchmark: Asked, batch_size: int = 256, kept: Kept | None = None,
+    def __init__(self, model: PreTrainedModel, enc: Encoder, benchmark: Benchmark, batch_size: int = 256, kept: Kept | None = None,
                  spent: Spent | None = None):
         self.model, self.enc, self.benchmark, self.batch_size, self.kept, self.spent = model, enc, benchmark, batch_size, kept, spent or Spent()
         self.results: dict[tuple[str, str], list[tuple]] = {}  # (data set, part): the arguments of a row's metric, a row each
@@ -92,10 +92,10 @@ class Passes:
     def _generation(self, where: str) -> list[tuple]:
         "A prompt that does not fit has no generation."
         with self.spent.on("tokenising"):
-            tokenizer, asked = self.enc.tokenizer, self.benchmark.asked(where, self.enc)
+            tokenizer, asked = self.enc.tokenizer, self.benchmark.prompts(where, self.enc)
         fit = [ids for ids in asked.ids if ids is not None]
         ask = lambda: generate(self.model, tokenizer, fit, asked.max_new_tokens, self.batch_size, asked.stop)
         with self.spent.on("generation"):
             done = iter(texts_of([fit, asked.max_new_tokens, asked.stop], ask, self.kept))
         told = lambda ids: None if ids is None else tokenizer.decode(ids, skip_special_tokens=True)
-        return [(told(ids), truth, None if ids is None else next(done)) for ids, truth in zip(asked.ids, asked.truths)]
+        return [(told(ids), truth, None if ids is None else next(done)) for ids, truth in zip(asked.ids, asked.reference_answers)]

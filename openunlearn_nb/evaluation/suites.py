@@ -278,7 +278,7 @@ def evaluate(passes: Passes, split: str, retain_eval: dict | None = None, metric
              progress: Callable[[float], None] = lambda share: None, classifier: str = CLASSIFIER,
              against_itself: bool = False) -> dict[str, Entry]:
     "The evaluation of a model on a split, in the shape of `TOFU_EVAL.json` or `MUSE_EVAL.json`; a retain model is measured `against_itself`."
-    suite, sets = SUITES[passes.benchmark.name], passes.benchmark.sets(split)
+    suite, sets = SUITES[passes.benchmark.name], passes.benchmark.data_sets(split)
     table = {name: suite.metrics[name] for name in needed(suite, wanted(suite, metrics))}
     run_passes(passes, list(table.values()), sets, progress)
     lost = tell_lost(passes)

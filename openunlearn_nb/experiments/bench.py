@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .config import Progress, RunConfig, check_config, check_split, model_path, open_model, recipe_of
-from ..data.sources import Asked
+from ..data.benchmark import Benchmark
 from ..methods.method import get_method, method_settings
 from ..training.pairs import alternate_examples
 from ..evaluation.passes import Passes, Spent
@@ -46,16 +46,16 @@ def _read_of(example: dict) -> int:
     "How many tokens must be read of an example alone."
     return max((i for i, label in enumerate(example["labels"]) if label != -100), default=0)
 
-def least_tokens(enc: Encoder, benchmark: Asked, split: str, metrics: Sequence[str] | None, evaluation: dict[str, dict]) -> dict[str, int]:
+def least_tokens(enc: Encoder, benchmark: Benchmark, split: str, metrics: Sequence[str] | None, evaluation: dict[str, dict]) -> dict[str, int]:
     "The least that must go through the model for an evaluation, by phase: scoring with all prompts, generation, gradients."
-    suite, sets = SUITES[benchmark.name], benchmark.sets(split)
+    suite, sets = SUITES[benchmark.name], benchmark.data_sets(split)
     parts = {(sets[data], part) for name in needed(suite, wanted(suite, metrics)) for data, part in parts_read(suite.metrics[name]) if data in sets}
     examples: dict[str, list[dict]] = {}  # by data set
     prompts: dict[str, list] = {}
     gradients = 0
     for where, part in parts:
         if part == "generation":
-            prompts[where] = [ids for ids in benchmark.asked(where, enc).ids if ids]
+            prompts[where] = [ids for ids in benchmark.prompts(where, enc).ids if ids]
         else:
             new = [e for row in benchmark.scored(where, part if part in ("perturbed", "paraphrase") else "answer", enc) for e in row]
             examples.setdefault(where, []).extend(new)
@@ -89,12 +89,12 @@ def bench_training(config: RunConfig, method: str, split: str, model: PreTrained
     recipe, own = recipe_of(config, method)
     recipe, source, settings = replace(recipe, max_steps=steps), config.source, method_settings(method, own)
     enc = enc._replace(max_length=recipe.max_length)
-    forget = source.to_forget(split, enc)
+    forget = source.forget_examples(split, enc)
     answers = other_answers(config, method, split, model, enc)
-    alternates = alternate_examples([q for q, _ in source.pairs(split)], answers, enc, recipe) if answers else None
+    alternates = alternate_examples([q for q, _ in source.forget_pairs(split)], answers, enc, recipe) if answers else None
     counted, begin = _Steps(model, progress), time.perf_counter()
     try:
-        train(model, enc.tokenizer.pad_token_id, method, forget, source.to_keep(split, enc), recipe, settings, alternates, counted.step)
+        train(model, enc.tokenizer.pad_token_id, method, forget, source.retain_examples(split, enc), recipe, settings, alternates, counted.step)
     finally:
         counted.handle.remove()
     first, last = min(counted.times), max(counted.times)  # of many steps, not each is told
@@ -113,11 +113,11 @@ def bench(config: RunConfig, split: str, method: str = "NPO", steps: int = 10, p
     path = model_path(config, split)
     model, enc = open_model(config, path, for_training=False)
     spent, begin = Spent(model), time.perf_counter()
-    found = evaluate(Passes(model, enc, config.asked, config.batch_size, spent=spent), split, None, config.metrics,
+    found = evaluate(Passes(model, enc, config.source, config.batch_size, spent=spent), split, None, config.metrics,
                      lambda share: progress(0.6 * share), config.classifier)
     spent.seconds["metrics"] = time.perf_counter() - begin - sum(spent.seconds.values())
     spent.end()
-    least = least_tokens(enc, config.asked, split, config.metrics, found)
+    least = least_tokens(enc, config.source, split, config.metrics, found)
     read_in = lambda phase: {"tokens": spent.tokens[phase], "least": least[phase]} if phase in spent.tokens else {}
     phases: list[dict[str, Any]] = [{"phase": phase, "seconds": spent.seconds[phase], **read_in(phase)} for phase in
                                     ("tokenising", "scoring", "generation", "gradients", "metrics") if phase in spent.seconds]

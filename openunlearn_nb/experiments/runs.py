@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from ..data.benchmark import BENCHMARKS, published_methods
 from .alternates import make_alternates, read_alternates
 from .config import Progress, RunConfig, check_config, check_split, model_path, open_model, recipe_of
 from ..internals.hashes import content_hash
@@ -31,7 +32,6 @@ from ..training.memory import GB, OPTIMIZERS, Plan, model_sizes
 from ..methods.method import DECLARED_IN, get_method, method_settings
 from ..models.loading import PRESETS, load_model
 from ..models.saving import cache_dir, save_model
-from ..data.muse import corpus_of
 from ..training.pairs import TrainConfig, alternate_examples, published_recipe
 from ..evaluation.passes import Passes
 from ..training.phases import fitting_rows
@@ -54,7 +54,7 @@ def other_answers(config: RunConfig, method: str, split: str, model: PreTrainedM
     "For every question to forget, the answers that the method would rather hear; None where it wants none."
     if "alternate" not in get_method(method).needs:
         return None
-    pairs = config.source.pairs(split)
+    pairs = config.source.forget_pairs(split)
     if method == "IdkDPO":
         return [config.source.refusals()] * len(pairs)
     if config.alternates:
@@ -99,9 +99,9 @@ def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, 
     settings, source = method_settings(method, own | (settings or {})), config.source
     enc = enc._replace(max_length=recipe.max_length)
     if method == "Finetune":
-        forget, retain = [], source.to_learn(on, enc)
+        forget, retain = [], source.training_examples(on, enc)
     else:
-        forget, retain = source.to_forget(split, enc), source.to_keep(split, enc)
+        forget, retain = source.forget_examples(split, enc), source.retain_examples(split, enc)
     recipe = for_this_gpu(config, recipe, method, settings, model, forget + retain)
     told: dict[str, Any] = {"examples": {name: content_hash(examples) for name, examples in (("forget", forget), ("retain", retain)) if examples}}
     if overlap := count_overlap(forget, retain):
@@ -109,7 +109,7 @@ def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, 
     alternates = None
     if others := other_answers(config, method, split, model, enc):
         told["alternates"] = others if method == "AltPO" else content_hash(others)  # sampled ones cannot be had again
-        alternates = alternate_examples([q for q, _ in source.pairs(split)], others, enc, recipe)
+        alternates = alternate_examples([q for q, _ in source.forget_pairs(split)], others, enc, recipe)
     declared = {"declared_in": DECLARED_IN[method]} if method in DECLARED_IN else {}
     what = {"config": config.fingerprint(), "method": method, "split": split, "on": on, "settings": _as_json(settings), **declared,
             "model": start or {}, "training set": told["examples"]}
@@ -130,25 +130,28 @@ def check_method(config: RunConfig, method: str, split: str) -> None:
     "Raise where a method cannot be run on a benchmark's split, before anything is loaded."
     method = get_method(method).name
     if "alternate" in get_method(method).needs:
-        pairs = config.source.pairs(split)  # raises where nothing is asked
+        try:
+            pairs = config.source.forget_pairs(split)
+        except OpenUnlearnError as e:
+            table = ", ".join(published_methods(BENCHMARKS.find(config.benchmark)))
+            raise OpenUnlearnError(f"{method} cannot be run: {e}{f' Methods of its table: {table}.' if table else ''}") from e
         if method == "AltPO" and config.alternates:
             read_alternates(config.alternates, [q for q, _ in pairs])
     config.source.check(split)
 
 def check_asked(config: RunConfig, split: str) -> None:
     "Raise where the data cannot be asked what the metrics need, before anything is loaded."
-    source, sets = config.asked, config.asked.sets(split)
+    source = config.source
+    sets = source.data_sets(split)
     if any("gibberish" in name for name in config.wanted) and config.classifier != CLASSIFIER:
         load_judge(config.classifier)  # raises where one that was asked for is not to be had
     for where in (sets[name] for name in data_sets(config.suite, config.wanted) if name in sets):
-        source.check_rows(where)
+        source.check_set(where)
 
 # %% ../../nbs/experiments/runs.ipynb #818859ee
 def learnable(config: RunConfig) -> list[str]:
     "What Finetune can learn of a benchmark, by name."
-    if config.benchmark == "WMDP":
-        raise OpenUnlearnError("Nothing is taught for WMDP, so there is no Finetune: the model knows it from pretraining.")
-    return list(dict.fromkeys(name for split in config.source.own_splits() for name in config.source.taught(split)))
+    return config.source.learnable()
 
 def start_of(config: RunConfig, method: str, split: str) -> str:
     "The model that training starts from: the finetuned one, or for `Finetune` the base."
@@ -158,7 +161,7 @@ def start_of(config: RunConfig, method: str, split: str) -> str:
         return resolve(PRESETS[config.model].base)
     if method != "Finetune":
         check_method(config, method, split)
-        if (earlier := config.source.before(split)) and config.model in ("embedded", *PRESETS):
+        if (earlier := config.source.starts_from(split)) and config.model in ("embedded", *PRESETS):
             raise OpenUnlearnError(f"{split} starts from the model that {earlier} left: give it as --model, or run openunlearn muse "
                                    "--study sustainability.")
     return model_path(config, split)
@@ -172,7 +175,7 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
     if config.alternates and method != "AltPO":
         raise OpenUnlearnError(f"--alternates is for AltPO; {method} has no use for it.")
     if method == "Finetune":
-        on = check_choice(on or config.source.taught(split)[0], learnable(config), f"{config.benchmark} data to learn")
+        on = check_choice(on or config.source.training_sets(split)[0], learnable(config), f"{config.benchmark} data to learn")
     if config.eval_each or config.best:
         raise OpenUnlearnError("An evaluation after each epoch belongs to a grid, whose Retain row it is measured against: openunlearn "
                                f"{config.benchmark.lower()} --methods {method} --eval-each epoch.")
@@ -220,7 +223,7 @@ def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log
     started, suite = time.time(), config.suite
     join_group()
     check_config(config), config.wanted, check_split(config, split)  # all that can be wrong, before a model is loaded
-    source = config.asked
+    source = config.source
     check_asked(config, split)
     what: dict[str, Any] = {"config": config.fingerprint(), "split": split, "data": source.hashes(split, training=False),
             "retain_log": retain_log and str(Path(retain_log).expanduser().resolve())}
@@ -228,14 +231,14 @@ def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log
         check_output(folder, what)
         mine = {"benchmark": suite.name, "split": split, "data": what["data"]}
         if retain_log:
-            read_retain_log(retain_log, suite, source.truths(split), mine)
+            read_retain_log(retain_log, suite, source.reference_answers(split), mine)
         teaching = 0.7 if config.model == "embedded" else 0.0  # its share of the work, where it is not taught yet
         path = model_path(config, split, progress=lambda share: progress(teaching * share))
         model, enc = open_model(config, path, for_training=False)
         start, mine = model_identity(path), mine | {"prompt": asdict(enc.fmt), "architecture": architecture(model.config)}
         yardstick = None
         if retain_log:
-            yardstick = read_retain_log(retain_log, suite, source.truths(split), mine)
+            yardstick = read_retain_log(retain_log, suite, source.reference_answers(split), mine)
             what["measured_against"] = measured_against(retain_file(retain_log, suite))
         trained = Path(path).expanduser() / "train.json"
         what |= {"method": read_json(trained, "training record").get("method") if trained.exists() else None, "max_rows": source.max_rows}
@@ -264,13 +267,13 @@ def finished(folder: Path, suite: str = "TOFU") -> bool:
         return False
 
 def home_of(config: RunConfig, split: str) -> str:
-    "The split under which a split's yardsticks stand: its own, or in MUSE's studies News."
-    return corpus_of(split) if config.benchmark == "MUSE" else split
+    "The split under which a split's yardsticks stand: its own, or in a study the one that it is a study of."
+    return config.source.home_split(split)
 
 # %% ../../nbs/experiments/runs.ipynb #7266d781
 def described(config: RunConfig, split: str, model: PreTrainedModel, enc: Encoder) -> dict[str, Any]:
     "What a record says of a cell, and the Retain cell's record must say as well."
-    return {"benchmark": config.benchmark, "split": split, "data": config.asked.hashes(split), "prompt": asdict(enc.fmt),
+    return {"benchmark": config.benchmark, "split": split, "data": config.source.hashes(split), "prompt": asdict(enc.fmt),
             "architecture": architecture(model.config)}
 
 def measure(config: RunConfig, passes: Passes, split: str, row: str, output: str, progress: Progress) -> dict[str, dict]:
@@ -281,7 +284,7 @@ def measure(config: RunConfig, passes: Passes, split: str, row: str, output: str
     retain = cell_folder(output, home_of(config, split), "Retain")
     known = None
     if finished(retain, config.benchmark):
-        known = read_retain_log(retain, config.suite, config.asked.truths(split), described(config, split, passes.model, passes.enc))
+        known = read_retain_log(retain, config.suite, config.source.reference_answers(split), described(config, split, passes.model, passes.enc))
     return evaluate(passes, split, known, config.metrics, progress, config.classifier)
 
 # %% ../../nbs/experiments/runs.ipynb #b56d02c7
@@ -338,8 +341,8 @@ def load_best(like: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, dic
 # %% ../../nbs/experiments/runs.ipynb #50ba54e1
 def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Progress) -> dict[str, float]:
     "Make one row of one split: load, unlearn, evaluate, write. Returns the summary."
-    started, folder, source, trained = time.time(), cell_folder(output, split, row), config.asked, {}
-    earlier = source.before(split) if row not in YARDSTICKS else None
+    started, folder, source, trained = time.time(), cell_folder(output, split, row), config.source, {}
+    earlier = source.starts_from(split) if row not in YARDSTICKS else None
     if earlier and (lost := read_json(cell_folder(output, earlier, row) / "run.json", "run record")).get("diverged"):
         raise OpenUnlearnError(f"{row} on {split} starts from the model that {earlier} left, and that diverged at step {lost['diverged_at']}.")
     path = str(cell_folder(output, earlier, row) / "model") if earlier else model_path(config, split, retain=row == "Retain")
@@ -357,7 +360,7 @@ def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Pro
         model, trained = unlearn(config, row, split, model, enc, None, "", lambda share: progress(0.7 * share), course.look, kept,
                                  start=start)
         model, evaluation, trained["epochs"] = course.end(model, judge(model, lambda share: progress(0.7 + 0.3 * share)), trained["training"]["epochs"])
-        if "diverged" not in trained and any(source.before(s) == split for s in source.splits):
+        if "diverged" not in trained and any(source.starts_from(s) == split for s in source.splits):
             _discard(folder / "model")  # of a run that did not finish
             save_model(model, enc.tokenizer, folder / "model", {"train.json": to_json({"prompt": asdict(enc.fmt)})})
             trained["model_kept"] = True

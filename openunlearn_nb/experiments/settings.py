@@ -10,6 +10,8 @@ __all__ = ['WITHOUT_EFFECT', 'setting', 'ModelSettings', 'TrainingSettings', 'Ev
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from ..data.catalogue import DEFAULT_BENCHMARK
+
 # %% ../../nbs/experiments/settings.ipynb #fffd6007
 def setting(default: Any = MISSING, help: str = "", **how: Any) -> Any:
     """A field of a dataclass that is an option of the command line as well. Without a default, the option is required.
@@ -24,7 +26,7 @@ def setting(default: Any = MISSING, help: str = "", **how: Any) -> Any:
 @dataclass(frozen=True)
 class ModelSettings:
     "The model, its prompt and its data."
-    benchmark: str = setting("TOFU", "the benchmark", flag="")
+    benchmark: str = setting(DEFAULT_BENCHMARK, "the benchmark", flag="")
     model: str = setting("embedded", "'embedded', a preset, a model folder or a Hub id",
                          aliases=("pretrained_model_name_or_path",))
     data: str = setting("miniature", "'miniature', a folder shaped like the benchmark's data set, or a Hub id")

@@ -45,13 +45,16 @@ class Registry(Mapping[str, T], Generic[T]):
     """Objects of one kind by name.
 
     `kind` is the word for an object in sentences. `catalogue` is the module that declares the package's own objects.
-    `aliases` are other names that look-ups accept; `reserved` names cannot be declared."""
+    `aliases` are other names that look-ups accept; `reserved` names cannot be declared.
+    With `any_case`, `find` takes a name in any case, and two names may not differ in case alone."""
 
-    def __init__(self, kind: str, catalogue: str | None = None, aliases: Mapping[str, str] | None = None, reserved: tuple[str, ...] = ()):
+    def __init__(self, kind: str, catalogue: str | None = None, aliases: Mapping[str, str] | None = None,
+                 reserved: tuple[str, ...] = (), any_case: bool = False):
         self.kind = kind
         self.catalogue = catalogue
         self.aliases = dict(aliases or {})
         self.reserved = reserved
+        self.any_case = any_case
         self.files: dict[str, str] = {}  # name: hash of the user's file that declares it
         self._objects: dict[str, T] = {}
         self._complete = catalogue is None
@@ -65,15 +68,30 @@ class Registry(Mapping[str, T], Generic[T]):
     def add(self, name: str, value: T) -> T:
         "Declare an object. Raises where the name is taken or cannot be one."
         check_name(name, self.kind, (*self.reserved, *self.aliases))
-        if name in self._objects:
-            raise OpenUnlearnError(f"There is a {self.kind} called {name} already; give this one another name.")
+        if self._spelled(name) in self._objects:
+            raise OpenUnlearnError(f"There is a {self.kind} called {self._spelled(name)} already; give this one another name.")
         self._objects[name] = value
         return value
 
+    def _spelled(self, name: str) -> str:
+        "The declared name that differs from `name` in case at most, if any; else `name`."
+        if not self.any_case or name in self._objects:
+            return name
+        return next((known for known in self._objects if known.lower() == str(name).lower()), name)
+
+    def spelled(self, name: str) -> str:
+        "`name` as it is declared, if it is; else `name` itself."
+        self._fill()
+        return self._spelled(name)
+
+    def name_of(self, name: str) -> str:
+        "The name under which an object is declared that look-ups find as `name`. Raises with the nearest names where there is none."
+        self._fill()
+        return check_choice(self._spelled(self.aliases.get(name, name)), self._objects, self.kind)
+
     def find(self, name: str) -> T:
         "The object called `name`, or that an alias stands for. Raises with the nearest names where there is none."
-        self._fill()
-        return self._objects[check_choice(self.aliases.get(name, name), self._objects, self.kind)]
+        return self._objects[self.name_of(name)]
 
     def __getitem__(self, name: str) -> T:
         self._fill()

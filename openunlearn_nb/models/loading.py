@@ -29,18 +29,18 @@ from .checks import (check_causal, check_files, check_finite, check_names, check
 # %% ../../nbs/models/loading.ipynb #b0fea0b9
 @dataclass(frozen=True)
 class Preset:
-    "A base model, its prompt, and for each benchmark its published models (`{taught}`: full, retain90, News_target, ...)."
+    "A base model, its prompt, and for each benchmark its published models (`{training_set}`: full, retain90, News_target, ...)."
     base: str  # what to fine-tune where no finetuned model is published
     prompt: str  # a name in `prompts.PROMPTS`
     published: dict[str, str] = field(default_factory=dict)  # benchmark: Hub ids
     base_tokenizer: bool = False  # the published models come without a tokenizer of their own
 
 def _tofu(name: str, base: str, prompt: str) -> Preset:
-    return Preset(base, prompt, {"TOFU": f"open-unlearning/tofu_{name}_{{taught}}"})
+    return Preset(base, prompt, {"TOFU": f"open-unlearning/tofu_{name}_{{training_set}}"})
 
 PRESETS = {
     "Llama-2-7b-chat": _tofu("Llama-2-7b-chat-hf", "meta-llama/Llama-2-7b-chat-hf", "llama-2"),
-    "Llama-2-7b": Preset("meta-llama/Llama-2-7b-hf", "plain", {"MUSE": "muse-bench/MUSE-{taught}"}, base_tokenizer=True),
+    "Llama-2-7b": Preset("meta-llama/Llama-2-7b-hf", "plain", {"MUSE": "muse-bench/MUSE-{training_set}"}, base_tokenizer=True),
     "Llama-3.2-1B-Instruct": _tofu("Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-1B-Instruct", "llama-3"),
     "Llama-3.2-3B-Instruct": _tofu("Llama-3.2-3B-Instruct", "meta-llama/Llama-3.2-3B-Instruct", "llama-3"),
     "Llama-3.1-8B-Instruct": _tofu("Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct", "llama-3"),
@@ -56,7 +56,7 @@ PRESETS = {
 
 def preset_of(path: str) -> Preset | None:
     "The preset that a model's Hub id belongs to: its base, or one of its published models."
-    of = lambda template: path.startswith(template.removesuffix("{taught}"))
+    of = lambda template: path.startswith(template.removesuffix("{training_set}"))
     return next((p for p in PRESETS.values() if path == p.base or any(map(of, p.published.values()))), None)
 
 # %% ../../nbs/models/loading.ipynb #e9c3ae86
