@@ -1,12 +1,15 @@
 """README.md from nbs/index.ipynb: markdown as it stands, outputs of code cells without their code.
 
-nbdev_readme does the same through Quarto, which not every machine has.
+nbdev_readme does the same through Quarto, which not every machine has. The rooms' first pages are made here too (rooms.py).
 """
 
 import json
 import re
 from pathlib import Path
 
+import rooms
+
+rooms.main()
 root = Path(__file__).resolve().parents[1]
 parts = []
 for cell in json.loads((root / "nbs/index.ipynb").read_text(encoding="utf-8"))["cells"]:
