@@ -21,8 +21,8 @@ LONG_LINES = {
     "data/prompts", "data/sources", "data/tofu", "data/wmdp", "evaluation/cache", "evaluation/gibberish",
     "evaluation/membership", "evaluation/metrics", "evaluation/passes", "evaluation/suites", "experiments/alternates",
     "experiments/bench", "experiments/config", "experiments/embedded", "experiments/general", "experiments/grid",
-    "experiments/provenance", "experiments/records", "experiments/runs", "experiments/workers", "internals/devices",
-    "internals/errors", "internals/registry", "internals/zero", "methods/losses", "methods/method",
+    "experiments/provenance", "experiments/records", "experiments/runs", "experiments/workers",
+    "methods/losses", "methods/method",
    
     "reporting/collect", "reporting/explore", "reporting/plots", "reporting/report", "reporting/tables",
     "training/checkpoints", "training/memory", "training/pairs", "training/phases", "training/trainer",
@@ -30,7 +30,7 @@ LONG_LINES = {
 LONG_CELLS = {
     "commands/cli", "commands/options", "data/custom", "data/muse", "data/sources", "data/tofu", "data/wmdp", "evaluation/metrics",
     "evaluation/passes", "evaluation/suites", "experiments/config", "experiments/grid", "experiments/provenance", "experiments/records",
-    "experiments/runs", "experiments/workers", "internals/registry", "internals/zero", "methods/method",
+    "experiments/runs", "experiments/workers", "methods/method",
     "reporting/report",
     "training/pairs", "training/phases", "training/trainer",
 }

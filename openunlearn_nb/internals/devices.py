@@ -20,7 +20,7 @@ from .errors import OpenUnlearnError
 T = TypeVar("T")
 
 # %% ../../nbs/internals/devices.ipynb #230f66e8
-BF16_SINCE = (8, 0)  # compute capability of the first CUDA GPUs with bf16 arithmetic (NVIDIA, CUDA C++ programming guide)
+BF16_SINCE = (8, 0)  # compute capability of the first CUDA GPUs with bf16 arithmetic (CUDA C++ programming guide)
 
 def device_type() -> str:
     "`cuda`, `mps` (an Apple GPU) or `cpu`: the fastest kind of device that there is."
@@ -39,7 +39,8 @@ def computes_in_bf16() -> bool:
 
 @lru_cache
 def _say_fp32(name: str, capability: tuple[int, int]) -> None:
-    warnings.warn(f"{name} (compute capability {capability[0]}.{capability[1]}) has no bf16 arithmetic of its own: everything is computed in fp32.")
+    warnings.warn(f"{name} (compute capability {capability[0]}.{capability[1]}) has no bf16 arithmetic of its own: "
+                  "everything is computed in fp32.")
 
 def evaluation_dtype() -> torch.dtype:
     "The data type of weights in evaluation and in saved models."
@@ -59,19 +60,24 @@ def usable_memory(device: torch.device) -> int | None:
     return None if free is None else free + torch.cuda.memory_allocated(device)
 
 def is_out_of_memory(error: BaseException) -> bool:
-    "Whether an error says that memory ran out: CUDA's, an Apple GPU's or the host's."
+    "Whether an error says that memory ran out: of a CUDA GPU, an Apple GPU or the host."
     words = ("out of memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    by_message = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    return isinstance(error, torch.OutOfMemoryError) or by_message
 
+# %% ../../nbs/internals/devices.ipynb #8bb79104
 def in_halves(work: Callable[[Sequence[T]], dict[Any, Any]], items: Sequence[T]) -> dict[Any, Any]:
-    "The dictionary `work(items)`; where memory runs out, those of the halves of `items` together, down to single ones."
+    """The dictionary `work(items)`. Where memory runs out, `items` are divided in two, and so on down to single ones.
+
+    Raises `OpenUnlearnError` where the memory does not suffice for a single one."""
     try:
         return work(items)
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise
         if len(items) < 2:
-            raise OpenUnlearnError(f"Memory ran out with a single row in the batch: {str(e).splitlines()[0][:200]}") from e
+            raise OpenUnlearnError("Memory ran out with a single row in the batch: "
+                                   f"{str(e).splitlines()[0][:200]}") from e
     gc.collect()  # outside of the handler: the error's traceback holds the batch's tensors
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

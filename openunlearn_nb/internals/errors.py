@@ -23,7 +23,7 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 class OpenUnlearnError(Exception):
-    "A mistake in the input. The message is one sentence that names the bad value and what would be right; it is `printable`."
+    "A mistake in the input; its `printable` message is one sentence that names the bad value and what would be right."
 
     def __str__(self) -> str:
         return printable(super().__str__())
@@ -50,7 +50,7 @@ def is_ours(category: type[Warning], filename: str) -> bool:
 
 # %% ../../nbs/internals/errors.ipynb #6d598dfe
 def one_line(text: str) -> str:
-    "`printable` text, line ends and tabs made spaces."
+    "`printable` text on one line: line ends and tabs become spaces."
     return re.sub(r"\s*[\n\t]\s*", " ", printable(text))
 
 def markdown_text(text: str) -> str:
@@ -59,7 +59,9 @@ def markdown_text(text: str) -> str:
     text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", text)  # within a word it means nothing
     return re.sub(r"(?i)\bwww\.", r"www\.", text.replace("://", r":\//"))  # bare addresses become links too
 
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+# %% ../../nbs/internals/errors.ipynb #4cfcc657
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+          "<": r"\textless{}", ">": r"\textgreater{}",
           **{c: "{" + c + "}" for c in "[]*"},  # after a line's end they are taken for its argument
           **{c: "\\" + c for c in "_&%#${}"}}
 
@@ -75,12 +77,14 @@ def _is_number(text: str) -> bool:
     return True
 
 def csv_text(text: str) -> str:
-    "Text that a spreadsheet shows and does not compute: what would begin a formula gets a quote before it; a number stays one."
+    "Text that a spreadsheet shows and does not compute: what would begin a formula gets a quote before it."
     text = one_line(text)
     formula = text.lstrip(" ").startswith(("=", "+", "-", "@", "＝", "＋", "－", "＠"))
     return f"'{text}" if formula and not _is_number(text) else text
 
 def plot_text(text: str) -> str:
-    "Text that matplotlib draws as it is: dollars begin no formula, and an underscore at the beginning does not hide it from the legend."
+    """Text that matplotlib draws as it is.
+
+    Dollars begin no formula, and an underscore at the beginning does not hide it from the legend."""
     text = printable(text).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

@@ -47,13 +47,13 @@ def _plugin() -> Any:
     return DeepSpeedPlugin()
 
 def loads_in_shards() -> bool:
-    "Whether this launch asks for models that are to be trained to be loaded in shards: ZeRO-3 with `zero3_init_flag`."
+    "Whether this launch loads models for training in shards: ZeRO-3 with `zero3_init_flag`."
     plugin = _plugin()
     return plugin is not None and plugin.zero_stage == 3 and bool(plugin.zero3_init_flag)
 
 @contextmanager
 def sharded_loading(dtype: torch.dtype) -> Iterator[None]:
-    "A context in which transformers loads weights in shards of `dtype`, where the launch asks for it; elsewhere it changes nothing."
+    "A context in which transformers loads weights in shards of `dtype`, if the launch asks for it."
     if not loads_in_shards():
         yield
         return
@@ -66,14 +66,15 @@ def sharded_loading(dtype: torch.dtype) -> Iterator[None]:
     finally:
         unset_hf_deepspeed_config()
 
+# %% ../../nbs/internals/zero.ipynb #2149b202
 def sharded_copy(model: nn.Module) -> nn.Module:
     "A second model with the same weights, in the same shards; no process gathers a weight for it."
     import deepspeed
     from transformers.initialization import no_init_weights
     plugin = _plugin()
     config = copy.deepcopy(plugin.deepspeed_config)
-    config |= {"bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16}, "train_micro_batch_size_per_gpu": 1,
-               "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
+    config["bf16"] = {"enabled": next(model.parameters()).dtype == torch.bfloat16}
+    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
     config.pop("train_batch_size", None)
     with unsharded(), no_init_weights(), deepspeed.zero.Init(config_dict_or_path=config):
         twin = type(model)(copy.deepcopy(model.config))
@@ -104,7 +105,7 @@ def _tensors_of(engine: Any) -> list[Tensor]:
     return found
 
 def release(engine: Any, keep: nn.Module | None = None) -> None:
-    "Give back the memory of an engine, except the weights and buffers of the module `keep`. It cannot be used afterwards."
+    "Free the memory of an engine, except the weights and buffers of `keep`. The engine cannot be used afterwards."
     kept = [*keep.parameters(), *keep.buffers()] if keep is not None else []
     needed = {t.untyped_storage().data_ptr() for t in [*kept, *(p.ds_tensor for p in kept if hasattr(p, "ds_tensor"))]}
     for tensor in _tensors_of(engine):
