@@ -30,7 +30,7 @@ class Record:
 
     def __init__(self, file: Path, what: Found):
         from openunlearn_nb.internals.errors import OpenUnlearnError
-        from openunlearn_nb.experiments.records import read_json
+        from openunlearn_nb.evaluation.records import read_json
 
         self.file, self.what, self.started = file, what, time.time()
         there = read_json(file, "record") if file.exists() else what
@@ -46,7 +46,7 @@ class Record:
         return self.blocks.get(name, {}).keys() >= {"result", "seconds"}
 
     def put(self, name: str, entry: Found) -> None:
-        from openunlearn_nb.experiments.records import run_record
+        from openunlearn_nb.evaluation.records import run_record
         from openunlearn_nb.internals.files import write_json
 
         self.blocks[name] = entry
@@ -139,7 +139,7 @@ class Measure:
     def __exit__(self, *error):
         import torch
 
-        from openunlearn_nb.experiments.records import peak_memory
+        from openunlearn_nb.evaluation.records import peak_memory
 
         synchronize()
         self.seconds = time.perf_counter() - self.started

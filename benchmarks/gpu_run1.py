@@ -394,13 +394,13 @@ def evaluation(bench: Bench, usual: bool) -> Found:
     saves by rows that are done is not in it."""
     from plain import plain_evaluate
 
-    from openunlearn_nb.evaluation.passes import Passes, Spent
+    from openunlearn_nb.evaluation.evaluate import evaluate
+    from openunlearn_nb.evaluation.model_results import Usage
     from openunlearn_nb.data.prompts import PROMPTS, Encoder
-    from openunlearn_nb.evaluation.suites import evaluate
     from openunlearn_nb.data.tofu import Tofu
 
     model, enc = bench.fresh(half=True), Encoder(bench.tokenizer, PROMPTS["chat"], 512)
-    spent = Spent(model)
+    spent = Usage(model)
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="No retain log")
         data = Tofu(str(small_tofu(Path(folder) / "data", *bench.scale.asked)))
@@ -408,7 +408,7 @@ def evaluation(bench: Bench, usual: bool) -> Found:
             if usual:
                 plain_evaluate(model, enc, data, "forget10", None, ["default"], "characters", spent)
             else:
-                evaluate(Passes(model, enc, data, spent=spent), "forget10")
+                evaluate(model, enc, data, "forget10", usage=spent)
     spent.end()
     return {"seconds": whole.seconds, "phases": dict(spent.seconds), "tokens": dict(spent.tokens), **whole.memory}
 

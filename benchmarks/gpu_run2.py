@@ -157,7 +157,7 @@ def training_options(args: Namespace, epochs: int, rate: float) -> list[str]:
 
 def told(args: Namespace, name: str) -> Found:
     """What a finished training's record says."""
-    from openunlearn_nb.experiments.records import read_json
+    from openunlearn_nb.evaluation.records import read_json
 
     record = read_json(models(args) / name / "train.json")
     losses = record["losses"]
@@ -198,7 +198,7 @@ def fine_tunes(args: Namespace) -> Iterator[Found]:
 
 def cells(args: Namespace) -> Found:
     """The finished rows of the table."""
-    from openunlearn_nb.experiments.records import read_json
+    from openunlearn_nb.evaluation.records import read_json
     from openunlearn_nb.experiments.runs import cell_folder, finished
 
     rows: Found = {}
@@ -254,19 +254,17 @@ def asked(args: Namespace, name: str, half: bool, retain: dict | None) -> dict[s
 
     from openunlearn_nb.experiments.config import RunConfig, prompt_of
     from openunlearn_nb.models.loading import load_model, load_tokenizer
-    from openunlearn_nb.evaluation.passes import Passes
+    from openunlearn_nb.evaluation.evaluate import evaluate
     from openunlearn_nb.data.prompts import Encoder
-    from openunlearn_nb.experiments.runs import kept_rows
-    from openunlearn_nb.evaluation.suites import evaluate
+    from openunlearn_nb.experiments.runs import result_cache
 
     path = str(models(args) / name)
     config = RunConfig(model=path, data=data_of(args))
     model, tokenizer = load_model(path, torch.bfloat16 if half else torch.float32), load_tokenizer(path)
     enc = Encoder(tokenizer, prompt_of(config, path, tokenizer), 512, model.config.max_position_embeddings)
-    passes = Passes(
-        model, enc, config.source, config.batch_size, kept_rows(config, path, model)
-    )  # the grid's in bf16 are not asked again
-    return evaluate(passes, SPLIT, retain, ["default"], against_itself=retain is None)
+    cache = result_cache(config, path, model)  # the grid's in bf16 are not computed again
+    found = evaluate(model, enc, config.source, SPLIT, retain, against_itself=retain is None, batch_size=config.batch_size, cache=cache)
+    return found.entries
 
 
 def arithmetic(args: Namespace) -> Iterator[Found]:

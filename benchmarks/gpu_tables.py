@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from openunlearn_nb.experiments.records import read_json
+from openunlearn_nb.evaluation.records import read_json
 
 Rows = list[dict[str, Any]]
 STEPS = {

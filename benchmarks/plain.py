@@ -17,10 +17,11 @@ from transformers import Trainer
 from openunlearn_nb.models.forwards import find_module
 from openunlearn_nb.methods.losses import activation_mse, control_vector, dpo_loss, npo_loss, simnpo_loss, undial_loss
 from openunlearn_nb.methods.method import MethodLoss, term_counts
-from openunlearn_nb.evaluation.passes import Passes, Spent
+from openunlearn_nb.evaluation.entries import combined_entry, compute_entries
+from openunlearn_nb.evaluation.metric import Context, metric_table, needed, wanted
+from openunlearn_nb.evaluation.model_results import ModelResults, ScoredRow, Usage
 from openunlearn_nb.data.prompts import collate, encode
 from openunlearn_nb.models.scoring import NOTHING, TokenScores
-from openunlearn_nb.evaluation.suites import SUITES, Beside, Derived, evaluate, needed, wanted
 
 ROWS = 32  # a batch of evaluation, as in the reference code
 
@@ -113,7 +114,7 @@ def plain_scores(model, examples: list[dict], pad_id: int, moments: bool) -> Ite
 
 
 @torch.no_grad()
-def plain_generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, batch_size: int, stop: tuple[str, ...]) -> list[str]:
+def plain_generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, batch_size: int, stop: tuple[str, ...], temperature: float = 0.0) -> list[str]:
     """Batches of 32 prompts in their order, by transformers' generate."""
     texts, device = [], model.device
     for start in range(0, len(prompts), ROWS):
@@ -124,28 +125,29 @@ def plain_generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: i
     return [text[:min((k for s in stop if (k := text.find(s)) >= 0), default=None)] for text in texts]
 
 
-class PlainPasses(Passes):
-    """Passes of the plain way; wrong answers one column after the other."""
+class PlainResults(ModelResults):
+    """Results of the plain way; wrong answers one column after the other."""
 
     def _score(self, where: str, parts: set[str], moments: bool) -> None:
         for part in parts:
-            with self.spent.on("tokenising"):
-                rows = self.benchmark.scored(where, part, self.enc)
-            with self.spent.on("scoring"):
-                columns = [list(plain_scores(self.model, list(column), self.enc.tokenizer.pad_token_id, moments)) for column in zip(*rows)]
-            self.results[where, part] = [(list(row),) if part == "perturbed" else tuple(row) for row in zip(*columns)]
+            examples = self._examples(where, part)
+            with self.usage.during("scoring"):
+                columns = [list(plain_scores(self.model, list(column), self.enc.tokenizer.pad_token_id, moments)) for column in zip(*examples)]
+            scored = [[ScoredRow(s, e, self.enc.tokenizer) for s, e in zip(scores, row)] for scores, row in zip(zip(*columns), examples)]
+            self.rows[where, part] = [{"answers": row} if part == "perturbed" else row[0] for row in scored]
         if moments:
-            self.results[where, "moments"] = self.results[where, "answer"]
+            self.rows[where, "moments"] = self.rows[where, "answer"]
 
 
-def plain_evaluate(model, enc, benchmark, split: str, retain_eval: dict | None, metrics: list[str], classifier: str, spent: Spent) -> dict[str, dict]:
-    """As `evaluate`, with passes of its own for every metric."""
-    suite, out = SUITES[benchmark.name], {}
+def plain_evaluate(model, enc, benchmark, split: str, retain_eval: dict | None, metrics: list[str], classifier: str, usage: Usage) -> dict[str, dict]:
+    """As `compute_entries`, with results of its own for every metric."""
+    table, out, context = metric_table(benchmark), {}, Context(retain_eval or {}, classifier)
     one_by_one = lambda enc, pairs: [{k: v for k, v in encode(enc.tokenizer, q, a, enc.fmt, enc.max_length).items() if k != "n"} for q, a in pairs]
-    with patch("openunlearn_nb.data.tofu.encode_all", one_by_one), patch("openunlearn_nb.evaluation.passes.generate", plain_generate):
-        for name in needed(suite, wanted(suite, metrics)):
-            if isinstance(metric := suite.metrics[name], Derived):
-                out[name] = metric.combine([out[i] for i in metric.inputs], Beside(retain_eval or {}, classifier))
+    with patch("openunlearn_nb.data.benchmark.encode_all", one_by_one), patch("openunlearn_nb.evaluation.model_results.generate", plain_generate):
+        for name in needed(benchmark, wanted(benchmark, metrics)):
+            line = table[name]
+            if line.metric.takes == "entries":
+                out[name] = combined_entry(line, [out[i] for i in line.entries], context)
             else:
-                out[name] = evaluate(PlainPasses(model, enc, benchmark, spent=spent), split, metrics=[name])[name]
+                out[name] = compute_entries(PlainResults(model, enc, benchmark, usage=usage), split, [name], context)[name]
     return dict(sorted(out.items()))

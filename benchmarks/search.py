@@ -41,19 +41,18 @@ MORE = {"TOFU": ["ks_distance", "retain_Q_A_ROUGE"], "MUSE": []}
 
 
 def columns(benchmark: str) -> list[str]:
-    from openunlearn_nb.evaluation.suites import SUITES
+    from openunlearn_nb.data.benchmark import BENCHMARKS
 
-    return ["method", "learning_rate", "settings", *SUITES[benchmark].defaults, *MORE[benchmark], "seconds"]
+    return ["method", "learning_rate", "settings", *BENCHMARKS[benchmark].default_metrics, *MORE[benchmark], "seconds"]
 
 
 def run(job: tuple[str, str, float, dict]) -> dict:
     import torch
 
     from openunlearn_nb.models.loading import quiet
-    from openunlearn_nb.evaluation.passes import Passes
     from openunlearn_nb.experiments.config import RunConfig, model_path, open_model
     from openunlearn_nb.experiments.runs import unlearn
-    from openunlearn_nb.evaluation.suites import evaluate
+    from openunlearn_nb.evaluation.evaluate import evaluate
 
     torch.set_num_threads(1)
     quiet()
@@ -61,11 +60,11 @@ def run(job: tuple[str, str, float, dict]) -> dict:
     benchmark, method, learning_rate, settings = job
     started, split = time.time(), SPACES[benchmark][0]
     config = RunConfig(benchmark=benchmark, learning_rate=learning_rate or None)
-    retain = evaluate(Passes(*open_model(config, model_path(config, split, retain=True), False), config.source), split)
+    retain = evaluate(*open_model(config, model_path(config, split, retain=True), False), config.source, split).entries
     model, enc = open_model(config, model_path(config, split), for_training=True)
     if method != "Finetuned":
         unlearn(config, method, split, model, enc, settings)
-    e = evaluate(Passes(model, enc, config.source), split, retain)
+    e = evaluate(model, enc, config.source, split, retain).entries
     values = {name: e[name]["agg_value"] for name in columns(benchmark) if name in e}
     values |= {"ks_distance": e["forget_quality"]["ks_distance"]} if "forget_quality" in e else {}
     return {"method": method, "learning_rate": learning_rate, "settings": json.dumps(settings), **values,

@@ -77,7 +77,7 @@ def train_child(args, method: str, mode: str, rows: int = 40, words: int | None 
     from openunlearn_nb.models.loading import load_model, load_tokenizer
     from openunlearn_nb.training.pairs import TrainConfig
     from openunlearn_nb.data.prompts import PROMPTS, Encoder, encode_all
-    from openunlearn_nb.experiments.records import peak_memory
+    from openunlearn_nb.evaluation.records import peak_memory
     from openunlearn_nb.data.tofu import load_refusals, question_pairs
     from openunlearn_nb.training.trainer import train
 
@@ -103,11 +103,11 @@ def evaluate_child(args, name: str, mode: str, split: str = "forget10", count: i
     from openunlearn_nb.experiments.bench import least_tokens
     from openunlearn_nb.models.loading import load_model, load_tokenizer
     from openunlearn_nb.data.muse import Muse
-    from openunlearn_nb.evaluation.passes import Passes, Spent
+    from openunlearn_nb.evaluation.evaluate import evaluate
+    from openunlearn_nb.evaluation.model_results import Usage
     from openunlearn_nb.data.prompts import Encoder, prompt_format
-    from openunlearn_nb.experiments.records import peak_memory
+    from openunlearn_nb.evaluation.records import peak_memory
     from openunlearn_nb.internals.files import finite
-    from openunlearn_nb.evaluation.suites import evaluate
     from openunlearn_nb.data.tofu import Tofu
 
     which, of, metrics = EVALUATIONS[name]
@@ -116,11 +116,11 @@ def evaluate_child(args, name: str, mode: str, split: str = "forget10", count: i
     benchmark = Tofu(args.data) if of == "TOFU" else Muse(args.muse) if of == "MUSE real" else Muse()
     enc = Encoder(tokenizer, prompt_format(None, tokenizer), 1024 if of == "MUSE real" else 512, 4096)
     split = split if of == "TOFU" else "News"
-    spent, begin = Spent(model), time.perf_counter()
+    spent, begin = Usage(model), time.perf_counter()
     if mode == "plain":
         found = plain_evaluate(model, enc, benchmark, split, None, [metrics], "characters", spent)
     else:
-        found = evaluate(Passes(model, enc, benchmark, spent=spent), split, None, [metrics], classifier="characters")
+        found = evaluate(model, enc, benchmark, split, metrics=metrics, classifier="characters", usage=spent).entries
     seconds = time.perf_counter() - begin
     spent.seconds["metrics"] = seconds - sum(spent.seconds.values())
     least = least_tokens(enc, benchmark, split, [metrics], found) if mode == "ours" else None
@@ -189,7 +189,7 @@ def main() -> None:
         kind, name, mode, more = json.loads(args.child)
         print(json.dumps({"train": train_child, "evaluate": evaluate_child}[kind](args, name, mode, **more)))
         return
-    from openunlearn_nb.experiments.records import read_json, run_record
+    from openunlearn_nb.evaluation.records import read_json, run_record
     from openunlearn_nb.internals.files import write_json
 
     started = time.time()

@@ -3,7 +3,10 @@ import logging
 
 __version__ = "0.1.0"
 
-_API = {"method_loss": "methods.method", "METHODS": "methods.method", "evaluate": "evaluation.suites",
+_API = {"method_loss": "methods.method", "METHODS": "methods.method", "evaluate": "evaluation.evaluate",
+        "Evaluation": "evaluation.evaluate", "EvaluateCallback": "evaluation.callback", "metric": "evaluation.metric",
+        "METRICS": "evaluation.metric", "attack": "evaluation.attacks", "Attack": "evaluation.attacks",
+        "ATTACKS": "evaluation.attacks",
         "RunConfig": "experiments.config", "GridConfig": "experiments.grid", "run_grid": "experiments.grid"}
 
 # transformers imports it unasked where it is installed, and on a CPU it complains of kernels that nothing here needs

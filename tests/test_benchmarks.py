@@ -23,7 +23,7 @@ from gpu_tables import gpu_tables, none_yet  # noqa: E402
 
 from openunlearn_nb.internals.errors import OpenUnlearnError  # noqa: E402
 from openunlearn_nb.methods.method import METHODS as DECLARED  # noqa: E402
-from openunlearn_nb.experiments.records import read_json  # noqa: E402
+from openunlearn_nb.evaluation.records import read_json  # noqa: E402
 
 
 def call(*argv: str) -> Path:

@@ -20,7 +20,7 @@ from openunlearn_nb.reporting.collect import by_seed, find_runs, measured
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.experiments.grid import GridConfig, default_jobs, run_grid
 from openunlearn_nb.internals.launch import config_file, only_device, own_device, visible_devices
-from openunlearn_nb.experiments.records import read_json
+from openunlearn_nb.evaluation.records import read_json
 from openunlearn_nb.experiments.runs import cell_folder
 from openunlearn_nb.experiments.workers import Task, run_all
 

@@ -16,7 +16,7 @@ from launching import accelerate, run, script, torchrun
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.methods.method import METHODS
 from openunlearn_nb.internals.launch import launch_environment
-from openunlearn_nb.experiments.records import read_json
+from openunlearn_nb.evaluation.records import read_json
 
 pytest.importorskip("deepspeed", reason='needs the extra: pip install -e ".[gpu]"')
 SCRIPT = str(Path(__file__).with_name("distributed_run.py"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from openunlearn_nb.evaluation import membership, metrics
+from openunlearn_nb.evaluation import membership, metrics, rouge
 from openunlearn_nb.reporting.collect import find_runs, measured
 from openunlearn_nb.experiments.config import RunConfig
 from openunlearn_nb.internals.errors import OpenUnlearnError
@@ -18,31 +18,34 @@ from openunlearn_nb.experiments.grid import GridConfig, plan, run_grid
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.data.custom import Own
 from openunlearn_nb.training.pairs import TrainConfig
-from openunlearn_nb.evaluation.passes import Passes
+from openunlearn_nb.evaluation.entries import compute_entries, recompute, summarise
+from openunlearn_nb.evaluation.metric import Context
+from openunlearn_nb.evaluation.model_results import ModelResults
 from openunlearn_nb.data.prompts import PROMPTS, Encoder
-from openunlearn_nb.experiments.records import read_json
+from openunlearn_nb.evaluation.records import read_json
 from openunlearn_nb.internals.files import to_json
 from openunlearn_nb.reporting.report import write_report
 from openunlearn_nb.experiments.runs import train_model
-from openunlearn_nb.models.scoring import TokenScores
-from openunlearn_nb.evaluation.suites import SUITES, evaluate, recompute, summary
 from openunlearn_nb.reporting.tables import to_text
 from openunlearn_nb.data.tofu import Tofu
 from openunlearn_nb.training.trainer import diverged_at, train
 
 
-def scored(*logps: float) -> TokenScores:
+def scored(*logps: float) -> dict:
     n = len(logps)
-    return TokenScores(np.array(logps, np.float32), np.ones(n, bool), np.full(n, -2, np.float32), np.ones(n, np.float32))
+    return {"logps": np.array(logps, np.float32), "hits": np.ones(n, bool), "means": np.full(n, -2, np.float32),
+            "variances": np.ones(n, np.float32), "answer": "text"}
 
 
-ROWS = {"prob": metrics.prob_row, "extraction strength": metrics.extraction_strength, "exact memorization": metrics.exact_memorization,
-        "loss": membership.loss_row, "zlib": lambda s: membership.zlib_row(s, "text"), "min_k": membership.min_k,
-        "min_k_plus_plus": membership.min_k_plus_plus, "perturbed": lambda s: metrics.prob_list_row([s])}
+ROWS = {"prob": metrics.probability, "extraction strength": metrics.extraction_strength,
+        "exact memorization": metrics.exact_memorization, "loss": membership.mia_loss, "zlib": membership.mia_zlib,
+        "min_k": membership.mia_min_k, "min_k_plus_plus": membership.mia_min_k_plus_plus,
+        "perturbed": lambda row: metrics.probability({"answers": [row]})}
 
 
-def values(row: dict) -> list:
-    return [v for value in row.values() for v in (value if isinstance(value, list) else [value])]
+def values(row: dict | float | None) -> list:
+    cells = row if isinstance(row, dict) else {"score": row}
+    return [v for value in cells.values() for v in (value if isinstance(value, list) else [value])]
 
 
 @pytest.mark.checks(area="Metrics", given="an answer of which one token's log-probability is NaN or infinite", then="every metric's row is null")
@@ -56,20 +59,26 @@ def test_a_row_without_a_finite_likelihood_is_null(name, lost):
         assert set(values(ROWS[name](scored(*logps)))) == {None}
 
 
-def results(lost: set[int]) -> Passes:
-    """Passes over TOFU with ten rows of each data set; of rows in `lost` the model said nothing finite."""
+def results(lost: set[int]) -> SimpleNamespace:
+    """Results on TOFU with ten rows of each data set; of rows in `lost` the model said nothing finite."""
     one = lambda i: scored(-0.5, math.nan if i in lost else -1.0 - 0.1 * i)
-    made = {"answer": lambda i: (one(i),), "paraphrase": lambda i: (one(i),), "perturbed": lambda i: ([one(i), one(i)],),
-            "generation": lambda i: ("Who?", f"Mara Vell wrote it {i}", None if i in lost else f"Mara wrote {i}"), "text": lambda i: (one(i), "words"),
-            "moments": lambda i: (one(i),), "gradient": lambda i: (None if i in lost else 1.0,)}
-    found = {(where, part): [make(i) for i in range(10)] for where in set(Tofu().data_sets("forget01").values()) for part, make in made.items()}
-    return SimpleNamespace(benchmark=Tofu(), results=found, run=lambda where, parts: None)
+    made = {
+        "answer": one,
+        "paraphrase": one,
+        "moments": one,
+        "perturbed": lambda i: {"answers": [one(i), one(i)]},
+        "generation": lambda i: {"prompt": "Who?", "answer": f"Mara Vell wrote it {i}", "generation": None if i in lost else f"Mara wrote {i}"},
+        "gradient": lambda i: {"norm": None if i in lost else 1.0},
+    }
+    sets = set(Tofu().data_sets("forget01").values())
+    found = {(where, part): [make(i) for i in range(10)] for where in sets for part, make in made.items()}
+    return SimpleNamespace(benchmark=Tofu(), rows=found, compute=lambda where, parts: None)
 
 
 def evaluated(lost: set[int]):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        entries = evaluate(results(lost), "forget01", metrics=["all"], classifier="characters", against_itself=True)
+        entries = compute_entries(results(lost), "forget01", ["all"], Context(classifier="characters"), against_itself=True)
     return entries, [str(w.message) for w in caught]
 
 
@@ -77,7 +86,7 @@ def evaluated(lost: set[int]):
 def test_a_model_that_answers_nan_has_no_values():
     entries, told = evaluated(set(range(10)))
     assert {name: e["agg_value"] for name, e in entries.items() if e["agg_value"] is not None} == {}
-    assert summary(entries, SUITES["TOFU"].metrics) == {}
+    assert summarise(entries, list(Tofu.metrics)) == {}
     assert all(e["null_rows"] == 10 for e in entries.values() if "value_by_index" in e)
     assert any("no finite numbers in 10 of 10 rows" in text for text in told)
 
@@ -91,7 +100,7 @@ def test_lost_rows_are_counted_and_left_out():
         left = {i: row for i, row in whole[name]["value_by_index"].items() if int(i) not in (2, 3, 7)}
         assert {i: row for i, row in entries[name]["value_by_index"].items() if None not in values(row)} == left
     assert entries["mia_min_k"]["forget"]["null_rows"] == 3 and entries["mia_loss"]["auc"] is not None
-    again = recompute(json.loads(to_json(entries)), entries)
+    again = recompute(json.loads(to_json(entries)), Tofu, entries)
     assert all(again[name]["agg_value"] == entries[name]["agg_value"] for name in again)
 
 
@@ -111,7 +120,7 @@ def test_a_broken_model_says_nothing(broken):
     assert generate(model, tokenizer, prompts, max_new_tokens=4) == [None, None]
     assert generate(model, tokenizer, prompts, max_new_tokens=4, temperature=1.0) == [None, None]
     assert _by_transformers(model, tokenizer, prompts, {1}, 4, (), 0.0) == [[-1], [-1]]
-    assert metrics.rouge_row("Who?", "Mara Vell", None)["rougeL_recall"] is None
+    assert rouge.rouge_row("Who?", "Mara Vell", None)["rougeL_recall"] is None
 
 
 def own_data(folder):
@@ -125,7 +134,7 @@ def test_an_evaluation_of_a_broken_model(broken, tmp_path):
     """From logits to entries, with real passes."""
     model, tokenizer = broken
     with pytest.warns(UserWarning, match="no finite numbers in 12 of 12 rows of forget, 12 of 12 rows of retain"):
-        entries = evaluate(Passes(model, Encoder(tokenizer, PROMPTS["plain"]), Own(own_data(tmp_path))), "own", classifier="characters")
+        entries = compute_entries(ModelResults(model, Encoder(tokenizer, PROMPTS["plain"]), Own(own_data(tmp_path))), "own", context=Context(classifier="characters"))
     assert {e["agg_value"] for e in entries.values()} == {None} and {e["null_rows"] for e in entries.values()} == {12}
 
 

@@ -11,12 +11,13 @@ import pytest
 
 from openunlearn_nb.models import loading as models
 from openunlearn_nb.internals import files
-from openunlearn_nb.experiments import records
 from openunlearn_nb.data import tofu
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.data.miniature_tofu import make_tofu
-from openunlearn_nb.evaluation.suites import SUITES
+from openunlearn_nb.data.tofu import Tofu
+from openunlearn_nb.evaluation.retain_logs import read_retain_log
+from openunlearn_nb.internals.files import write_json
 
 CASES = {  # command: what the sentence must name
     "tofu --methods NPOO": ["'NPOO'", "NPO", "SimNPO"],
@@ -125,7 +126,7 @@ def test_files_of_any_shape(small_grid, tmp_path, capsys):
     good = {"model": "m", "split": "forget01", "row": "NPO"}
     for record, evaluation in [({}, {}), ({**good, "model": None}, {}), ({**good, "split": "forget77"}, {}),
                                (good, {"forget_Q_A_PARA_Prob": 3}), (good, {"forget_Q_A_Prob": {"value_by_index": {"x": {"prob": 1}}}})]:
-        records.write_json(cell / "run.json", record), records.write_json(cell / "TOFU_EVAL.json", evaluation)
+        write_json(cell / "run.json", record), write_json(cell / "TOFU_EVAL.json", evaluation)
         assert main(["table", str(tmp_path)]) == 2, (record, evaluation)
         assert capsys.readouterr().err.startswith("openunlearn: ")
 
@@ -133,7 +134,7 @@ def test_files_of_any_shape(small_grid, tmp_path, capsys):
 def test_another_row_is_no_retain_log(small_grid):
     folder, _ = small_grid
     with pytest.raises(OpenUnlearnError, match="evaluation of NPO, not of a retain model"):
-        records.read_retain_log(folder / "forget01/NPO", SUITES["TOFU"])
+        read_retain_log(folder / "forget01/NPO", Tofu)
 
 
 def test_data_set_lacking_a_config(tmp_path):
@@ -152,7 +153,7 @@ def test_retain_log_of_another_split_or_broken(small_grid, tmp_path, capsys):
     assert code == 2 and "20 forget rows and the data 100" in said
     other = json.loads((own / "TOFU_EVAL.json").read_text())
     other["forget_Q_A_ROUGE"]["value_by_index"]["0"]["ground_truth"] = "something else"
-    code, said = evaluate(records.write_json(tmp_path / "other.json", other))
+    code, said = evaluate(write_json(tmp_path / "other.json", other))
     assert code == 2 and "other texts" in said
     (tmp_path / "broken.json").write_text('{"forget_truth_ratio": ')
     code, said = evaluate(tmp_path / "broken.json")
@@ -166,9 +167,9 @@ def test_published_retain_log_is_of_the_real_rows(eval_logs, real_tofu):
     """Their logs serve as our retain logs: row 54 of forget10 differs by a space, and is the same row."""
     for split, retain in (("forget01", "retain99"), ("forget10", "retain90")):
         truths = [r["answer"] for r in tofu.load_tofu(f"{split}_perturbed", real_tofu)]
-        assert records.read_retain_log(eval_logs / f"tofu_Llama-2-7b-chat-hf_{retain}", SUITES["TOFU"], truths)
+        assert read_retain_log(eval_logs / f"tofu_Llama-2-7b-chat-hf_{retain}", Tofu, truths)
         with pytest.raises(OpenUnlearnError, match="another forget split"):
-            records.read_retain_log(eval_logs / f"tofu_Llama-2-7b-chat-hf_{retain}", SUITES["TOFU"], truths[:-1])
+            read_retain_log(eval_logs / f"tofu_Llama-2-7b-chat-hf_{retain}", Tofu, truths[:-1])
 
 
 def test_evaluation_folder_of_another_split(small_grid, tmp_path, capsys):
@@ -205,7 +206,7 @@ def test_no_disk_space(monkeypatch, tmp_path):
 
     monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OpenUnlearnError, match="No space left on device"):
-        records.write_json(tmp_path / "x.json", {})
+        write_json(tmp_path / "x.json", {})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,9 +15,10 @@ from openunlearn_nb.data.sources import load_rows
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.experiments.grid import GridConfig, claim, plan, run_grid
 from openunlearn_nb.data.miniature_tofu import make_tofu
-from openunlearn_nb.experiments.records import read_json
+from openunlearn_nb.evaluation.records import read_json
 from openunlearn_nb.experiments.runs import cell_folder, finished
-from openunlearn_nb.evaluation.suites import UTILITY, recompute
+from openunlearn_nb.data.tofu import UTILITY, Tofu
+from openunlearn_nb.evaluation.entries import recompute
 from openunlearn_nb.reporting.collect import find_runs, measured
 from openunlearn_nb.data.tofu import write_tofu
 from openunlearn_nb.training.pairs import TrainConfig
@@ -157,7 +158,7 @@ def test_an_infinite_loss_of_a_log_is_probability_zero():
     """As in logs of others and of older versions; our own rows of that kind are null (test_divergence)."""
     log = {"forget_Q_A_PARA_Prob": {"agg_value": 0, "value_by_index": {"0": {"prob": 0.0, "avg_loss": None}}},
            "forget_Q_A_PERT_Prob": {"agg_value": 0, "value_by_index": {"0": {"prob": [0.0, 0.0], "avg_loss": [None, None]}}}}
-    assert recompute(log)["forget_truth_ratio"]["agg_value"] == 0
+    assert recompute(log, Tofu)["forget_truth_ratio"]["agg_value"] == 0
 
 
 @pytest.mark.slow

@@ -7,8 +7,9 @@ import warnings
 
 import pytest
 
-from openunlearn_nb.experiments import embedded, provenance, records, runs
-from openunlearn_nb.evaluation import cache as kept
+from openunlearn_nb.evaluation import records, retain_logs
+from openunlearn_nb.experiments import embedded, provenance, runs
+from openunlearn_nb.evaluation.cache import ResultCache, cached_texts
 from openunlearn_nb.training.checkpoints import last_checkpoint, save_checkpoint
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.reporting.collect import find_runs, measured
@@ -19,9 +20,10 @@ from openunlearn_nb.models.saving import save_model
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.data.custom import Own, load_own
 from openunlearn_nb.experiments.provenance import changes, difference, model_identity
-from openunlearn_nb.evaluation.suites import SUITES, recompute
+from openunlearn_nb.data.tofu import Tofu
+from openunlearn_nb.evaluation.entries import recompute
 
-TOFU = SUITES["TOFU"]
+TOFU = Tofu
 ROWS = {"forget": [("Who wrote it?", "Mara Vell wrote it."), ("Where?", "In Ostrava.")], "retain": [("When?", "In spring."), ("How?", "By hand.")]}
 
 
@@ -197,20 +199,20 @@ def test_a_checkpoint_that_knows_less(tmp_path, monkeypatch):
 def test_answers_do_not_outlive_another_end(place):
     model = tiny_llama(train_tokenizer(["words"], 300), hidden=16, layers=1)
     path, folder = str(place / "model"), place / "rows"
-    before = kept.Kept(folder, model_identity(path), model)
-    assert kept.texts_of([[1]], lambda: ["long"], before) == kept.texts_of([[1]], lambda: ["?"], before) == ["long"]
+    before = ResultCache(folder, model_identity(path), model)
+    assert cached_texts([[1]], lambda: ["long"], before) == cached_texts([[1]], lambda: ["?"], before) == ["long"]
     edit(place / "model/generation_config.json", eos_token_id=2)
-    assert kept.texts_of([[1]], lambda: ["short"], kept.Kept(folder, model_identity(path), model)) == ["short"]
+    assert cached_texts([[1]], lambda: ["short"], ResultCache(folder, model_identity(path), model)) == ["short"]
 
 
 @pytest.mark.checks(area="Identity", given="kept rows in which a bit has flipped", then="they are not believed: the model is asked again")
 def test_a_flipped_bit_in_kept_rows(tmp_path):
     model = tiny_llama(train_tokenizer(["words"], 300), hidden=16, layers=1)
-    rows = kept.Kept(tmp_path, {"identity": "x"}, model)
-    kept.texts_of([[1]], lambda: ["Mara"], rows)
+    rows = ResultCache(tmp_path, {"identity": "x"}, model)
+    cached_texts([[1]], lambda: ["Mara"], rows)
     file = next(tmp_path.iterdir())
     file.write_bytes(file.read_bytes().replace(b"Mara", b"Lara"))
-    assert kept.texts_of([[1]], lambda: ["anew"], rows) == ["anew"] == kept.texts_of([[1]], lambda: ["?"], rows)
+    assert cached_texts([[1]], lambda: ["anew"], rows) == ["anew"] == cached_texts([[1]], lambda: ["?"], rows)
 
 
 @pytest.mark.checks(area="Identity", given="a damaged embedded model in the cache", then="it is removed and made anew, with a note")
@@ -241,7 +243,7 @@ def retain_log(folder, scores, **record):
     paraphrased = {str(i): {"prob": s, "avg_loss": -math.log(s)} for i, s in enumerate(scores)}
     wrong = {str(i): {"prob": [0.5], "avg_loss": [-math.log(0.5)]} for i in range(len(scores))}
     log = {"forget_Q_A_PARA_Prob": {"value_by_index": paraphrased}, "forget_Q_A_PERT_Prob": {"value_by_index": wrong}}
-    log["forget_truth_ratio"] = recompute(log)["forget_truth_ratio"]
+    log["forget_truth_ratio"] = recompute(log, TOFU)["forget_truth_ratio"]
     records.write_json(folder / "TOFU_EVAL.json", log)
     records.write_json(folder / "run.json", {"model": "m", "split": "forget01", "benchmark": "TOFU", **record})
     return folder / "TOFU_EVAL.json"
@@ -253,7 +255,7 @@ def two_yardsticks(tmp_path):
     spread = [i / 20 for i in range(1, 21)]
     elsewhere = retain_log(tmp_path / "elsewhere", spread, row="Retain")
     retain_log(tmp_path / "table/Retain", [0.9 + s / 100 for s in spread], row="Retain")
-    against = {"retain_log": str(elsewhere), "measured_against": records.measured_against(elsewhere)}
+    against = {"retain_log": str(elsewhere), "measured_against": retain_logs.measured_against(elsewhere)}
     retain_log(tmp_path / "table/Mine", spread, row="Evaluated", **against)
     return tmp_path
 
@@ -299,9 +301,9 @@ OTHERS = {"benchmark": "OWN", "split": "forget10", "data": {"forget01_perturbed"
 def test_a_retain_log_that_does_not_fit(tmp_path, what):
     file = retain_log(tmp_path, [0.5] * 20, **{"row": "Retain", **MINE, what: OTHERS[what]})
     with pytest.raises(OpenUnlearnError, match="does not fit: it is of (an)?other"):
-        records.read_retain_log(file, TOFU, mine=MINE)
+        retain_logs.read_retain_log(file, TOFU, measured=MINE)
     (tmp_path / "run.json").unlink()
-    assert records.read_retain_log(file, TOFU, mine=MINE)
+    assert retain_logs.read_retain_log(file, TOFU, measured=MINE)
 
 
 @pytest.mark.checks(area="Identity", given="a retain log in another format, or with fewer quoted answers than rows", then="refused in one sentence")
@@ -309,14 +311,14 @@ def test_a_retain_log_that_does_not_fit(tmp_path, what):
 def test_a_retain_log_of_another_format(tmp_path, rows):
     file = records.write_json(tmp_path / "TOFU_EVAL.json", {"forget_truth_ratio": {"value_by_index": rows}})
     with pytest.raises(OpenUnlearnError, match="not in the shape of one: forget_truth_ratio.value_by_index"):
-        records.read_retain_log(file, TOFU)
+        retain_logs.read_retain_log(file, TOFU)
 
 
 def test_a_retain_log_quotes_all_rows(tmp_path):
     log = {"forget_truth_ratio": {"value_by_index": {"0": {"score": 1.0}, "1": {"score": 1.0}}},
            "forget_Q_A_ROUGE": {"value_by_index": {"0": {"ground_truth": "Mara"}}}}
     with pytest.raises(OpenUnlearnError, match="quotes 1 true answers and the data have 2"):
-        records.read_retain_log(records.write_json(tmp_path / "TOFU_EVAL.json", log), TOFU, ["Mara", "Vell"])
+        retain_logs.read_retain_log(records.write_json(tmp_path / "TOFU_EVAL.json", log), TOFU, ["Mara", "Vell"])
 
 
 @pytest.mark.checks(area="Identity", given="`table --check`, after the model, the retain evaluation or a result has changed",

@@ -4,13 +4,15 @@ import json
 
 import pytest
 
-from openunlearn_nb.evaluation.membership import privleak, reference_rows
-from openunlearn_nb.evaluation.metrics import rouge_row
+from openunlearn_nb.data.benchmark import BENCHMARKS
+from openunlearn_nb.evaluation.entries import recompute
+from openunlearn_nb.evaluation.membership import leakage, reference_rows
+from openunlearn_nb.evaluation.metric import rows_of
+from openunlearn_nb.evaluation.rouge import rouge_row
 from openunlearn_nb.models.tiny import train_tokenizer
 from openunlearn_nb.data.muse import Muse
 from openunlearn_nb.data.prompts import PROMPTS, Encoder
-from openunlearn_nb.experiments.records import read_json
-from openunlearn_nb.evaluation.suites import SUITES, recompute, rows_of
+from openunlearn_nb.evaluation.records import read_json
 from openunlearn_nb.reporting.collect import find_runs, measured
 from openunlearn_nb.reporting.tables import digits, published
 
@@ -32,10 +34,10 @@ def test_recomputed_aggregates_equal_the_logs(runs):
     retain = {(r.model, r.split): read_json(r.file) for r in runs if r.row == "Retain"}
     compared = []
     for run in runs:
-        log, again = read_json(run.file), recompute(read_json(run.file), retain[run.model, run.split], run.suite)
+        log, again = read_json(run.file), recompute(read_json(run.file), BENCHMARKS[run.suite], retain[run.model, run.split])
         if run.row == "Retain":
             assert again["privleak"]["agg_value"] == pytest.approx(0, abs=1e-9)  # against itself; in the log, against 0.5:
-            again["privleak"] = {"agg_value": privleak(again["mia_min_k"]["auc"], 0.5)}
+            again["privleak"] = {"agg_value": leakage(again["mia_min_k"]["auc"], 0.5)}
         for name in (n for n in log if log[n]["agg_value"] is not None):
             assert again[name]["agg_value"] == pytest.approx(log[name]["agg_value"], rel=1e-9, abs=1e-12), (run, name)
             compared.append(name)
@@ -58,7 +60,7 @@ def test_muse_news_equals_the_printed_page(runs):
     """0.64, 0.58, -99.81, 0.56 and 0.33, 0.20, 0, 0.56; and the logs' own aggregates to 1e-9."""
     table, page = measured(runs, "MUSE")["Llama-2-7b"]["News"], published("Llama-2-7b")["News"]
     columns = ["forget_knowmem_ROUGE", "forget_verbmem_ROUGE", "privleak", "retain_knowmem_ROUGE"]
-    assert SUITES["MUSE"].columns == columns
+    assert list(Muse.columns) == columns
     assert [digits(table["Finetuned"][c]) for c in columns] == ["0.64", "0.58", "-99.81", "0.56"]
     assert [digits(table["Retain"][c]) for c in columns] == ["0.33", "0.20", "0.00", "0.56"] and table["Retain"]["privleak"] == 0
     assert all(float(digits(table[row][c])) == float(page[row][c]) for row in table for c in columns)
@@ -70,7 +72,7 @@ def test_muse_news_equals_the_printed_page(runs):
 def test_muse_books_equals_the_printed_page_in_all_but_one_number(runs):
     """The log itself says -57.34, the page -57.26."""
     table, page = measured(runs, "MUSE")["Llama-2-7b"]["Books"], published("Llama-2-7b")["Books"]
-    differ = {(row, c): digits(table[row][c]) for row in table for c in SUITES["MUSE"].columns if float(digits(table[row][c])) != float(page[row][c])}
+    differ = {(row, c): digits(table[row][c]) for row in table for c in Muse.columns if float(digits(table[row][c])) != float(page[row][c])}
     assert differ == {("Finetuned", "privleak"): "-57.34"} and float(page["Finetuned"]["privleak"]) == -57.26
 
 

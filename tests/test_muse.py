@@ -15,10 +15,9 @@ from openunlearn_nb.data.miniature_muse import make_muse
 from openunlearn_nb.models.saving import save_model
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.data.muse import STUDIES, Muse
-from openunlearn_nb.experiments.records import read_json
+from openunlearn_nb.evaluation.records import read_json
 from openunlearn_nb.internals.files import write_json
 from openunlearn_nb.experiments.runs import cell_folder, finished
-from openunlearn_nb.evaluation.suites import SUITES
 from openunlearn_nb.reporting.collect import find_runs, measured
 
 
@@ -50,13 +49,13 @@ def test_shape_of_the_published_files(muse_grid, eval_logs):
     folder, _ = muse_grid
     ours = read_json(folder / "News/NPO/MUSE_EVAL.json")
     theirs = read_json(eval_logs / "muse_Llama-2-7b-hf_News_target/MUSE_EVAL.json")
-    assert set(ours) == {*SUITES["MUSE"].defaults, "mia_min_k"} <= set(theirs)
+    assert set(ours) == {*Muse.default_metrics, "mia_min_k"} <= set(theirs)
     for name in ours:
         assert set(ours[name]) == set(theirs[name])
         if "value_by_index" in ours[name]:
             assert ours[name]["value_by_index"]["0"].keys() == theirs[name]["value_by_index"]["0"].keys()
     summary = read_json(folder / "News/NPO/MUSE_SUMMARY.json")
-    assert set(summary) == set(SUITES["MUSE"].defaults) and all(summary[k] == ours[k]["agg_value"] for k in summary)
+    assert set(summary) == set(Muse.default_metrics) and all(summary[k] == ours[k]["agg_value"] for k in summary)
 
 
 def test_the_table_shows_the_benchmark(muse_grid):

@@ -13,7 +13,7 @@ import pytest
 
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.experiments.grid import plan
-from openunlearn_nb.experiments.records import read_json
+from openunlearn_nb.evaluation.records import read_json
 
 GRID = ["tofu", "--train-rows", "250", "--splits", "forget01", "--methods", "NPO,PDU", "--epochs", "3", "--eval-each", "epoch",
         "--save-each", "epoch", "--seeds", "0", "1", "--quiet"]

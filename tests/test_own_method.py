@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from openunlearn_nb.commands.cli import main
-from openunlearn_nb.experiments.records import read_json
+from openunlearn_nb.evaluation.records import read_json
 
 FILE = '''
 from __future__ import annotations

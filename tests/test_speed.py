@@ -16,11 +16,11 @@ from openunlearn_nb.experiments.embedded import embedded_model  # noqa: E402
 from openunlearn_nb.models.loading import load_model, load_tokenizer, quiet  # noqa: E402
 from openunlearn_nb.data.muse import Muse  # noqa: E402
 from openunlearn_nb.training.pairs import TrainConfig  # noqa: E402
-from openunlearn_nb.evaluation.passes import Passes, Spent  # noqa: E402
+from openunlearn_nb.evaluation.evaluate import evaluate  # noqa: E402
+from openunlearn_nb.evaluation.model_results import Usage  # noqa: E402
 from openunlearn_nb.data.prompts import Encoder, encode_all, prompt_format  # noqa: E402
-from openunlearn_nb.experiments.records import read_json  # noqa: E402
+from openunlearn_nb.evaluation.records import read_json  # noqa: E402
 from openunlearn_nb.internals.files import finite  # noqa: E402
-from openunlearn_nb.evaluation.suites import evaluate  # noqa: E402
 from openunlearn_nb.data.tofu import Tofu  # noqa: E402
 from openunlearn_nb.training.trainer import train  # noqa: E402
 
@@ -41,9 +41,9 @@ def test_an_evaluation_is_the_plain_one(benchmark, taught, split):
     model, enc = opened(benchmark, taught)
     found, spent = [], []
     for way in ("plain", "ours"):
-        spent.append(Spent(model))
+        spent.append(Usage(model))
         found.append(plain_evaluate(model, enc, benchmark, split, None, ["all"], "characters", spent[-1]) if way == "plain" else
-                     evaluate(Passes(model, enc, benchmark, spent=spent[-1]), split, None, ["all"], classifier="characters"))
+                     evaluate(model, enc, benchmark, split, metrics="all", classifier="characters", usage=spent[-1]).entries)
         spent[-1].end()
     assert distance(*map(finite, found)) < 1e-4
     plain, ours = (sum(s.tokens.values()) for s in spent)
@@ -77,7 +77,7 @@ def test_kept_rows_are_not_asked_for_again(small_grid, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("the model was asked again")
 
-    monkeypatch.setattr("openunlearn_nb.evaluation.passes.score", never), monkeypatch.setattr("openunlearn_nb.evaluation.passes.generate", never)
+    monkeypatch.setattr("openunlearn_nb.evaluation.model_results.score", never), monkeypatch.setattr("openunlearn_nb.evaluation.model_results.generate", never)
     assert main([*command, "--output", str(tmp_path / "again")]) == 0
     assert read_json(tmp_path / "first/TOFU_EVAL.json") == read_json(tmp_path / "again/TOFU_EVAL.json")
     with pytest.raises(AssertionError, match="asked again"):

@@ -19,9 +19,9 @@ LONG_LINES = {
     "models/loading",
     "commands/cli", "commands/options", "data/custom", "data/miniature_muse", "data/miniature_tofu", "data/muse",
     "data/prompts", "data/sources", "data/tofu", "data/wmdp", "evaluation/cache", "evaluation/gibberish",
-    "evaluation/membership", "evaluation/metrics", "evaluation/passes", "evaluation/suites", "experiments/alternates",
+    "evaluation/membership", "evaluation/metrics", "experiments/alternates",
     "experiments/bench", "experiments/config", "experiments/embedded", "experiments/general", "experiments/grid",
-    "experiments/provenance", "experiments/records", "experiments/runs", "experiments/workers",
+    "experiments/provenance", "experiments/runs", "experiments/workers",
     "methods/losses", "methods/method",
    
     "reporting/collect", "reporting/explore", "reporting/plots", "reporting/report", "reporting/tables",
@@ -29,13 +29,13 @@ LONG_LINES = {
 }
 LONG_CELLS = {
     "commands/cli", "commands/options", "data/custom", "data/muse", "data/sources", "data/tofu", "data/wmdp", "evaluation/metrics",
-    "evaluation/passes", "evaluation/suites", "experiments/config", "experiments/grid", "experiments/provenance", "experiments/records",
+    "experiments/config", "experiments/grid", "experiments/provenance", 
     "experiments/runs", "experiments/workers", "methods/method",
     "reporting/report",
     "training/pairs", "training/phases", "training/trainer",
 }
 LONG_MODULES = {
-    "commands/cli", "data/prompts", "evaluation/suites", "experiments/runs", "methods/method",
+    "commands/cli", "data/prompts", "experiments/runs", "methods/method",
     "training/trainer",
 }
 

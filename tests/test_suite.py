@@ -14,10 +14,11 @@ from openunlearn_nb.models.saving import save_model
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.data.muse import Muse
 from openunlearn_nb.training.pairs import TrainConfig
-from openunlearn_nb.evaluation.passes import Passes
+from openunlearn_nb.evaluation.entries import compute_entries
+from openunlearn_nb.evaluation.metric import Context
+from openunlearn_nb.evaluation.model_results import ModelResults
 from openunlearn_nb.data.prompts import PROMPTS, Encoder, encode_all
-from openunlearn_nb.experiments.records import read_json
-from openunlearn_nb.evaluation.suites import SUITES, evaluate
+from openunlearn_nb.evaluation.records import read_json
 from openunlearn_nb.data.tofu import Tofu, load_tofu
 from openunlearn_nb.training.trainer import train
 from openunlearn_nb.data.wmdp import Wmdp
@@ -30,6 +31,7 @@ class Few:
 
     def __init__(self, whole, n, step=1):
         self.whole, self.name, self.some = whole, whole.name, lambda rows: rows[:n][::step]
+        self.metrics, self.default_metrics = whole.metrics, whole.default_metrics
 
     def data_sets(self, split):
         return self.whole.data_sets(split)
@@ -58,16 +60,16 @@ def test_metrics_do_not_depend_on_batches_order_or_padding(benchmark, prompt, sp
     model, enc = taught(benchmark, prompt)
 
     def all_of(batch_size=64, step=1):
-        passes = Passes(model, enc, Few(benchmark, 12, step), batch_size)
-        first = evaluate(passes, split, metrics=["all"], classifier="characters")
-        return evaluate(passes, split, first, ["all"], classifier="characters")
+        results = ModelResults(model, enc, Few(benchmark, 12, step), batch_size)
+        first = compute_entries(results, split, ["all"], Context(classifier="characters"))
+        return compute_entries(results, split, ["all"], Context(first, "characters"))
 
     whole, others = all_of(), {"one at a time": all_of(1), "in reverse": all_of(step=-1)}
     for module in ("scoring", "generation"):  # as with a model whose keys and values cannot be shared
-        monkeypatch.setattr(f"openunlearn_nb.{module}.can_share", lambda model: False)
+        monkeypatch.setattr(f"openunlearn_nb.models.{module}.can_share", lambda model: False)
     others["rows read whole"] = all_of()
     for how, other in others.items():
-        assert other.keys() == whole.keys() == set(SUITES[benchmark.name].metrics)
+        assert other.keys() == whole.keys() == set(benchmark.metrics)
         for name, entry in whole.items():
             assert entry["agg_value"] is not None, name
             assert other[name]["agg_value"] == pytest.approx(entry["agg_value"], rel=1e-5, abs=1e-5), (how, name)

@@ -12,7 +12,7 @@ from openunlearn_nb.reporting import tables as t
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.internals.json_shapes import check_shape, parse_json
 from openunlearn_nb.internals.errors import OpenUnlearnError, csv_text, latex_text, markdown_text, printable
-from openunlearn_nb.experiments.records import SHAPES, read_json
+from openunlearn_nb.evaluation.records import SHAPES, read_json
 
 ESCAPES = "\x1b[31mred\x1b[0m\x1b]0;title\x07\x9b2J\r\u202e"
 FORMULA = "=cmd|' /C calc'!A0"

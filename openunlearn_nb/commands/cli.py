@@ -64,8 +64,8 @@ def print_tables(suites: dict[str, dict], style: str = "text", what: str = "reco
             for model, values in tables.items():
                 for part in t.by_study(values).values():
                     goal = "; Retain, which never saw what is to be forgotten, is the goal" if suite == "OWN" and any("Retain" in rows for rows in part.values()) else ""
-                    say(f"{suite}, {model}, measured ({what if suite in t.SUITES else 'by lm-eval'}){goal}\n\n{form(part, columns)}\n")
-                if suite in t.SUITES:
+                    say(f"{suite}, {model}, measured ({what if suite in t.BENCHMARKS else 'by lm-eval'}){goal}\n\n{form(part, columns)}\n")
+                if suite in t.BENCHMARKS:
                     _print_published(suite, model, values, form, columns)
 
 # %% ../../nbs/commands/cli.ipynb #7b8f2831
@@ -99,9 +99,9 @@ def _print_check(folder: str) -> int:
 # %% ../../nbs/commands/cli.ipynb #e799589b
 def _print_runs(runs: list, style: str = "text") -> None:
     "The tables of runs, those of several seeds together."
-    from openunlearn_nb.reporting.collect import GENERAL, SUITES, by_seed, measured, over_seeds
+    from openunlearn_nb.reporting.collect import by_seed, log_benchmarks, measured, over_seeds
     seeded = by_seed(runs)
-    tables_of = lambda runs: {s: measured(runs, s) for s in (*SUITES, GENERAL) if any(r.suite == s for r in runs)}
+    tables_of = lambda runs: {s: measured(runs, s) for s in log_benchmarks() if any(r.suite == s for r in runs)}
     if plain := seeded.pop(None, []):
         print_tables(tables_of(plain), style)
     if seeded:

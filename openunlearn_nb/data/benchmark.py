@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from ..internals.hashes import content_hash
+from .metric_tables import QUESTION_COLUMNS, QUESTION_TABLE
 from .passages import chunk, continuations, row_examples
 from .prompts import Encoder, Prompts, ask_all, encode_all, encode_passages
 from .sources import Pairs, Row, load_rows, miniature_seed, pairs_in, texts_in
@@ -45,12 +46,13 @@ class BenchmarkValues:
     embedded_recipe: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-3, "effective_batch": 8, "batch_size": 8}
     presets: ClassVar[Mapping[str, str]] = {}
     published_tables: ClassVar[Mapping[str, str]] = {}
-    metrics: ClassVar[Mapping[str, str]] = {}
-    default_metrics: ClassVar[Sequence[str]] = ()
-    columns: ClassVar[Sequence[str]] = ()
+    metrics: ClassVar[Mapping[str, str]] = QUESTION_TABLE
+    retained: ClassVar[Sequence[str]] = ("retain",)
+    default_metrics: ClassVar[Sequence[str]] = QUESTION_COLUMNS
+    columns: ClassVar[Sequence[str]] = QUESTION_COLUMNS
     shown: ClassVar[Sequence[str]] = ()
-    counted: ClassVar[str] = ""
-    quoted: ClassVar[str] = ""
+    counted: ClassVar[str] = "forget_Q_A_Prob"
+    quoted: ClassVar[str] = "forget_Q_A_ROUGE"
 
 # %% ../../nbs/data/benchmark.ipynb #748fb841
 @lru_cache

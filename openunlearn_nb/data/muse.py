@@ -16,8 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .benchmark import Benchmark, BenchmarkValues, benchmark
+from .benchmark import Benchmark, benchmark
 from .miniature_muse import make_muse
+from .muse_metrics import MuseMetrics
 from .passages import beginnings, chunk_examples
 from .prompts import Encoder, Prompts, all_conversation_ids, encode_passages
 from .sources import check_rows, load_rows, miniature_seed, split_names
@@ -257,7 +258,7 @@ class MuseTraining(MuseQuestions):
 SOME_DOCUMENTS, LARGE = 16, 200_000  # documents of each set that an embedded model is taught; characters of a forget set from which on it is not all
 _LOG = re.compile(rf"muse_(?P<model>.+?)_(?P<corpus>{'|'.join(CORPORA)})_(?P<method>\w+)")
 
-class MuseValues(BenchmarkValues):
+class MuseValues(MuseMetrics):
     "What MUSE says in plain values."
     split_words = ("corpus", "corpora")
     studies = STUDIES

@@ -51,6 +51,8 @@ class Wmdp(Benchmark):
     "WMDP's corpora, from a folder, a Hub data set or the miniature; what unlearning reads of it."
     splits = SPLITS
     miniature = True
+    metrics = {}  # general ability is asked by lm-eval
+    columns = default_metrics = ()
     data_help = "a folder with bio-forget-corpus.jsonl, bio-retain-corpus.jsonl and the same for cyber"
     recipe = {"learning_rate": 5e-5, "effective_batch": 16, "batch_size": 1, "warmup_epochs": 0.0, "weight_decay": 0.0,
               "schedule": "constant", "max_steps": 80}

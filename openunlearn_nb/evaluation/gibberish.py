@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSIFIER', 'CONTEXT', 'FOLDS', 'STRETCH', 'CharacterModel', 'distinct', 'Characters', 'Classifier', 'load_judge',
-           'gibberish_rows']
+           'gibberish_rows', 'gibberish']
 
 # %% ../../nbs/evaluation/gibberish.ipynb #8e99f7a9
 import math
@@ -15,18 +15,17 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import numpy as np
-import torch
 
-from ..internals.errors import OpenUnlearnError
-from .metrics import Row
 from ..data.benchmark import REFUSALS
-
-CLASSIFIER = "madhurjindal/autonlp-Gibberish-Detector-492513457"  # OpenUnlearning's
+from .metric import Context, Entry, Row, metric
+from ..internals.errors import OpenUnlearnError
 
 # %% ../../nbs/evaluation/gibberish.ipynb #b0a075ee
+CLASSIFIER = "madhurjindal/autonlp-Gibberish-Detector-492513457"  # OpenUnlearning's
 CONTEXT = 3  # characters that predict the next
 
 class CharacterModel:
@@ -106,19 +105,20 @@ class Classifier:
             raise OpenUnlearnError(f"The classifier {path} has no class 'clean'; it has {', '.join(labels)}.")
         self.clean = labels["clean"]
 
-    @torch.no_grad()
     def __call__(self, texts: Sequence[str], batch_size: int = 32) -> list[float]:
         "For each text the probability that it is not clean."
+        import torch
         out: list[float] = []
-        for k in range(0, len(texts), batch_size):
-            batch = self.tokenizer(list(texts[k:k + batch_size]), return_tensors="pt", padding=True, truncation=True, max_length=512)
-            out += (1 - self.model(**batch).logits.float().softmax(-1)[:, self.clean]).tolist()
+        with torch.no_grad():
+            for k in range(0, len(texts), batch_size):
+                batch = self.tokenizer(list(texts[k:k + batch_size]), return_tensors="pt", padding=True, truncation=True, max_length=512)
+                out += (1 - self.model(**batch).logits.float().softmax(-1)[:, self.clean]).tolist()
         return out
 
 # %% ../../nbs/evaluation/gibberish.ipynb #2d792ae1
 @lru_cache(maxsize=2)
 def load_judge(path: str) -> Classifier | None:
-    "The classifier, once a process; None, said aloud, where the default one cannot be loaded. `characters` asks for none."
+    "The classifier, once a process; None, with a warning, where the default one cannot be loaded. `characters` needs none."
     if path == "characters":
         return None
     try:
@@ -129,9 +129,23 @@ def load_judge(path: str) -> Classifier | None:
         warnings.warn(f"The gibberish classifier {path} cannot be loaded ({type(e).__name__}); generations are judged by their characters.")
         return None
 
-def gibberish_rows(generations: Sequence[str | None], truths: Sequence[str], path: str = CLASSIFIER) -> tuple[list[Row], str]:
-    "`{score, generation}` of every row, 1 for gibberish, None where nothing was asked; and who judged."
-    asked = [g for g in generations if g is not None]
+def gibberish_rows(generations: Sequence[str | None], references: Sequence[str], path: str = CLASSIFIER) -> tuple[list[Row], str]:
+    "`{score, generation}` of every row, 1 for gibberish, None where there is no generation; and who judged."
+    texts = [text for text in generations if text is not None]
     judge = load_judge(path)
-    scores = iter((judge or Characters([*truths, *REFUSALS]))(asked))
-    return [{"score": None if g is None else next(scores), "generation": g} for g in generations], path if judge else "characters"
+    scores = iter((judge or Characters([*references, *REFUSALS]))(texts))
+    rows = [{"score": None if text is None else next(scores), "generation": text} for text in generations]
+    return rows, path if judge else "characters"
+
+def _published_rows(rows: list[Row], entry: Entry) -> list[Row]:
+    "Rows of a log. OpenUnlearning's, which name no judge, hold the probability of being clean."
+    if "judge" in entry:
+        return rows
+    return [{**row, "score": None if row["score"] is None else 1 - row["score"]} for row in rows]
+
+@metric("gibberish", reads="generation", takes="rows", paper="https://arxiv.org/abs/2506.12618", from_log=_published_rows)
+def gibberish(rows: Sequence[Row], context: Context) -> tuple[list[Row], dict[str, Any]]:
+    "Share of generations that are no language."
+    path = context.classifier or CLASSIFIER
+    found, judge = gibberish_rows([row["generation"] for row in rows], [row["answer"] for row in rows], path)
+    return found, {"judge": judge}

@@ -17,12 +17,13 @@ from .config import Progress, RunConfig, check_config, check_split, model_path, 
 from ..data.benchmark import Benchmark
 from ..methods.method import get_method, method_settings
 from ..training.pairs import alternate_examples
-from ..evaluation.passes import Passes, Spent
+from ..evaluation.evaluate import evaluate
+from ..evaluation.metric import metric_table, needed, wanted
+from ..evaluation.model_results import Usage
 from ..data.prompts import Encoder, common_beginning
 from .provenance import model_identity
-from .records import run_record
+from ..evaluation.records import run_record
 from .runs import check_method, other_answers
-from ..evaluation.suites import SUITES, evaluate, needed, parts_read, wanted
 from ..training.trainer import train
 
 # %% ../../nbs/experiments/bench.ipynb #8bc25435
@@ -48,8 +49,9 @@ def _read_of(example: dict) -> int:
 
 def least_tokens(enc: Encoder, benchmark: Benchmark, split: str, metrics: Sequence[str] | None, evaluation: dict[str, dict]) -> dict[str, int]:
     "The least that must go through the model for an evaluation, by phase: scoring with all prompts, generation, gradients."
-    suite, sets = SUITES[benchmark.name], benchmark.data_sets(split)
-    parts = {(sets[data], part) for name in needed(suite, wanted(suite, metrics)) for data, part in parts_read(suite.metrics[name]) if data in sets}
+    table, sets = metric_table(benchmark), benchmark.data_sets(split)
+    lines = [table[name] for name in needed(benchmark, wanted(benchmark, metrics))]
+    parts = {(sets[data], part) for line in lines for data, part in line.parts if data in sets}
     examples: dict[str, list[dict]] = {}  # by data set
     prompts: dict[str, list] = {}
     gradients = 0
@@ -60,8 +62,8 @@ def least_tokens(enc: Encoder, benchmark: Benchmark, split: str, metrics: Sequen
             new = [e for row in benchmark.scored(where, part if part in ("perturbed", "paraphrase") else "answer", enc) for e in row]
             examples.setdefault(where, []).extend(new)
             gradients += sum(map(_read_of, new)) * (part == "gradient")
-    asked = [name for name in needed(suite, wanted(suite, metrics)) if (read := parts_read(suite.metrics[name])) and read[0][1] == "generation"]
-    texts = [row["generation"] for name in asked for row in evaluation[name]["value_by_index"].values() if row["generation"]]
+    quoting = {line.inputs: line.name for line in reversed(lines) if line.parts and line.parts[0][1] == "generation"}  # one for each data set
+    texts = [row["generation"] for name in quoting.values() for row in evaluation[name]["value_by_index"].values() if row["generation"]]
     said = sum(map(len, enc.tokenizer(texts, add_special_tokens=False)["input_ids"])) if texts else 0
     scored = sum(distinct_tokens(examples.get(where, []), prompts.get(where, [])) for where in {*examples, *prompts})
     return {"scoring": scored, "generation": said, "gradients": gradients}
@@ -112,17 +114,17 @@ def bench(config: RunConfig, split: str, method: str = "NPO", steps: int = 10, p
     check_config(config), check_split(config, split), check_method(config, method, split)
     path = model_path(config, split)
     model, enc = open_model(config, path, for_training=False)
-    spent, begin = Spent(model), time.perf_counter()
-    found = evaluate(Passes(model, enc, config.source, config.batch_size, spent=spent), split, None, config.metrics,
-                     lambda share: progress(0.6 * share), config.classifier)
-    spent.seconds["metrics"] = time.perf_counter() - begin - sum(spent.seconds.values())
-    spent.end()
+    usage, begin = Usage(model), time.perf_counter()
+    found = evaluate(model, enc, config.source, split, metrics=config.metrics, batch_size=config.batch_size, classifier=config.classifier,
+                     usage=usage, progress=lambda share: progress(0.6 * share)).entries
+    usage.seconds["metrics"] = time.perf_counter() - begin - sum(usage.seconds.values())
+    usage.end()
     least = least_tokens(enc, config.source, split, config.metrics, found)
-    read_in = lambda phase: {"tokens": spent.tokens[phase], "least": least[phase]} if phase in spent.tokens else {}
-    phases: list[dict[str, Any]] = [{"phase": phase, "seconds": spent.seconds[phase], **read_in(phase)} for phase in
-                                    ("tokenising", "scoring", "generation", "gradients", "metrics") if phase in spent.seconds]
-    read = {"tokens": sum(spent.tokens.values()), "least": sum(least.values())}
-    phases.append({"phase": "evaluation", "seconds": sum(spent.seconds.values()), **read})
+    read_in = lambda phase: {"tokens": usage.tokens[phase], "least": least[phase]} if phase in usage.tokens else {}
+    phases: list[dict[str, Any]] = [{"phase": phase, "seconds": usage.seconds[phase], **read_in(phase)} for phase in
+                                    ("tokenising", "scoring", "generation", "gradients", "metrics") if phase in usage.seconds]
+    read = {"tokens": sum(usage.tokens.values()), "least": sum(least.values())}
+    phases.append({"phase": "evaluation", "seconds": sum(usage.seconds.values()), **read})
     model = open_model(config, path, for_training=True)[0]
     phases = bench_training(config, method, split, model, enc, steps, lambda share: progress(0.6 + 0.4 * share)) + phases
     return run_record(started, benchmark=f"{config.benchmark} speed", model=config.label, model_path=path, start=model_identity(path), method=method, split=split,

@@ -28,7 +28,7 @@ from ..internals.locks import output_lock
 from ..internals.processes import join_group
 from ..data.prompts import Encoder, pinned_clock
 from .provenance import model_identity
-from .records import run_record
+from ..evaluation.records import run_record
 from .runs import check_output
 
 GENERAL = "LMEval"

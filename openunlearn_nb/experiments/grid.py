@@ -32,7 +32,7 @@ from ..internals.launch import launched_processes, visible_devices
 from ..internals.locks import output_lock
 from ..internals.processes import is_main, join_group, on_main
 from .provenance import difference, model_identity
-from .records import read_json, seed_in_name
+from ..evaluation.records import read_json, seed_in_name
 from .runs import YARDSTICKS, cell_folder, check_asked, check_method, finished, home_of, run_cell
 from .settings import GridSettings
 from .workers import Task, check_main, run_all
@@ -252,7 +252,7 @@ def run_grid(grid: GridConfig = GridConfig(), output: str | Path | None = None, 
     with output_lock(output):
         claim(grid, output)  # reads all data: what is wrong with it is said here, before any worker starts
         tasks = plan(grid, output)
-        display = Display(tasks, grid.suite.columns, show and is_main())
+        display = Display(tasks, list(grid.kind.columns), show and is_main())
         def done(task, values, error):
             display.done(task, values, error)
             if error:

@@ -20,7 +20,7 @@ from ..internals.errors import OpenUnlearnError, markdown_text, printable
 from ..models.loading import preset_of
 from ..models.saving import cache_dir
 from ..internals.processes import on_main
-from .records import read_json
+from ..evaluation.records import read_json
 
 # %% ../../nbs/experiments/provenance.ipynb #c72f7694
 DECIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['YARDSTICKS', 'other_answers', 'for_this_gpu', 'count_overlap', 'unlearn', 'check_method', 'check_asked', 'learnable',
-           'start_of', 'train_model', 'kept_rows', 'check_output', 'evaluate_model', 'cell_folder', 'finished',
-           'home_of', 'described', 'measure', 'Course', 'save_best', 'load_best', 'run_cell', 'check_run', 'check_runs']
+           'start_of', 'train_model', 'result_cache', 'check_output', 'evaluate_model', 'cell_folder', 'finished',
+           'home_of', 'described', 'measure', 'history_of', 'run_cell', 'check_run', 'check_runs']
 
 # %% ../../nbs/experiments/runs.ipynb #459d5c10
 import shutil
@@ -17,35 +17,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..data.benchmark import BENCHMARKS, published_methods
+from ..data.catalogue import DEFAULT_BENCHMARK
 from .alternates import make_alternates, read_alternates
 from .config import Progress, RunConfig, check_config, check_split, model_path, open_model, recipe_of
 from ..internals.hashes import content_hash
 from ..internals.devices import usable_memory
 from ..internals.errors import OpenUnlearnError, check_choice
 from ..evaluation.gibberish import CLASSIFIER, load_judge
-from ..evaluation.cache import Kept
+from ..evaluation.cache import ResultCache
+from ..evaluation.callback import EvaluationHistory, add_evaluation, finish_history
+from ..evaluation.evaluate import Evaluation, architecture, evaluate
+from ..evaluation.metric import data_sets, metric_table
 from ..training.memory import GB, OPTIMIZERS, Plan, model_sizes
 from ..methods.method import DECLARED_IN, get_method, method_settings
-from ..models.loading import PRESETS, load_model
+from ..models.loading import PRESETS
 from ..models.saving import cache_dir, save_model
 from ..training.pairs import TrainConfig, alternate_examples, published_recipe
-from ..evaluation.passes import Passes
 from ..training.phases import fitting_rows
-from ..internals.files import output_path, to_json, write_json
+from ..internals.files import output_path, to_json
 from ..internals.launch import launched_processes
 from ..internals.locks import output_lock
 from ..internals.processes import gathered, join_group, on_main
 from ..data.prompts import Encoder, example_prompt
-from .provenance import architecture, changes, model_card, model_identity
-from openunlearn_nb.experiments.records import (
-    measured_against, read_json, read_retain_log, record_beside, retain_file, run_record, write_run,
-)
+from .provenance import changes, model_card, model_identity
+from ..evaluation.records import log_file, read_json, run_record, write_run
+from ..evaluation.retain_logs import measured_against, read_retain_log, record_beside, retain_file
 from ..models.smollm2 import resolve
-from ..evaluation.suites import BETTER, SUITES, data_sets, evaluate, summary
 from ..training.trainer import diverged_at, in_evaluation_dtype, optimizer_of, train
 from ..internals.zero import is_sharded
 
@@ -143,9 +143,10 @@ def check_asked(config: RunConfig, split: str) -> None:
     "Raise where the data cannot be asked what the metrics need, before anything is loaded."
     source = config.source
     sets = source.data_sets(split)
-    if any("gibberish" in name for name in config.wanted) and config.classifier != CLASSIFIER:
+    table = metric_table(config.kind)
+    if any(table[name].metric.takes == "rows" for name in config.wanted) and config.classifier != CLASSIFIER:
         load_judge(config.classifier)  # raises where one that was asked for is not to be had
-    for where in (sets[name] for name in data_sets(config.suite, config.wanted) if name in sets):
+    for where in (sets[name] for name in data_sets(config.kind, config.wanted) if name in sets):
         source.check_set(where)
 
 # %% ../../nbs/experiments/runs.ipynb #818859ee
@@ -202,9 +203,9 @@ def _discard(folder: Path | None) -> None:
         on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 # %% ../../nbs/experiments/runs.ipynb #f33d351f
-def kept_rows(config: RunConfig, start: dict[str, Any], model: PreTrainedModel) -> Kept | None:
-    "Where the rows of a model are kept whose identity is known: of one in a folder, or on the Hub in a known revision."
-    return Kept(cache_dir() / "rows", start, model) if config.reuse and start else None
+def result_cache(config: RunConfig, start: dict[str, Any], model: PreTrainedModel) -> ResultCache | None:
+    "The cache of a model whose identity is known: of one in a folder, or on the Hub in a known revision."
+    return ResultCache(cache_dir() / "rows", start, model) if config.reuse and start else None
 
 def check_output(folder: Path, what: dict[str, Any]) -> None:
     "Raise if the folder is a file, a model's, or holds an evaluation of something else than `what`."
@@ -220,7 +221,7 @@ def check_output(folder: Path, what: dict[str, Any]) -> None:
 def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log: str | None = None,
                    progress: Progress = lambda share: None) -> dict[str, float]:
     "Evaluate a model on a split into a folder; returns the summary."
-    started, suite = time.time(), config.suite
+    started, kind = time.time(), config.kind
     join_group()
     check_config(config), config.wanted, check_split(config, split)  # all that can be wrong, before a model is loaded
     source = config.source
@@ -229,25 +230,23 @@ def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log
             "retain_log": retain_log and str(Path(retain_log).expanduser().resolve())}
     with output_lock(output) as folder:
         check_output(folder, what)
-        mine = {"benchmark": suite.name, "split": split, "data": what["data"]}
+        mine = {"benchmark": kind.name, "split": split, "data": what["data"]}
         if retain_log:
-            read_retain_log(retain_log, suite, source.reference_answers(split), mine)
+            read_retain_log(retain_log, kind, source.reference_answers(split), mine)
         teaching = 0.7 if config.model == "embedded" else 0.0  # its share of the work, where it is not taught yet
         path = model_path(config, split, progress=lambda share: progress(teaching * share))
         model, enc = open_model(config, path, for_training=False)
         start, mine = model_identity(path), mine | {"prompt": asdict(enc.fmt), "architecture": architecture(model.config)}
-        yardstick = None
         if retain_log:
-            yardstick = read_retain_log(retain_log, suite, source.reference_answers(split), mine)
-            what["measured_against"] = measured_against(retain_file(retain_log, suite))
+            what["measured_against"] = measured_against(retain_file(retain_log, kind))
         trained = Path(path).expanduser() / "train.json"
         what |= {"method": read_json(trained, "training record").get("method") if trained.exists() else None, "max_rows": source.max_rows}
-        evaluation = evaluate(Passes(model, enc, source, config.batch_size, kept_rows(config, start, model)), split, yardstick, config.metrics,
-                              lambda share: progress(teaching + (1 - teaching) * share), config.classifier)
-        values = summary(evaluation, config.wanted)
-        write_run(folder, suite, evaluation, values, run_record(
+        evaluation = evaluate(model, enc, source, split, retain_log, metrics=config.wanted, batch_size=config.batch_size,
+                              classifier=config.classifier, cache=result_cache(config, start, model),
+                              progress=lambda share: progress(teaching + (1 - teaching) * share))
+        write_run(folder, kind, evaluation.entries, evaluation.summary, run_record(
             started, model=config.label, row="Evaluated", model_path=path, start=start, rendered_prompt=example_prompt(enc), **mine | what))
-    return values
+    return evaluation.summary
 
 # %% ../../nbs/experiments/runs.ipynb #0562e07b
 YARDSTICKS = ("Finetuned", "Retain")
@@ -256,13 +255,13 @@ def cell_folder(output: str | Path, split: str, row: str) -> Path:
     "The folder of a cell."
     return Path(output).expanduser() / split / row
 
-def finished(folder: Path, suite: str = "TOFU") -> bool:
+def finished(folder: Path, benchmark: str = DEFAULT_BENCHMARK) -> bool:
     "Whether a folder holds a whole run; one with a record, evaluation or kept model missing or broken is made again."
     try:
         record = read_json(folder / "run.json", "run record")
         whole = not record.get("model_kept") or (folder / "model/train.json").exists() and any((folder / "model").glob("*.safetensors"))
-        read_json(folder / SUITES[suite].file("SUMMARY"), "summary")  # it may be empty: a broken model's values are all null
-        return whole and bool(read_json(folder / SUITES[suite].file("EVAL"), "evaluation"))
+        read_json(folder / log_file(benchmark, "SUMMARY"), "summary")  # it may be empty: a broken model's values are all null
+        return whole and bool(read_json(folder / log_file(benchmark, "EVAL"), "evaluation"))
     except OpenUnlearnError:
         return False
 
@@ -276,67 +275,25 @@ def described(config: RunConfig, split: str, model: PreTrainedModel, enc: Encode
     return {"benchmark": config.benchmark, "split": split, "data": config.source.hashes(split), "prompt": asdict(enc.fmt),
             "architecture": architecture(model.config)}
 
-def measure(config: RunConfig, passes: Passes, split: str, row: str, output: str, progress: Progress) -> dict[str, dict]:
+def measure(config: RunConfig, model: PreTrainedModel, enc: Encoder, split: str, row: str, output: str, progress: Progress,
+            cache: ResultCache | None = None) -> Evaluation:
     "A cell's evaluation, against the Retain cell's where there is one."
-    if row == "Retain":  # the others will be measured against these two
-        metrics = [*config.wanted, config.suite.counted, config.suite.quoted]
-        return evaluate(passes, split, None, metrics, progress, config.classifier, against_itself=True)
+    how: dict[str, Any] = {"batch_size": config.batch_size, "classifier": config.classifier, "cache": cache, "progress": progress}
+    if row == "Retain":  # the others will be measured against what counts and quotes the rows
+        metrics = [*config.wanted, config.kind.counted, config.kind.quoted]
+        found = evaluate(model, enc, config.source, split, metrics=metrics, against_itself=True, **how)
+        return replace(found, metrics=tuple(config.wanted))
     retain = cell_folder(output, home_of(config, split), "Retain")
-    known = None
-    if finished(retain, config.benchmark):
-        known = read_retain_log(retain, config.suite, config.source.reference_answers(split), described(config, split, passes.model, passes.enc))
-    return evaluate(passes, split, known, config.metrics, progress, config.classifier)
+    known = str(retain) if finished(retain, config.benchmark) else None
+    return evaluate(model, enc, config.source, split, known, metrics=config.wanted, **how)
 
 # %% ../../nbs/experiments/runs.ipynb #b56d02c7
-class Course:
-    "The evaluations after each epoch, and the best model so far."
-
-    def __init__(self, config: RunConfig, folder: Path, judge: Callable[[PreTrainedModel], dict[str, dict]]):
-        self.config, self.judge, self.file, self.best = config, judge, folder / "epochs.json", folder / "checkpoint/best"
-        wanted = config.eval_each or config.best
-        self.look = self._look if wanted else None
-        resumed = config.save_each and any((folder / "checkpoint").glob("step-*"))
-        self.epochs: dict[str, dict] = read_json(self.file, "course of an evaluation") if resumed and self.file.exists() else {}
-
-    def _score(self, values: dict) -> float:
-        best = self.config.best or ""
-        value = values.get(best)
-        return float("-inf") if value is None else BETTER[best](value)
-
-    def _look(self, epoch: int, model: PreTrainedModel) -> None:
-        evaluation = self.judge(model)
-        values = summary(evaluation, self.config.wanted)
-        if self.config.best and all(self._score(values) > self._score(v) for k, v in self.epochs.items() if int(k) < epoch):
-            _discard(self.best)
-            save_best(model, evaluation, self.best)
-        self.epochs = {k: v for k, v in self.epochs.items() if int(k) < epoch} | {str(epoch): values}
-        write_json(self.file, self.epochs)
-
-    def end(self, model: PreTrainedModel, evaluation: dict, epoch: int) -> tuple[PreTrainedModel, dict, dict | None]:
-        "The model and evaluation of the best epoch (without `best`: of the last), and the summaries of all."
-        if not self.look:
-            return model, evaluation, None
-        last = summary(evaluation, self.config.wanted)
-        if self.config.best and self.epochs and max(map(self._score, self.epochs.values())) > self._score(last):
-            model, evaluation = load_best(model, self.best)
-        self.epochs[str(epoch)] = last
-        write_json(self.file, self.epochs)
-        return model, evaluation, self.epochs
-
-def save_best(model: PreTrainedModel, evaluation: dict, folder: Path) -> None:
-    "Keep a model and its evaluation."
-    def save() -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            model.save_pretrained(folder)
-        except (OSError, SafetensorError) as e:
-            raise OpenUnlearnError(f"Cannot keep the best model in {folder}: {getattr(e, 'strerror', None) or e}.") from e
-    on_main(save)
-    write_json(folder / "evaluation.json", evaluation)
-
-def load_best(like: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, dict]:
-    "The model and evaluation that `save_best` kept."
-    return load_model(str(folder), like.dtype), read_json(folder / "evaluation.json", "evaluation")
+def history_of(config: RunConfig, folder: Path) -> EvaluationHistory | None:
+    "The evaluations after each epoch of a cell, where they are asked for; those of an interrupted run, where it goes on."
+    if not (config.eval_each or config.best):
+        return None
+    resume = bool(config.save_each) and any((folder / "checkpoint").glob("step-*"))
+    return EvaluationHistory(config.kind, config.best_weights, folder / "epochs.json", folder / "checkpoint/best", resume)
 
 # %% ../../nbs/experiments/runs.ipynb #50ba54e1
 def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Progress) -> dict[str, float]:
@@ -350,27 +307,30 @@ def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Pro
     start, about = model_identity(path), described(config, split, model, enc)
     retain = cell_folder(output, home_of(config, split), "Retain")
     if row != "Retain" and finished(retain, config.benchmark):
-        about["measured_against"] = measured_against(retain_file(retain, config.suite), folder)
-    known = kept_rows(config, start, model) if row in YARDSTICKS else None  # an unlearned model is asked once
-    judge = lambda model, progress: measure(config, Passes(model, enc, source, config.batch_size, known), split, row, output, progress)
+        about["measured_against"] = measured_against(retain_file(retain, config.kind), folder)
+    cache = result_cache(config, start, model) if row in YARDSTICKS else None  # results of an unlearned model are needed once
+    def judge(model: PreTrainedModel, progress: Progress = lambda share: None) -> Evaluation:
+        return measure(config, model, enc, split, row, output, progress, cache)
     if row in YARDSTICKS:
         evaluation = judge(model, progress)
     else:
-        course, kept = Course(config, folder, lambda model: judge(model, lambda share: None)), folder / "checkpoint" if config.save_each else None
-        model, trained = unlearn(config, row, split, model, enc, None, "", lambda share: progress(0.7 * share), course.look, kept,
-                                 start=start)
-        model, evaluation, trained["epochs"] = course.end(model, judge(model, lambda share: progress(0.7 + 0.3 * share)), trained["training"]["epochs"])
+        history, kept = history_of(config, folder), folder / "checkpoint" if config.save_each else None
+        look = (lambda epoch, model: add_evaluation(history, epoch, model, judge(model))) if history else None
+        model, trained = unlearn(config, row, split, model, enc, None, "", lambda share: progress(0.7 * share), look, kept, start=start)
+        evaluation = judge(model, lambda share: progress(0.7 + 0.3 * share))
+        if history:
+            evaluation = finish_history(history, trained["training"]["epochs"], model, evaluation)
+        trained["epochs"] = history.summaries if history else None
         if "diverged" not in trained and any(source.starts_from(s) == split for s in source.splits):
             _discard(folder / "model")  # of a run that did not finish
             save_model(model, enc.tokenizer, folder / "model", {"train.json": to_json({"prompt": asdict(enc.fmt)})})
             trained["model_kept"] = True
-    values = summary(evaluation, config.wanted)
-    write_run(folder, config.suite, evaluation, values, run_record(
+    write_run(folder, config.kind, evaluation.entries, evaluation.summary, run_record(
         started, model=config.label, row=row, model_path=path, start=start, rendered_prompt=example_prompt(enc),
         config=config.fingerprint(), max_rows=source.max_rows, **about, **trained))
     (folder / "failed.json").unlink(missing_ok=True)  # of an earlier attempt
     _discard(folder / "checkpoint")
-    return values
+    return evaluation.summary
 
 # %% ../../nbs/experiments/runs.ipynb #f0ce9979
 def check_run(folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..internals.errors import OpenUnlearnError
 from ..models.generation import generate
 from ..data.prompts import Encoder, conversation_ids, encode_all
-from ..experiments.records import read_json
+from ..evaluation.records import read_json
 from ..models.scoring import score
 
 # %% ../../nbs/reporting/explore.ipynb #ce5dd70a

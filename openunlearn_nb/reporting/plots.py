@@ -18,7 +18,7 @@ from scipy import stats
 
 from .collect import row_order
 from ..internals.errors import plot_text
-from ..evaluation.suites import rows_of
+from ..evaluation.metric import rows_of
 from .tables import digits
 
 STYLES = {  # row: (colour, marker, line); Okabe and Ito's palette, told apart by most colour-blind readers

@@ -19,9 +19,9 @@ from .. import __version__
 from .collect import GENERAL, Run, Values, courses, find_runs, measured, row_order
 from ..data.muse import STUDIES
 from ..internals.locks import output_lock
-from ..experiments.records import read_json
+from ..evaluation.records import read_json
 from ..internals.files import write_text
-from ..evaluation.suites import SUITES
+from ..data.benchmark import BENCHMARKS
 from .tables import COLUMNS, PUBLISHED, by_study, columns_of, difference, digits, grid, published, remarks
 
 # %% ../../nbs/reporting/report.ipynb #09568dbc
@@ -42,13 +42,13 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "
     top = (f"<tr><th></th>{spans}</tr>" if spans else "") + line(head, "th", style if kind == "text" else lambda c: "")
     return f'<div class="scroll"><table class="values"><thead>{top}</thead><tbody>{"".join(line(r, "td", style) for r in rows)}</tbody></table></div>'
 
-def values_table(values: dict, columns: list[str] = COLUMNS, kind: str = "") -> str:
+def values_table(values: dict, columns: Sequence[str] = COLUMNS, kind: str = "") -> str:
     "`{split: {row: {metric: value}}}` as HTML."
     over, head, body = grid(values, columns)
     below = "".join(f"<p><small>{escape(text)}</small></p>" for text in remarks(values))
     return html_table([h.replace("_", " ") for h in head], body, kind, over) + below
 
-def difference_table(values: Values, printed: dict, columns: list[str] = COLUMNS) -> str:
+def difference_table(values: Values, printed: dict, columns: Sequence[str] = COLUMNS) -> str:
     "Measured minus published as HTML, each cell with its sign and colour; of forget quality, in powers of ten."
     return values_table(difference(values, printed), columns, "sign")
 
@@ -66,7 +66,7 @@ def plots_of(suite: str, split: str, rows: dict[str, dict], evaluations: dict[st
     import matplotlib.pyplot as plt
 
     from openunlearn_nb.reporting.plots import epoch_lines, metric_bars, quality_against_utility, truth_ratio_ecdf
-    columns = SUITES[suite].columns
+    columns = columns_of(suite, {what: {split: rows}})
     found = [figure(metric_bars(rows, columns, f"{what}: {split}"), f"{split}: {', '.join(columns)}")]
     if over:
         found.append(figure(epoch_lines(over, rows, columns, f"{what}: {split}, after each epoch"), f"{split}: {', '.join(columns)}, over epochs"))
@@ -92,7 +92,7 @@ def _has_rows(evaluation: dict, metric: str) -> bool:
 
 def answers_of(suite: str, evaluations: dict[str, dict], count: int = 4) -> str:
     "The first questions about what is to be forgotten and what is to be kept, and every model's answer."
-    quoted = SUITES[suite].quoted
+    quoted = BENCHMARKS[suite].quoted
     parts = [_quoted(evaluations, metric, count) for metric in (quoted, quoted.replace("forget", "retain"))]
     return "".join(f"<h4>In the models' words: {what}</h4>{part}" for what, part in zip(("to forget", "to keep"), parts) if part)
 
@@ -120,7 +120,7 @@ def sources_of(runs: Sequence[Run], below: Path) -> str:
 def suite_part(suite: str, model: str, values: Values, runs: Sequence[Run], done: Callable[[], None] = lambda: None) -> str:
     "The part of a report about one model on one benchmark; `done` is called after each split."
     from openunlearn_nb.reporting.plots import study_lines
-    columns = SUITES[suite].columns
+    columns = columns_of(suite, {model: values})
     ours = all((run.file.parent / "run.json").exists() for run in runs)
     what = "Measured" if ours else "Recomputed from logs"
     out = [f"<h2>{escape(suite)}, {escape(model)}</h2>", f"<h3>{what}</h3>"]
@@ -148,7 +148,7 @@ def report_page(folder: str | Path, progress: Callable[[float], None] = lambda s
     found, below = find_runs(folder), Path(folder).expanduser()
     first = min((r.seed for r in found if r.seed is not None), default=None)
     runs, parts, told = [r for r in found if r.seed in (None, first)], [], itertools.count(1)
-    tables = {suite: measured(runs, suite) for suite in SUITES if any(r.suite == suite for r in runs)}
+    tables = {suite: measured(runs, suite) for suite in BENCHMARKS if any(r.suite == suite for r in runs)}
     splits = sum(len(values) for of in tables.values() for values in of.values())
     for suite, model, values in ((s, m, v) for s, of in tables.items() for m, v in of.items()):
         some = [r for r in runs if (r.suite, r.model) == (suite, model)]
