@@ -24,7 +24,7 @@ LONG_LINES = {
     "experiments/provenance", "experiments/runs", "experiments/workers",
     "methods/losses", "methods/method",
    
-    "reporting/collect", "reporting/explore", "reporting/plots", "reporting/report", "reporting/tables",
+    "reporting/collect", "reporting/report", "reporting/tables",
     "training/checkpoints", "training/memory", "training/pairs", "training/phases", "training/trainer",
 }
 LONG_CELLS = {

@@ -24,8 +24,9 @@ from .tables import digits
 STYLES = {  # row: (colour, marker, line); Okabe and Ito's palette, told apart by most colour-blind readers
     "Finetuned": ("#000000", "s", "-"), "Retain": ("#009E73", "*", "-"), "GradAscent": ("#D55E00", "v", ":"),
     "GradDiff": ("#E69F00", "<", "--"), "IdkDPO": ("#56B4E9", "D", "-."), "NPO": ("#0072B2", "o", "-"),
-    "SimNPO": ("#CC79A7", "P", "--"), "RMU": ("#7F7F7F", "X", "-."), "UNDIAL": ("#882255", "^", ":"), "AltPO": ("#44AA99", "d", "-."),
-    "SatImp": ("#999933", ">", "--"), "WGA": ("#332288", "p", "-"), "CEU": ("#AA4499", "H", ":"), "PDU": ("#661100", "8", "--"),
+    "SimNPO": ("#CC79A7", "P", "--"), "RMU": ("#7F7F7F", "X", "-."), "UNDIAL": ("#882255", "^", ":"),
+    "AltPO": ("#44AA99", "d", "-."), "SatImp": ("#999933", ">", "--"), "WGA": ("#332288", "p", "-"),
+    "CEU": ("#AA4499", "H", ":"), "PDU": ("#661100", "8", "--"),
 }
 
 def style_of(row: str) -> tuple[str, str, str]:
@@ -33,65 +34,82 @@ def style_of(row: str) -> tuple[str, str, str]:
     return STYLES.get(row, ("#444444", "h", ":"))
 
 def tidy(ax: Axes, **labels: Any) -> Axes:
-    "Our look: no box, faint grid, labels, drawn as they are (`plot_text`)."
+    "The axes with the look of all plots: no box, a faint grid, and labels drawn as they are written."
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25, linewidth=0.6)
-    ax.set(**{name: plot_text(label) if isinstance(label, str) else label for name, label in labels.items()})
+    for name, label in labels.items():
+        ax.set(**{name: plot_text(label) if isinstance(label, str) else label})
     return ax
 
 # %% ../../nbs/reporting/plots.ipynb #972237d7
 FLOOR = -30.0  # log10 of forget quality; lower values are drawn here
 
 def as_number(value: float | str | None) -> float:
-    "A table's value as a number; nan where there is none."
+    "A table's value (a number, or as printed) as a number; nan where there is none."
     return math.nan if value in (None, "", "-") else float(value)
 
 def log_quality(value: float | str | None) -> float:
     "log10 of a forget quality, at least `FLOOR`; nan where there is none."
     p = as_number(value)
-    return p if math.isnan(p) else FLOOR if p == 0 else max(FLOOR, math.log10(p))
+    if math.isnan(p):
+        return p
+    return max(FLOOR, math.log10(p)) if p > 0 else FLOOR
 
 def quality_against_utility(rows: dict[str, dict], ax: Axes | None = None, title: str = "") -> Axes:
-    "Scatter of `{row: {metric: value}}` (one split): model utility against log10 of forget quality."
+    "Scatter plot of one split, `{row: {metric: value}}`: model utility against log10 of forget quality."
     ax = ax or plt.figure(figsize=(4.6, 3.6)).gca()
     for row in sorted(rows, key=row_order):
         colour, marker, _ = style_of(row)
-        ax.scatter(as_number(rows[row].get("model_utility")), log_quality(rows[row].get("forget_quality")), color=colour, marker=marker,
-                   s=130 if row == "Retain" else 55, label=plot_text(row), zorder=3, clip_on=False)
+        utility, quality = as_number(rows[row].get("model_utility")), log_quality(rows[row].get("forget_quality"))
+        size = 130 if row == "Retain" else 55
+        ax.scatter(utility, quality, color=colour, marker=marker, s=size, label=plot_text(row), zorder=3, clip_on=False)
     ax.axhline(math.log10(0.05), color="0.5", linewidth=0.8, linestyle="--")
     ax.text(0, math.log10(0.05) - 0.3, "p = 0.05", fontsize=7, color="0.4", va="top")
     ax.set_ylim(FLOOR - 1, 1.5)
     ax.set_xlim(left=-0.02)
-    return tidy(ax, xlabel="model utility", ylabel=f"log10 forget quality\n({FLOOR:g} and below at {FLOOR:g})", title=title)
+    ylabel = f"log10 forget quality\n({FLOOR:g} and below at {FLOOR:g})"
+    return tidy(ax, xlabel="model utility", ylabel=ylabel, title=title)
 
 # %% ../../nbs/reporting/plots.ipynb #b60600b9
 def truth_ratio_ecdf(evaluations: dict[str, dict], ax: Axes | None = None, title: str = "", cut: float = 3.0) -> Axes:
-    "Cumulative distributions of `{row: EVAL}`, one of them `Retain`; with two rows, their KS distance as a bar."
+    """Cumulative distributions of the truth ratios of `{row: EVAL}`; of two rows, also their KS distance as a bar.
+
+    Values above `cut` are drawn there."""
     ax = ax or plt.figure(figsize=(4.6, 3.4)).gca()
-    values = {row: np.sort([r["score"] for r in rows_of(e["forget_truth_ratio"]) if r["score"] is not None])
-              for row, e in evaluations.items()}
+    values = {row: _truth_ratios(evaluation) for row, evaluation in evaluations.items()}
     for row, x in values.items():
         colour, _, line = style_of(row)
         ax.step(np.minimum(x, cut), np.arange(1, len(x) + 1) / len(x), where="post", color=colour, linestyle=line,
                 label=plot_text(row), linewidth=2.2 if row == "Retain" else 1.4)
     if len(values) == 2:
-        test = stats.ks_2samp(*values.values())
-        heights = [np.searchsorted(v, test.statistic_location, side="right") / len(v) for v in values.values()]
-        ax.vlines(min(test.statistic_location, cut), *sorted(heights), color="0.3", linewidth=3, alpha=0.6)
-        ax.text(0.97, 0.05, f"D = {test.statistic:.2f}\np = {test.pvalue:.1e}", transform=ax.transAxes, ha="right")
+        one, other = values.values()
+        _mark_distance(ax, one, other, cut)
     return tidy(ax, xlabel=f"truth ratio ({cut:g} and above drawn at {cut:g})", ylabel="share of rows", title=title)
+
+def _truth_ratios(evaluation: dict) -> np.ndarray:
+    scores = [row["score"] for row in rows_of(evaluation["forget_truth_ratio"])]
+    return np.sort([score for score in scores if score is not None])
+
+def _mark_distance(ax: Axes, one: np.ndarray, other: np.ndarray, cut: float) -> None:
+    "Draw the KS distance of two samples where it lies, with its p-value."
+    test = stats.ks_2samp(one, other)
+    heights = [np.searchsorted(v, test.statistic_location, side="right") / len(v) for v in (one, other)]
+    ax.vlines(min(test.statistic_location, cut), *sorted(heights), color="0.3", linewidth=3, alpha=0.6)
+    ax.text(0.97, 0.05, f"D = {test.statistic:.2f}\np = {test.pvalue:.1e}", transform=ax.transAxes, ha="right")
 
 # %% ../../nbs/reporting/plots.ipynb #f0f213e1
 def panels(count: int, height: float, **how: Any) -> tuple[plt.Figure, list[Axes]]:
-    "A figure of `count` panels, at most three beside each other, wide enough to be read in a column of text."
+    "A figure of `count` panels, each `height` inches high, at most three side by side; the figure and its axes."
     across = 2 if count == 4 else min(count, 3)
-    fig, axes = plt.subplots(-(-count // across), across, figsize=(7.5 if across > 1 else 4.5, height * -(-count // across)), squeeze=False, **how)
+    down = -(-count // across)
+    size = (7.5 if across > 1 else 4.5, height * down)  # wide enough to be read in a column of text
+    fig, axes = plt.subplots(down, across, figsize=size, squeeze=False, **how)
     for ax in axes.flat[count:]:
         ax.axis("off")
     return fig, list(axes.flat[:count])
 
 def metric_bars(rows: dict[str, dict], metrics: list[str], title: str = "") -> plt.Figure:
-    "One panel a metric, one bar a row of `{row: {metric: value}}`; the retain model's value as a line across."
+    "A panel for each metric with a bar for each row of `{row: {metric: value}}`; the retain model's value as a line."
     fig, axes = panels(len(metrics), 0.8 + 0.2 * len(rows), sharey=True)
     names = sorted(rows, key=row_order, reverse=True)
     for ax, metric in zip(axes, metrics):
@@ -107,14 +125,18 @@ def metric_bars(rows: dict[str, dict], metrics: list[str], title: str = "") -> p
     return fig
 
 # %% ../../nbs/reporting/plots.ipynb #d4e857bd
-def step_lines(points: dict[str, list[dict]], metrics: list[str], retain: dict, xlabel: str, title: str = "") -> plt.Figure:
-    "One panel a metric, one line a row of `{row: [values after each step]}`; the retain model's values dashed, forget quality as its log10."
+def step_lines(points: dict[str, list[dict]], metrics: list[str], retain: dict, xlabel: str,
+               title: str = "") -> plt.Figure:
+    """A panel for each metric with a line for each row of `{row: [values after each step]}`.
+
+    The retain model's values are dashed. Forget quality is drawn as its log10."""
     fig, axes = panels(len(metrics), 2.1)
     for ax, metric in zip(axes, metrics):
         number = log_quality if metric == "forget_quality" else as_number
         for row, values in points.items():
             colour, marker, line = style_of(row)
-            ax.plot(range(len(values)), [number(v.get(metric)) for v in values], color=colour, marker=marker, markersize=4, linestyle=line,
+            heights = [number(v.get(metric)) for v in values]
+            ax.plot(range(len(values)), heights, color=colour, marker=marker, markersize=4, linestyle=line,
                     label=plot_text(row))
         if metric in retain:
             ax.axhline(number(retain[metric]), color=STYLES["Retain"][0], linewidth=1, linestyle="--", label="Retain")
@@ -125,14 +147,20 @@ def step_lines(points: dict[str, list[dict]], metrics: list[str], retain: dict, 
     fig.legend(*axes[-1].get_legend_handles_labels(), frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return fig
 
-def study_lines(values: dict[str, dict[str, dict]], study: list[str], metrics: list[str], xlabel: str, title: str = "") -> plt.Figure:
-    "One panel a metric, one line a row of `{split: {row: {metric: value}}}` over the splits of a study; `News` holds the yardsticks."
+# %% ../../nbs/reporting/plots.ipynb #c5363971
+def study_lines(values: dict[str, dict[str, dict]], study: list[str], metrics: list[str], xlabel: str,
+                title: str = "") -> plt.Figure:
+    """`step_lines` of `{split: {row: {metric: value}}}` over the splits of a study.
+
+    Finetuned and Retain, where the lines begin and should end, are read from the split `News`."""
     start, splits = values.get("News", {}), [s for s in study if s in values]
     rows = sorted({row for s in splits for row in values[s]} - {"Finetuned", "Retain"}, key=row_order)
     points = {row: [start.get("Finetuned", {}), *(values[s].get(row, {}) for s in splits)] for row in rows}
     return step_lines(points, metrics, start.get("Retain", {}), xlabel, title)
 
-def epoch_lines(courses: dict[str, dict[int, dict]], rows: dict[str, dict], metrics: list[str], title: str = "") -> plt.Figure:
-    "The same over the epochs of `{row: {epoch: values}}`, from the Finetuned row of `rows` on."
-    points = {row: [rows.get("Finetuned", {}), *(courses[row][epoch] for epoch in sorted(courses[row]))] for row in sorted(courses, key=row_order)}
+def epoch_lines(epochs: dict[str, dict[int, dict]], rows: dict[str, dict], metrics: list[str],
+                title: str = "") -> plt.Figure:
+    "`step_lines` over the epochs of `{row: {epoch: values}}`, beginning with the Finetuned row of `rows`."
+    start = rows.get("Finetuned", {})
+    points = {row: [start, *(epochs[row][n] for n in sorted(epochs[row]))] for row in sorted(epochs, key=row_order)}
     return step_lines(points, metrics, rows.get("Retain", {}), "epoch", title)
