@@ -15,7 +15,7 @@ import pytest
 
 from openunlearn_nb.methods import method as methods
 from openunlearn_nb.commands.cli import main
-from openunlearn_nb.commands.options import parse
+from openunlearn_nb.commands.grammar import parse
 from openunlearn_nb.reporting.collect import by_seed, find_runs, measured
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.experiments.grid import GridConfig, default_jobs, run_grid

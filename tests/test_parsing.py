@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from openunlearn_nb.commands.options import COMMANDS, leaf, parse, parser
+from openunlearn_nb.commands.grammar import commands, leaf, parse, parser
 from openunlearn_nb.experiments.settings import GridSettings, RunSettings
 
 
@@ -18,7 +18,7 @@ def said(capsys, line: str) -> str:
     return capsys.readouterr().err.strip()
 
 
-@pytest.mark.parametrize("line", ["--help", *(f"{name} --help" for name in COMMANDS)])
+@pytest.mark.parametrize("line", ["--help", *(f"{name} --help" for name in commands())])
 def test_help_imports_nothing_heavy(line):
     program = ("import sys\nfrom openunlearn_nb.commands.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
                "assert not {'torch', 'transformers', 'numpy', 'pandas', 'datasets'} & set(sys.modules)\nassert len(sys.modules) < 400\n")
@@ -27,8 +27,9 @@ def test_help_imports_nothing_heavy(line):
 
 
 def test_every_setting_is_an_option_of_some_command():
-    options = {action.dest for name in COMMANDS for action in leaf(parser(), name)._actions}
-    assert {f.name for of in (RunSettings, GridSettings) for f in fields(of)} - options == {"quantize"}  # --qlora sets it
+    options = {action.dest for name in commands() for action in leaf(parser(), name)._actions}
+    assert {f.name for of in (RunSettings, GridSettings) for f in fields(of)} - options == {
+        "quantize", "method_args", "training_args", "sweep"}  # set by --qlora, --set and names of TrainingArguments
 
 
 def test_only_what_was_given_is_a_setting():
@@ -70,9 +71,29 @@ def test_a_file_of_settings(tmp_path, capsys):
                     "gradient-checkpointing: false\nsystem:\n")
     given = parse(f"train --config {file} --epochs 3 --set beta=0.1".split())
     assert (given.method, given.output, given.set) == ("NPO", "out", ["beta=0.5", "alpha=2", "beta=0.1"])  # the last one counts
-    assert given.settings == {"benchmark": "TOFU", "epochs": 3, "learning_rate": 1e-4, "trust_remote_code": True, "gradient_checkpointing": False}
+    assert given.settings == {"benchmark": "TOFU", "epochs": 3, "learning_rate": 1e-4, "trust_remote_code": True, "gradient_checkpointing": False,
+                              "method_args": {"beta": [0.1], "alpha": [2]}}
     file.write_text("epoch: 7\n")
     assert said(capsys, f"tofu --config {file}") == "openunlearn tofu: there is no option --epoch; did you mean --epochs?"
     file.write_text("- epochs\n")
     assert "no list of names and values" in said(capsys, f"tofu --config {file}")
     assert "No such file" in said(capsys, f"tofu --config {tmp_path}/none.yaml")
+
+
+def test_training_arguments_by_their_own_names(capsys):
+    given = parse("train --method NPO --output x --warmup_ratio 0.1 --weight-decay=0 --max_steps 5 --bf16 --report_to tensorboard".split()).settings
+    assert given["training_args"] == {"warmup_steps": [0.1], "weight_decay": [0.0], "max_steps": [5], "bf16": [True], "report_to": ["tensorboard"]}
+    assert parse("tofu --max_grad_norm 0.5,1 --set beta=0.05 0.1".split()).settings["training_args"] == {"max_grad_norm": [0.5, 1.0]}
+    assert said(capsys, "train --method NPO --output x --save_steps 5") == "openunlearn train: --save_steps is set by the command itself; give --save-each."
+    assert said(capsys, "tofu --max_steps many") == "openunlearn tofu: --max_steps cannot be many; a whole number is needed."
+    assert said(capsys, "tofu --weigth_decay 0.1") == "openunlearn tofu: there is no option --weigth_decay; did you mean --weight_decay?"
+    assert said(capsys, "eval tofu --weight_decay 0.1").startswith("openunlearn eval tofu: there is no option --weight_decay")  # it trains nothing
+    with pytest.raises(SystemExit) as end:
+        parse(["tofu", "--help-training"])
+    assert end.value.code == 0 and "--warmup_steps" in capsys.readouterr().out
+
+
+def test_values_of_a_sweep():
+    given = parse("tofu --set beta=0.05,0.1 0.5 retain_loss_type=NLL,KL --learning-rate 1e-4 1e-5 --epochs 3".split()).settings
+    assert given["method_args"] == {"beta": [0.05, 0.1, 0.5], "retain_loss_type": ["NLL", "KL"]}
+    assert given["learning_rate"] == (1e-4, 1e-5) and given["epochs"] == (3,)

@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,13 +34,19 @@ from ..internals.processes import is_main, join_group, on_main
 from .provenance import difference, model_identity
 from ..evaluation.records import read_json, seed_in_name
 from .runs import YARDSTICKS, cell_folder, check_asked, check_method, finished, home_of, run_cell
-from .settings import GridSettings
+from .settings import LATE, GridSettings
+from .sweeps import Variant, check_names, variants_of
 from .workers import Task, check_main, run_all
 
 # %% ../../nbs/experiments/grid.ipynb #edf767f6
 @dataclass(frozen=True)
 class GridConfig(GridSettings, RunConfig):
     "A grid. Without `splits` all of the benchmark's table that the data has, without `methods` those of the table."
+
+    @property
+    def variants(self) -> dict[str, Variant]:
+        "The rows of the table that are unlearned, each with its method and settings."
+        return {v.row: v for method in self.methods for v in variants_of(self, method, self.sweep)}
 
 def has_retain(grid: GridConfig) -> bool:
     "Whether a grid has a retain model."
@@ -67,6 +73,11 @@ def check_grid(grid: GridConfig) -> GridConfig:
     methods = tuple(get_method(m).name for m in grid.methods or default_methods(grid, splits[0]))
     if grid.alternates and "AltPO" not in methods:
         raise OpenUnlearnError(f"--alternates is for AltPO, which is not among the methods ({', '.join(methods)}).")
+    check_names(grid, methods, grid.sweep)
+    grid = replace(grid, splits=splits, methods=methods)
+    for variant in grid.variants.values():
+        check_config(variant.config)
+        method_settings(variant.method, recipe_of(variant.config, variant.method)[1])
     for split in splits:
         check_asked(grid, split)
         for method in methods:
@@ -96,12 +107,17 @@ def _started_from(output: str | Path, path: str) -> dict:
     return {}
 
 # %% ../../nbs/experiments/grid.ipynb #a38bd317
+def _recipe_hash(variant: Variant) -> str:
+    "Of a row's recipe and settings, and of the user's file that declares its method."
+    recipe, own = recipe_of(variant.config, variant.method)
+    declared = [DECLARED_IN[variant.method]] if variant.method in DECLARED_IN else []
+    return content_hash([recipe.as_dict(), method_settings(variant.method, own), *declared])
+
 def claim(grid: GridConfig, output: str | Path) -> None:
     "Note the grid's configuration in its folder; raises if the folder holds another's results."
     if Path(output).is_file():
         raise OpenUnlearnError(f"{output} is a file; give a folder as --output.")
-    file_of = lambda m: [DECLARED_IN[m]] if m in DECLARED_IN else []
-    recipes = {m: content_hash([asdict(recipe), method_settings(m, own), *file_of(m)]) for m in grid.methods for recipe, own in [recipe_of(grid, m)]}
+    recipes = {row: _recipe_hash(variant) for row, variant in grid.variants.items()}
     mine = grid.fingerprint()
     new: dict[str, dict] = {"data_hashes": grid.source.hashes(*grid.splits), "recipes": recipes, "models": models_of(grid)}
     file = Path(output) / "grid.json"
@@ -109,7 +125,8 @@ def claim(grid: GridConfig, output: str | Path) -> None:
     known = {what: h if isinstance(h := theirs.get(what), dict) else {} for what in new}  # of the splits and methods asked for so far
     if file.exists() and "models" not in theirs:
         warnings.warn(f"{output} was begun by an earlier version, which did not note what its models were: only what its records say is compared.")
-    changed = [f"{k} {theirs.get(k)!r}, now {mine[k]!r}" for k in mine if theirs.get(k) != mine[k]]
+    names = [*mine, *(name for name in LATE if name in theirs and name not in mine)]
+    changed = [f"{k} {theirs.get(k)!r}, now {mine.get(k)!r}" for k in names if theirs.get(k) != mine.get(k)]
     say = {"data_hashes": "the rows of {} have changed", "recipes": "the recipe of {} has changed"}
     changed += [say[what].format(k) for what in say for k, digest in new[what].items() if known[what].get(k, digest) != digest]
     for path, identity in new["models"].items():
@@ -125,7 +142,7 @@ def cells(grid: GridConfig) -> list[tuple[str, str]]:
     "All (split, row) of a grid, the yardsticks of a split first."
     rows = ["Retain", "Finetuned"] if has_retain(grid) else ["Finetuned"]
     return list(dict.fromkeys(cell for split in grid.splits for cell in [*((home_of(grid, split), row) for row in rows),
-                                                                        *((split, method) for method in grid.methods)]))
+                                                                        *((split, method) for method in grid.variants)]))
 
 # %% ../../nbs/experiments/grid.ipynb #9e6bda70
 def plan(grid: GridConfig, output: str) -> list[Task]:
@@ -153,7 +170,9 @@ def run_task(grid: GridConfig, output: str, task: Task, progress: Progress) -> d
     for file in grid.imports:
         load_methods(file)
     if task.row:
-        return run_cell(grid, task.split, task.row, output, progress)
+        if not (variant := grid.variants.get(task.row)):
+            return run_cell(grid, task.split, task.row, output, progress)
+        return run_cell(variant.config, task.split, task.row, output, progress, variant.method)
     embedded_model(task.split, grid.source.embedded_benchmark, progress=progress)
     return {}
 

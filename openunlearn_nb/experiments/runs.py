@@ -70,7 +70,7 @@ def for_this_gpu(config: RunConfig, recipe: TrainConfig, method: str, settings: 
 
     As it is where the user or `compat` names the rows, in a launch of several processes, for the embedded model and on other devices."""
     memory = usable_memory(model.device)
-    if memory is None or launched_processes() > 1 or config.per_device_batch or config.compat or config.model == "embedded":
+    if memory is None or launched_processes() > 1 or config.per_device_batch or "gradient_accumulation_steps" in (config.training_args or {}) or config.compat or config.model == "embedded":
         return recipe
     layout = ("qlora" if config.quantize else "lora") if recipe.lora else "single"
     optim = optimizer_of(recipe)
@@ -120,8 +120,8 @@ def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, 
         told |= {"diverged": True, "diverged_at": step}
     term = get_method(method).forget_term
     ours = term is None or term.__module__ == method_settings.__module__  # a method of one's own has no published settings
-    published = {"training": asdict(published_recipe(config.benchmark, method)), "settings": get_method(method).defaults} if ours else None
-    return model, {"training": asdict(recipe), "settings": _as_json(settings), "losses": losses, "published": published, **declared, **told}
+    published = {"training": published_recipe(config.benchmark, method).as_dict(), "settings": get_method(method).defaults} if ours else None
+    return model, {"training": recipe.as_dict(), "settings": _as_json(settings), "losses": losses, "published": published, **declared, **told}
 
 def _as_json(settings: dict) -> dict:
     return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in settings.items()}
@@ -296,8 +296,8 @@ def history_of(config: RunConfig, folder: Path) -> EvaluationHistory | None:
     return EvaluationHistory(config.kind, config.best_weights, folder / "epochs.json", folder / "checkpoint/best", resume)
 
 # %% ../../nbs/experiments/runs.ipynb #50ba54e1
-def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Progress) -> dict[str, float]:
-    "Make one row of one split: load, unlearn, evaluate, write. Returns the summary."
+def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Progress, method: str = "") -> dict[str, float]:
+    "Make one row of one split (called after its method, unless `method` is given): load, unlearn, evaluate, write. Returns the summary."
     started, folder, source, trained = time.time(), cell_folder(output, split, row), config.source, {}
     earlier = source.starts_from(split) if row not in YARDSTICKS else None
     if earlier and (lost := read_json(cell_folder(output, earlier, row) / "run.json", "run record")).get("diverged"):
@@ -316,7 +316,8 @@ def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Pro
     else:
         history, kept = history_of(config, folder), folder / "checkpoint" if config.save_each else None
         look = (lambda epoch, model: add_evaluation(history, epoch, model, judge(model))) if history else None
-        model, trained = unlearn(config, row, split, model, enc, None, "", lambda share: progress(0.7 * share), look, kept, start=start)
+        model, trained = unlearn(config, method or row, split, model, enc, None, "", lambda share: progress(0.7 * share), look, kept,
+                                 start=start)
         evaluation = judge(model, lambda share: progress(0.7 + 0.3 * share))
         if history:
             evaluation = finish_history(history, trained["training"]["epochs"], model, evaluation)

@@ -8,8 +8,9 @@ __all__ = ['TrainConfig', 'published_recipe', 'draws', 'PairDataset', 'collate_p
 
 # %% ../../nbs/training/pairs.ipynb #45ab7c8d
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,11 @@ class TrainConfig:
     max_steps: int | None = None  # in place of epochs
     optim: str | None = None  # transformers' name of an optimizer; None: by the device
     lora: int | None = None  # rank of an adapter that is trained in place of the weights
+    arguments: dict[str, Any] | None = None  # further fields of TrainingArguments, by their names
+
+    def as_dict(self) -> dict[str, Any]:
+        "For a record: without `arguments` where there are none, as version 0.1 wrote it."
+        return {name: value for name, value in asdict(self).items() if name != "arguments" or value}
 
     def rows(self, n_devices: int) -> int:
         "Rows per device and forward: `batch_size`, or less where several devices share a small effective batch."

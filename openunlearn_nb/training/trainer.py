@@ -175,8 +175,7 @@ def training_arguments(config: TrainConfig, n_examples: int, output_dir: str) ->
     steps_per_epoch = math.ceil(math.ceil(n_examples / (rows * devices)) / accumulation)
     steps = config.max_steps or steps_per_epoch * config.epochs
     warmup = min(math.ceil(config.warmup_epochs * steps_per_epoch), steps - 1)  # one step must count
-    try:
-        args = TrainingArguments(
+    ours: dict[str, Any] = dict(
             output_dir=output_dir, learning_rate=config.learning_rate, num_train_epochs=config.epochs,
             per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation,
             warmup_steps=warmup, lr_scheduler_type=config.schedule, max_steps=config.max_steps or -1,
@@ -184,7 +183,9 @@ def training_arguments(config: TrainConfig, n_examples: int, output_dir: str) ->
             bf16=computes_in_bf16(), use_cpu=device_type() == "cpu", save_strategy="no",
             report_to=[], logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, remove_unused_columns=False,
             dataloader_pin_memory=cuda, activation_checkpointing=config.gradient_checkpointing)
-    except ValueError as e:
+    try:
+        args = TrainingArguments(**ours | (config.arguments or {}))
+    except (ValueError, TypeError) as e:
         raise OpenUnlearnError(f"Training cannot be set up so: {' '.join(str(e).split())[:300]}") from e
     args._n_gpu = min(1, args.n_gpu)  # else a lone process wraps the model in DataParallel on a machine with several
     return args

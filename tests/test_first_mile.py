@@ -1,0 +1,79 @@
+"""A model and data of one's own, as a user would type it: fine-tuned, unlearned, evaluated, laid out in one table."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from openunlearn_nb.commands.cli import main
+from openunlearn_nb.data.tofu import question_pairs
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> tuple[Path, Path]:
+    """A tiny Qwen2 in a folder, and a folder with a dozen questions of one's own."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from openunlearn_nb.models.tiny import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("own")
+    rows = question_pairs("forget01", "miniature")
+    (folder / "data").mkdir()
+    for side, part in (("forget", rows[:4]), ("retain", rows[4:12])):
+        with open(folder / f"data/{side}.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("question", "answer"), *part])
+    tokenizer = train_tokenizer([question + answer for question, answer in rows], 400)
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    Qwen2ForCausalLM(config).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    return folder / "base", folder / "data"
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_a_sweep_has_a_row_for_each_value(tiny, tmp_path, capsys):
+    model, data = tiny
+    line = f"own --model {model} --data {data} --methods NPO GradDiff --set beta=0.05,0.5 --max_steps 2 --max_grad_norm 0.3 --quiet --jobs 1"
+    assert main([*line.split(), "--output", str(tmp_path)]) == 0
+    rows = {folder.name: record(folder) for folder in (tmp_path / "own").iterdir()}
+    assert set(rows) == {"Finetuned", "NPO beta=0.05", "NPO beta=0.5", "GradDiff"}
+    for name in ("NPO beta=0.05", "NPO beta=0.5"):
+        assert rows[name]["settings"]["beta"] == float(name.split("=")[1])
+        assert len(rows[name]["losses"]) == 2  # --max_steps
+        assert rows[name]["config"]["training_args"] == {"max_grad_norm": 0.3, "max_steps": 2}
+        assert rows[name]["training"]["arguments"] == {"max_grad_norm": 0.3}
+    assert main([*line.replace("max_grad_norm 0.3", "max_grad_norm 0.5").split(), "--output", str(tmp_path)]) == 2
+    assert "another configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options, sentence", [
+    ("--set betta=0.1", "Unknown setting of NPO 'betta'; did you mean beta"),
+    ("--train-rows 200", "train_rows 200 counts what the embedded model is taught"),
+    ("--max_steps 2 --optim adamw_bnb_8bits", "Unknown optimizer"),
+    ("--lr_scheduler_type linnear --max_steps 2", "Training cannot be set up so"),
+])
+def test_what_does_nothing_or_cannot_be_is_refused(tiny, tmp_path, capsys, options, sentence):
+    model, data = tiny
+    line = f"train --benchmark own --model {model} --data {data} --method NPO --output {tmp_path}/out {options}"
+    assert main(line.split()) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_is_for_a_grid(tiny, tmp_path, capsys):
+    model, data = tiny
+    assert main(f"train --benchmark own --model {model} --data {data} --method NPO --output {tmp_path}/out --set beta=0.1,0.2".split()) == 2
+    assert "beta has several values, and train makes one run; a grid takes them, such as openunlearn own" in capsys.readouterr().err
+
+
+def test_precision_and_system_message_are_settings_of_every_command(tiny, tmp_path):
+    model, data = tiny
+    line = f"eval own --model {model} --data {data} --dtype bfloat16 --metrics forget_Q_A_Prob --output {tmp_path}"
+    assert main(line.split()) == 0
+    assert record(tmp_path)["config"]["dtype"] == "bfloat16"
