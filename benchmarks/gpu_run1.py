@@ -194,34 +194,30 @@ class Bench:
 
     def settings(self, method: str) -> dict[str, Any]:
         """The method's, with RMU's layer in this model."""
-        from openunlearn_nb.methods.method import method_settings
+        from openunlearn_nb.methods.method import METHODS as DECLARED
 
         own = {"module_regex": rf"model\.layers\.{min(7, self.sizes.layers - 1)}"} if method == "RMU" else {}
-        return method_settings(method, own)
+        return DECLARED[method].merge(own)
 
 
 def parts_of(method: str, settings: dict) -> list[str]:
     """The parts of a batch that a method trains on."""
-    from openunlearn_nb.methods.method import get_method, keeps_retain
+    from openunlearn_nb.methods.method import METHODS as DECLARED
 
-    of = get_method(method)
-    used = {
-        "forget": of.forget_term is not None,
-        "alternate": "alternate" in of.needs,
-        "retain": keeps_retain(settings),
-    }
+    of = DECLARED[method](**settings)
+    used = {"forget": "forget" in of.terms, "alternate": of.alternates is not None, "retain": "retain" in of.terms}
     return [name for name, there in used.items() if there]
 
 
 def step_flops(bench: Bench, method: str, settings: dict) -> float:
     """Of one row of each part: a forward and a backward, which is two; and the live reference's forward, where the step
     has one."""
-    from openunlearn_nb.methods.method import needs_reference
+    from openunlearn_nb.methods.method import METHODS as DECLARED
 
     steers = "module_regex" in settings
     layers = int(re.findall(r"\d+", settings["module_regex"])[-1]) + 1 if steers else None  # where such a forward stops
     each = {name: mean_flops(bench.sizes, bench.parts[name], layers, not steers) for name in parts_of(method, settings)}
-    reference = each["retain" if steers else "forget"] if needs_reference(method, settings) else 0.0
+    reference = each["retain" if steers else "forget"] if DECLARED[method](**settings).needs_reference else 0.0
     return 3 * sum(each.values()) + reference
 
 

@@ -16,10 +16,10 @@ from transformers import Trainer
 
 from openunlearn_nb.models.forwards import find_module
 from openunlearn_nb.methods.losses import activation_mse, control_vector, dpo_loss, npo_loss, simnpo_loss, undial_loss
-from openunlearn_nb.methods.method import MethodLoss, term_counts
 from openunlearn_nb.evaluation.entries import combined_entry, compute_entries
 from openunlearn_nb.evaluation.metric import Context, metric_table, needed, wanted
 from openunlearn_nb.evaluation.model_results import ModelResults, ScoredRow, Usage
+from openunlearn_nb.methods.method import TERMS, Method, MethodLoss
 from openunlearn_nb.data.prompts import collate, encode
 from openunlearn_nb.models.scoring import NOTHING, TokenScores
 
@@ -56,10 +56,11 @@ def undial_term(model, ref_model, part: dict, beta: float) -> torch.Tensor:
     return undial_loss(predicted[there], goal[there], labels[there], beta)
 
 
-def plain_loss(method: str, model, batch: dict, ref_model=None, compat=None, terms=None, **s) -> MethodLoss:
-    """As `method_loss`, for the six methods of the benchmarks."""
+def plain_loss(self: Method, model, batch: dict, ref_model=None, terms=TERMS) -> MethodLoss:
+    """As `Method.loss`, for the six methods of the benchmarks."""
+    method, s = self.name, self.settings
     counts = batch.get("counts")  # of the whole effective batch: a forward's mean has its share in the step's
-    share = {term: own / counts[term] for term, own in term_counts(method, batch, s).items()} if counts else {}
+    share = {term: own / counts[term] for term, own in self.counts(batch).items()} if counts else {}
     batch = {part: tensors for part, tensors in batch.items() if part != "counts"}
     nll, n = {}, {}
     if method == "UNDIAL":  # without a retain term, as published
@@ -72,7 +73,8 @@ def plain_loss(method: str, model, batch: dict, ref_model=None, compat=None, ter
         h = {part: activations(model, batch[part], s["module_regex"]) for part in batch}
         with torch.no_grad():
             goal = activations(ref_model, batch["retain"], s["module_regex"])
-        u = s["control_vec"] if s["control_vec"] is not None else control_vector(h["forget"].shape[-1])
+        u = self.memory.get("control_vec", s["control_vec"])
+        u = control_vector(h["forget"].shape[-1]) if u is None else u
         forget = activation_mse(h["forget"], s["steering_coeff"] * u.to(h["forget"]), mask["forget"])
         retain = activation_mse(h["retain"], goal, mask["retain"])
     else:
@@ -89,9 +91,9 @@ def plain_loss(method: str, model, batch: dict, ref_model=None, compat=None, ter
 @contextmanager
 def plainly() -> Iterator[None]:
     """In this context `train` trains the plain way; everything else about a run, its batches too, is the same."""
-    with (patch("openunlearn_nb.training.trainer.method_loss", plain_loss),
+    with (patch.object(Method, "loss", plain_loss),
           patch("openunlearn_nb.training.trainer.UnlearnTrainer.training_step", Trainer.training_step),
-          patch("openunlearn_nb.training.trainer.needs_reference", lambda method, settings: method in ("NPO", "IdkDPO", "RMU", "UNDIAL")),
+          patch.object(Method, "needs_reference", property(lambda self: self.name in ("NPO", "IdkDPO", "RMU", "UNDIAL"))),
           patch("openunlearn_nb.training.pairs.with_ref_nll", lambda model, examples, **_: examples),
           patch("openunlearn_nb.training.pairs.collate", lambda examples, pad_id, side: collate(examples, pad_id, "right"))):
         yield

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from openunlearn_nb.methods.method import METHODS, declare, method_loss, method_settings, term_counts
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
+from openunlearn_nb.methods.method import METHODS, method, method_loss
 from openunlearn_nb.training.pairs import TrainConfig, collate_parts
 from openunlearn_nb.training.trainer import train
 
@@ -52,18 +52,18 @@ def assert_same(one, other):
 
 @pytest.mark.checks(area="Training", given="a step of 8 rows, cut into forwards of 8, 2 or 1 rows (answers of 1 to 40 tokens, a last step of 3 rows)",
                     then="the same losses and the same weights, with every method")
-@pytest.mark.parametrize("method", METHODS)
-def test_the_step_does_not_depend_on_the_rows_of_a_forward(method, start):
-    whole = trained(start, method, 8)
+@pytest.mark.parametrize("name", METHODS)
+def test_the_step_does_not_depend_on_the_rows_of_a_forward(name, start):
+    whole = trained(start, name, 8)
     for rows in (2, 1):
-        assert_same(whole, trained(start, method, rows))
+        assert_same(whole, trained(start, name, rows))
 
 
 @pytest.mark.checks(area="Training", given="the same, with the KL retain term, or PDU's multiplier moved after each epoch",
                     then="the same losses and the same weights")
-@pytest.mark.parametrize("method, settings", [("NPO", {"retain_loss_type": "KL"}), ("PDU", {"dual_update_upon": "epoch"})])
-def test_retain_terms_and_multiplier_are_of_the_effective_batch(method, settings, start):
-    assert_same(trained(start, method, 8, **settings), trained(start, method, 1, **settings))
+@pytest.mark.parametrize("name, settings", [("NPO", {"retain_loss_type": "KL"}), ("PDU", {"dual_update_upon": "epoch"})])
+def test_retain_terms_and_multiplier_are_of_the_effective_batch(name, settings, start):
+    assert_same(trained(start, name, 8, **settings), trained(start, name, 1, **settings))
 
 
 @pytest.mark.checks(area="Training", given="compat with open-unlearning", then="the mean of the forwards' means, as in the reference code: the rows of a "
@@ -83,8 +83,8 @@ def test_a_scalar_of_ones_own_is_a_mean_over_rows_unless_it_says_otherwise(start
         "No mean over tokens, and not of this package."
         logits = model(input_ids=batch["forget"]["input_ids"], attention_mask=batch["forget"]["attention_mask"]).logits
         return logits[:, -1].square().mean(-1).mean()
-    monkeypatch.setattr("openunlearn_nb.methods.method.METHODS", METHODS | {})
-    declare("Own", "x", "a test", alpha=0.0)(longest)
+    monkeypatch.setattr(METHODS, "_objects", dict(METHODS))
+    method("Own", alpha=0.0)(longest)
     assert_same(trained(start, "Own", 8), trained(start, "Own", 1))
 
 
@@ -93,7 +93,7 @@ def test_a_scalar_of_ones_own_is_a_mean_over_rows_unless_it_says_otherwise(start
 def test_a_batch_without_counts_is_a_whole_one(start):
     items = [{"forget": e, "retain": RETAIN[i % 6]} for i, e in enumerate(FORGET[:4])]
     whole, pieces = collate_parts(items, 0), [collate_parts([item], 0) for item in items]
-    counts = {term: n / 4 for term, n in term_counts("GradDiff", whole, method_settings("GradDiff", {})).items()}
+    counts = {term: n / 4 for term, n in METHODS["GradDiff"]().counts(whole).items()}
     with torch.no_grad():
         loss = method_loss("GradDiff", start, whole).loss.item()
         means = [method_loss("GradDiff", start, piece).loss.item() for piece in pieces]

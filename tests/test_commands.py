@@ -55,7 +55,7 @@ def test_a_report_draws_the_epochs(small_grid, tmp_path):
 
 
 def test_a_notebook_shows_one_sentence():
-    cell = "from openunlearn_nb.methods.method import get_method; get_method('NPOO')"
+    cell = "from openunlearn_nb import METHODS; METHODS.find('NPOO')"
     done = subprocess.run([sys.executable, "-m", "IPython", "--no-banner", "--colors=NoColor", "-c", cell], capture_output=True, text=True, cwd=ROOT)
     said = done.stdout + done.stderr
     assert "OpenUnlearnError: Unknown method 'NPOO'; did you mean NPO" in said and "Traceback" not in said and len(said.splitlines()) < 4

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from openunlearn_nb.methods import method as methods
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.commands.grammar import parse
+from openunlearn_nb.internals.registry import import_file
+from openunlearn_nb.methods.method import METHODS
 from openunlearn_nb.reporting.collect import by_seed, find_runs, measured
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.experiments.grid import GridConfig, default_jobs, run_grid
@@ -31,10 +32,10 @@ import signal
 from pathlib import Path
 
 from openunlearn_nb.models.forwards import sequence_nll
-from openunlearn_nb.methods.method import declare
+from openunlearn_nb import method
 
 
-@declare("Deadly", r"-\\mathrm{{NLL}}", "a test")
+@method("Deadly", paper="a test")
 def deadly(model, batch, ref_model, s):
     "Its process is killed at the first step of the first try."
     mark = Path("{mark}")
@@ -173,8 +174,8 @@ def test_a_grid_whose_worker_is_killed(two_devices, small_grid, tmp_path, monkey
     file, mark, folder = tmp_path / "deadly.py", tmp_path / "killed", shutil.copytree(small_grid[0], tmp_path / "grid")
     file.write_text(DEADLY.format(mark=mark))
     shutil.rmtree(folder / "forget01/NPO")
-    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))  # for this test only
-    methods.load_methods(str(file))
+    monkeypatch.setattr(METHODS, "_objects", dict(METHODS))  # for this test only
+    import_file(str(file))
     grid = replace(small_grid[1], methods=("Deadly", "NPO"), imports=(str(file),))
     assert run_grid(grid, folder, show=False) == []
     device_of = {row: read_json(cell_folder(folder, "forget01", row) / "run.json")["environment"]["device_id"] for row in grid.methods}

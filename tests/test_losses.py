@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from openunlearn_nb.internals.errors import OpenUnlearnError
-from openunlearn_nb.methods.method import METHODS, method_loss, method_settings
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
+from openunlearn_nb.methods.method import METHODS, method_loss
 from openunlearn_nb.data.prompts import collate
 
 TWELVE = ["GradAscent", "GradDiff", "IdkDPO", "NPO", "SimNPO", "RMU", "UNDIAL", "AltPO", "SatImp", "WGA", "CEU", "PDU"]
@@ -144,7 +144,7 @@ def test_loss_and_gradient_equal_the_equation(name, rows, side, longer, models):
     batch = batch_of(rows, side, longer)
     for own in ({}, OTHER.get(name, {})):
         own = own | (LAYER | {"control_vec": torch.linspace(0, 1, 32)} if name == "RMU" else {})
-        s = method_settings(name, own)
+        s = METHODS[name].merge(own)
         loss, parts = method_loss(name, model, batch, reference, **own)
         same(model, loss, expected(name, model, reference, batch, s), size=max(abs(v.item()) for v in parts.values()))
         assert set(parts) == {"forget"} | ({"retain"} if s["alpha"] else set())

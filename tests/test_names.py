@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from openunlearn_nb.methods import method as methods
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.reporting.collect import find_runs
 from openunlearn_nb.experiments.config import BENCHMARKS, RunConfig
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.experiments.grid import GridConfig, run_grid, run_seeds
-from openunlearn_nb.methods.method import METHODS, declare, get_method, load_methods, method_settings
 from openunlearn_nb.models.tiny import train_tokenizer
+from openunlearn_nb.internals.registry import import_file
+from openunlearn_nb.methods.method import METHODS, method
 from openunlearn_nb.data.prompts import PROMPTS, Encoder
 from openunlearn_nb.internals.files import write_json
 from openunlearn_nb.experiments.runs import count_overlap
@@ -48,23 +48,23 @@ BAD_NAMES = [
 def test_names_of_methods(name, tmp_path):
     before = dict(METHODS)
     with pytest.raises(OpenUnlearnError, match="cannot be called"):
-        declare(name, "0", "a test")
+        method(name)(lambda *_: 0)
     file = tmp_path / "own.py"
     file.write_text(
-        f"from openunlearn_nb.methods.method import declare\n@declare({name!r}, '0', 'a test')\ndef term(model, batch, ref_model, s): ...\n"
+        f"from openunlearn_nb import method\n@method({name!r})\ndef loss(model, batch, ref_model, s): ...\n"
     )
     with pytest.raises(OpenUnlearnError, match="cannot be run: A method cannot be called"):
-        load_methods(str(file))
+        import_file(str(file))
     with pytest.raises(OpenUnlearnError) if name != "DPO" else warnings.catch_warnings():
-        get_method(name)
+        METHODS.find(name)
     assert METHODS == before
 
 
 def test_good_names_of_methods(monkeypatch):
-    monkeypatch.setattr(methods, "METHODS", dict(METHODS))
+    monkeypatch.setattr(METHODS, "_objects", dict(METHODS))
     for name in ("Hinge2", "NPO (beta 0.5)", "méthode", "a-b_c.d+e", "方法"):
-        declare(name, "0", "a test")(None)
-        assert get_method(name).name == name
+        method(name)(lambda *_: 0)
+        assert METHODS.find(name).name == name
 
 
 @pytest.mark.checks(
@@ -73,11 +73,11 @@ def test_good_names_of_methods(monkeypatch):
 @pytest.mark.parametrize("key", ["alpha", "gamma"])
 def test_weights_below_0(key, monkeypatch):
     with pytest.raises(OpenUnlearnError, match=f"{key} must be 0 or more, not -0.5"):
-        method_settings("GradDiff", {key: -0.5})
-    assert all(method_settings(name, {})[key] >= 0 for name in METHODS)
-    monkeypatch.setattr(methods, "METHODS", dict(METHODS))
-    declare("Opposite", "0", "a test", **{key: -1.0})(lambda *_: 0)  # whose own definition has it
-    assert method_settings("Opposite", {key: -0.5})[key] == -0.5
+        METHODS["GradDiff"].merge({key: -0.5})
+    assert all(m.merge({})[key] >= 0 for m in METHODS.values())
+    monkeypatch.setattr(METHODS, "_objects", dict(METHODS))
+    method("Opposite", **{key: -1.0})(lambda *_: 0)  # whose own definition has it
+    assert METHODS["Opposite"].merge({key: -0.5})[key] == -0.5
 
 
 def run(folder: Path, seed: int | None, row: str = "NPO", date: str = "today") -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from openunlearn_nb.models.forwards import sequence_nll
-from openunlearn_nb.methods.method import declare
+from openunlearn_nb import method
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Goal:
     loss: float
 
 
-@declare("{name}", r"(\\\\mathrm{{NLL}}/n-t)^2", "a test", target={target})
+@method("{name}", paper="a test", target={target})
 def aim(model, batch, ref_model, s):
     "Bring each answer to a loss of `target` a token."
     nll, n = sequence_nll(model, batch["forget"])
@@ -46,7 +46,7 @@ def test_a_method_from_a_file(tmp_path, capsys):
 
 def test_what_is_wrong_with_a_file_is_said(tmp_path, capsys):
     file = tmp_path / "mine.py"
-    for text, said in ((None, "No Python file"), ("x = 1", "declares no method"), (FILE.format(name="NPO", target=1.0), "which is there already"),
+    for text, said in ((None, "There is no Python file"), ("x = 1", "declares nothing"), (FILE.format(name="NPO", target=1.0), "There is a method called NPO already"),
                        ("1 / 0", "ZeroDivisionError")):
         if text is not None:
             file = tmp_path / f"mine{len(text)}.py"  # a file is run once a process

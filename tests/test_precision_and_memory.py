@@ -19,6 +19,7 @@ from openunlearn_nb.training.pairs import TrainConfig
 from openunlearn_nb.data.prompts import PROMPTS, Encoder, encode_all
 from openunlearn_nb.models.scoring import score
 from openunlearn_nb.training.memory import OPTIMIZERS
+from openunlearn_nb.methods.method import METHODS, Method
 from openunlearn_nb.training.trainer import in_evaluation_dtype, optimizer_of, train
 
 
@@ -89,7 +90,7 @@ def test_an_epoch_is_evaluated_in_the_precision_of_the_last(tiny, monkeypatch):
 def test_the_reference_is_kept_in_the_precision_of_evaluation(tiny, monkeypatch):
     model = tiny[2]
     monkeypatch.setattr(training, "evaluation_dtype", lambda: torch.bfloat16)
-    _, reference, _ = training._equipped(copy.deepcopy(model), "UNDIAL", training.method_settings("UNDIAL", {}), TrainConfig())
+    _, reference, _ = training._equipped(copy.deepcopy(model), METHODS["UNDIAL"](), TrainConfig())
     assert {p.dtype for p in reference.parameters()} == {torch.bfloat16} and not any(p.requires_grad for p in reference.parameters())
 
 
@@ -168,6 +169,6 @@ def test_a_training_that_does_not_fit_says_what_would(tiny, monkeypatch):
     def never(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(training, "method_loss", never)
+    monkeypatch.setattr(Method, "loss", never)
     with pytest.raises(OpenUnlearnError, match="Memory ran out in training, with 4 rows a forward: give a smaller --per-device-batch"):
         train(copy.deepcopy(model), tokenizer.pad_token_id, "NPO", examples[:16], examples[16:], TrainConfig(epochs=1))

@@ -299,11 +299,11 @@ def bench_command(args: argparse.Namespace) -> int:
 def plan_command(args: argparse.Namespace) -> int:
     from openunlearn_nb.training import phases as ph
     from openunlearn_nb.training.memory import GB, LAYOUTS, Plan, check_plan, model_config, model_sizes
-    from openunlearn_nb.methods.method import get_method
+    from openunlearn_nb.methods.method import METHODS
     from openunlearn_nb.models.loading import quiet
     from openunlearn_nb.training.pairs import published_recipe
     quiet()
-    method = get_method(args.method).name
+    method = METHODS.find(args.method).name
     recipe = published_recipe(args.benchmark, method)
     given = lambda value, default: default if value is None else value
     rows = given(args.per_device_batch, recipe.batch_size)
@@ -364,9 +364,9 @@ def _run(args: argparse.Namespace) -> int:
     "Import what the user declares, and run the command; a benchmark's name runs its grid."
     from_user = args.settings.get("imports") or getattr(args, "imports", ())
     if from_user:
-        from openunlearn_nb.methods.method import load_methods
+        from openunlearn_nb.internals.registry import import_file
         for file in from_user:
-            load_methods(file)
+            import_file(file)
     return COMMANDS.get(args.full_name, eval_command if args.command == "eval" else grid_command)(args)
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .config import Progress, RunConfig, check_config, check_split, model_path, open_model, recipe_of
 from ..data.benchmark import Benchmark
-from ..methods.method import get_method, method_settings
+from ..methods.method import METHODS
 from ..training.pairs import alternate_examples
 from ..evaluation.evaluate import evaluate
 from ..evaluation.metric import metric_table, needed, wanted
@@ -89,7 +89,7 @@ def bench_training(config: RunConfig, method: str, split: str, model: PreTrained
                    progress: Progress = lambda share: None) -> list[dict]:
     "Rows of the table: the reference's pass and the steps."
     recipe, own = recipe_of(config, method)
-    recipe, source, settings = replace(recipe, max_steps=steps), config.source, method_settings(method, own)
+    recipe, source, settings = replace(recipe, max_steps=steps), config.source, METHODS.find(method).merge(own)
     enc = enc._replace(max_length=recipe.max_length)
     forget = source.forget_examples(split, enc)
     answers = other_answers(config, method, split, model, enc)
@@ -102,7 +102,7 @@ def bench_training(config: RunConfig, method: str, split: str, model: PreTrained
     first, last = min(counted.times), max(counted.times)  # of many steps, not each is told
     a_step = (counted.times[last] - counted.times[first]) / (last - first) / steps
     prepared = counted.times[first] - begin - a_step * first * steps
-    least = sum(_read_of(e) for part in [forget, *(alternates or [])] for e in part) if "ref_nll" in get_method(method).needs else 0
+    least = sum(_read_of(e) for part in [forget, *(alternates or [])] for e in part) if "ref_nll" in METHODS.find(method).needs else 0
     return [{"phase": "set-up and reference", "seconds": prepared, "tokens": counted.read["reference"], "least": least},
             {"phase": f"{steps} steps of {method}", "seconds": a_step * steps, "tokens": counted.read["steps"],
              "least": counted.useful, "steps/s": 1 / a_step}]
@@ -110,7 +110,7 @@ def bench_training(config: RunConfig, method: str, split: str, model: PreTrained
 # %% ../../nbs/experiments/bench.ipynb #107411ab
 def bench(config: RunConfig, split: str, method: str = "NPO", steps: int = 10, progress: Progress = lambda share: None) -> dict[str, Any]:
     "Time and tokens of a few steps of a method and of an evaluation: a record, with the table in `phases`."
-    started, method = time.time(), get_method(method).name
+    started, method = time.time(), METHODS.find(method).name
     check_config(config), check_split(config, split), check_method(config, method, split)
     path = model_path(config, split)
     model, enc = open_model(config, path, for_training=False)

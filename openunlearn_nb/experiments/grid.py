@@ -23,7 +23,8 @@ from .config import Progress, RunConfig, check_config, check_split, model_path, 
 from ..internals.hashes import content_hash
 from .embedded import embedded_folder, embedded_model
 from ..internals.errors import OpenUnlearnError
-from ..methods.method import DECLARED_IN, METHODS, get_method, load_methods, method_settings
+from ..internals.registry import import_file
+from ..methods.method import METHODS
 from ..models.loading import PRESETS
 from ..internals.files import new_folder, output_path, write_json
 from ..internals.launch import launched_processes, visible_devices
@@ -31,10 +32,10 @@ from ..internals.locks import output_lock
 from ..internals.processes import is_main, join_group, on_main
 from .provenance import difference, model_identity
 from ..evaluation.records import read_json, seed_in_name
-from .runs import YARDSTICKS, cell_folder, check_asked, check_method, finished, home_of, run_cell
 from .settings import LATE, GridSettings
 from .display import Display, reason_of
 from .sweeps import Variant, check_names, variants_of
+from .runs import YARDSTICKS, cell_folder, check_alternates, check_asked, check_method, finished, home_of, run_cell
 from .workers import Task, check_main, run_all
 
 # %% ../../nbs/experiments/grid.ipynb #edf767f6
@@ -55,7 +56,7 @@ def default_methods(grid: GridConfig, split: str) -> list[str]:
     "The methods of the benchmark's published table; where nothing is published, all whose needs the data meet."
     if published := published_methods(BENCHMARKS.find(grid.benchmark)):
         return published
-    return [name for name, method in METHODS.items() if method.forget_term and _can_run(grid, name, split)]
+    return [name for name, method in METHODS.items() if method.forget_loss and _can_run(grid, name, split)]
 
 def _can_run(grid: GridConfig, method: str, split: str) -> bool:
     try:
@@ -69,14 +70,13 @@ def check_grid(grid: GridConfig) -> GridConfig:
     check_config(grid)
     splits = grid.splits or tuple(grid.source.table_splits())
     splits = tuple(check_split(grid, split) for split in splits)
-    methods = tuple(get_method(m).name for m in grid.methods or default_methods(grid, splits[0]))
-    if grid.alternates and "AltPO" not in methods:
-        raise OpenUnlearnError(f"--alternates is for AltPO, which is not among the methods ({', '.join(methods)}).")
+    methods = tuple(METHODS.find(m).name for m in grid.methods or default_methods(grid, splits[0]))
+    check_alternates(grid, methods)
     check_names(grid, methods, grid.sweep)
     grid = replace(grid, splits=splits, methods=methods)
     for variant in grid.variants.values():
         check_config(variant.config)
-        method_settings(variant.method, recipe_of(variant.config, variant.method)[1])
+        METHODS.find(variant.method).merge(recipe_of(variant.config, variant.method)[1])
     for split in splits:
         check_asked(grid, split)
         for method in methods:
@@ -109,8 +109,8 @@ def _started_from(output: str | Path, path: str) -> dict:
 def _recipe_hash(variant: Variant) -> str:
     "Of a row's recipe and settings, and of the user's file that declares its method."
     recipe, own = recipe_of(variant.config, variant.method)
-    declared = [DECLARED_IN[variant.method]] if variant.method in DECLARED_IN else []
-    return content_hash([recipe.as_dict(), method_settings(variant.method, own), *declared])
+    method = METHODS.find(variant.method)
+    return content_hash([recipe.as_dict(), method.merge(own), *METHODS.hashes(variant.method)])
 
 def claim(grid: GridConfig, output: str | Path) -> None:
     "Note the grid's configuration in its folder; raises if the folder holds another's results."
@@ -167,7 +167,7 @@ def plan(grid: GridConfig, output: str) -> list[Task]:
 def run_task(grid: GridConfig, output: str, task: Task, progress: Progress) -> dict:
     "Run a task in this process: a cell of the table, or (without a row) the teaching of an embedded model on what `split` names."
     for file in grid.imports:
-        load_methods(file)
+        import_file(file)
     if task.row:
         if not (variant := grid.variants.get(task.row)):
             return run_cell(grid, task.split, task.row, output, progress)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from .config import RunConfig
 from ..internals.errors import OpenUnlearnError, check_choice
 from ..internals.registry import ROWS, check_name
-from ..methods.method import get_method
+from ..methods.method import METHODS
 
 # %% ../../nbs/experiments/sweeps.ipynb #c3cd9069
 class Sweep(NamedTuple):
@@ -46,7 +46,7 @@ def _with_values(config: RunConfig, chosen: Sequence[tuple[Sweep, Any]]) -> RunC
 # %% ../../nbs/experiments/sweeps.ipynb #323cc114
 def variants_of(config: RunConfig, method: str, sweeps: Sequence[Sweep] = ()) -> list[Variant]:
     "A method with every combination of the values that it takes. Without sweeps its row is called after it alone."
-    known = get_method(method).defaults
+    known = METHODS.find(method).defaults
     own = {name: value for name, value in (config.method_args or {}).items() if name in known}
     config = replace(config, method_args=own or None)
     taken = [sweep for sweep in sweeps if sweep.of != "method_args" or sweep.name in known]
@@ -60,7 +60,7 @@ def variants_of(config: RunConfig, method: str, sweeps: Sequence[Sweep] = ()) ->
 
 def check_names(config: RunConfig, methods: Sequence[str], sweeps: Sequence[Sweep] = ()) -> None:
     "Raise for a setting that none of the methods has, and for one that has both a value and a sweep."
-    known = {name: None for method in methods for name in get_method(method).defaults}
+    known = {name: None for method in methods for name in METHODS.find(method).defaults}
     swept = [sweep.name for sweep in sweeps if sweep.of == "method_args"]
     for name in [*(config.method_args or {}), *swept]:
         check_choice(name, known, f"setting of {', '.join(methods)}")

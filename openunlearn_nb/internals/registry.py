@@ -82,6 +82,11 @@ class Declared(Mapping[str, T], Generic[T]):
 # %% ../../nbs/internals/registry.ipynb #66721e5b
 REGISTRIES: dict[str, "Registry"] = {}  # kind of object: its registry
 
+def _again(old: Any, new: Any) -> bool:
+    "Whether a notebook's cell is run again: it declares an object of the same definition."
+    same = getattr(old, "__qualname__", old) == getattr(new, "__qualname__", new)
+    return same and getattr(new, "__module__", None) == "__main__"
+
 class Registry(Declared[T]):
     """Objects of one kind by name.
 
@@ -101,8 +106,8 @@ class Registry(Declared[T]):
     def add(self, name: str, value: T) -> T:
         "Declare an object. Raises where the name is taken or cannot be one."
         check_name(name, self.kind, (*self.reserved, *self.aliases))
-        if self._spelled(name) in self._objects:
-            taken = self._spelled(name)
+        taken = self._spelled(name)
+        if taken in self._objects and not _again(self._objects[taken], value):
             raise OpenUnlearnError(f"There is a {self.kind} called {taken} already; give this one another name.")
         self._objects[name] = value
         return value

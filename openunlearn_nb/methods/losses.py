@@ -75,7 +75,9 @@ def kl_loss(logits: Tensor, ref_logits: Tensor) -> Tensor:
 
 # %% ../../nbs/methods/losses.ipynb #20ddae2c
 def activation_mse(h: Tensor, goal: Tensor, mask: Tensor, each_row: bool = True) -> Tensor:
-    "Mean over rows of each row's mean squared error over its masked tokens; `h` `[rows, length, hidden]`, `mask` `[rows, length]`."
+    """Mean over rows of each row's mean squared error over its masked tokens.
+
+    `h` and `goal` are `[rows, length, hidden]`, `mask` is `[rows, length]`."""
     errors = ((h.float() - goal.float()).square().mean(-1) * mask).sum(1)
     counts = mask.sum(1).clamp(min=1)
     return (errors / counts).mean() if each_row else errors.mean() * (1 / counts).mean()

@@ -22,7 +22,7 @@ from ..data.benchmark import BENCHMARKS
 from ..internals.devices import computes_in_bf16
 from ..internals.errors import OpenUnlearnError
 from ..models.forwards import bare, sequence_nll
-from ..methods.method import get_method
+from ..methods.method import METHODS, Method
 from ..internals.processes import merged, rank, world_size
 from ..data.prompts import Encoder, collate, encode_all
 from ..models.scoring import score
@@ -67,7 +67,7 @@ def published_recipe(benchmark: str, method: str) -> TrainConfig:
     "The recipe by which OpenUnlearning runs a method on a benchmark, or teaches it (`Finetune`)."
     of = BENCHMARKS.find(benchmark)
     recipe = of.finetune_recipe if method == "Finetune" else of.recipe
-    return replace(TrainConfig(**recipe), **get_method(method).recipe)
+    return replace(TrainConfig(**recipe), **METHODS.find(method).recipe)
 
 # %% ../../nbs/training/pairs.ipynb #011ca1d9
 def draws(n: int, choices: int, epoch: int, seed: int, stream: int) -> np.ndarray:
@@ -159,21 +159,20 @@ def alternate_examples(questions: Sequence[str], answers: Sequence[Sequence[str]
 def _labelled(example: dict) -> bool:
     return any(label != -100 for label in example["labels"][1:])
 
-def build_dataset(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], retain: list[dict],
-                  alternates: list[list[dict]] | None, seed: int, compat: str | None = None) -> PairDataset:
+def build_dataset(model: PreTrainedModel, pad_id: int, method: Method, forget: list[dict], retain: list[dict],
+                  alternates: list[list[dict]] | None, seed: int) -> PairDataset:
     """The data set of a method's parts, with the reference's log-likelihoods if the method needs them.
 
     Those of a sharded model are left out: it computes only once DeepSpeed drives it (see `PairDataset.set_reference`)."""
-    needs = get_method(method).needs
-    if "alternate" in needs and not alternates:
-        raise OpenUnlearnError(f"{method} needs another answer to every question to forget; give alternates, a list for each epoch.")
-    alternates = alternates if "alternate" in needs else None
+    if method.alternates and not alternates:
+        raise OpenUnlearnError(f"{method.name} needs another answer to every question to forget; give alternates, a list for each epoch.")
+    alternates = alternates if method.alternates else None
     whole = [i for i, e in enumerate(forget) if _labelled(e) and all(_labelled(epoch[i]) for epoch in alternates or [])]
     for what, given, left in (("forget", forget, whole), ("keep", retain, kept := [e for e in retain if _labelled(e)])):
         if given and not left:
             raise OpenUnlearnError(f"None of the {len(given)} examples to {what} has a labelled token.")
     forget, alternates = [forget[i] for i in whole], alternates and [[epoch[i] for i in whole] for epoch in alternates]
-    data = PairDataset(forget, kept, alternates, seed, same_draws=bool(compat))
-    if "ref_nll" in needs and not is_sharded(model):
-        data.set_reference(partial(with_ref_nll, model, pad_id=pad_id, compat=compat))
+    data = PairDataset(forget, kept, alternates, seed, same_draws=bool(method.compat))
+    if "ref_nll" in method.needs and not is_sharded(model):
+        data.set_reference(partial(with_ref_nll, model, pad_id=pad_id, compat=method.compat))
     return data

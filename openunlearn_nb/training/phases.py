@@ -16,8 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..internals.errors import OpenUnlearnError
-from .memory import GB, LAYOUTS, LIVE, PARTS, Plan, asks, check_plan, memory_parts, standing, with_margin
-from ..methods.method import get_method, needs_reference
+from .memory import GB, LAYOUTS, LIVE, PARTS, Plan, asks, check_plan, memory_parts, method_of, standing, with_margin
 from .pairs import published_recipe
 from ..models.prefixes import SPARE_TOKENS
 from ..models.scoring import SLICE
@@ -72,18 +71,18 @@ PHASES = ("load", "train", "merge", "evaluate", "eval-each")
 EVERY_RUN = PHASES[:4]  # the last one is asked for
 
 def _loading(plan: Plan) -> Iterator[Moment]:
-    m, layout, method = plan.model, LAYOUTS[plan.layout], get_method(plan.method)
+    m, layout, method = plan.model, LAYOUTS[plan.layout], method_of(plan)
     stand = standing(plan)
     alone = not (layout.base or layout.stage)
     sharded = layout.sharded_load and not plan.whole_load
     weights = stand["weights"] if layout.base or sharded else (4 if alone else 2) * m.parameters
-    reference = (weights / 2 if alone and plan.gpus else weights) * (needs_reference(plan.method, plan.settings) and not layout.base)
+    reference = (weights / 2 if alone and plan.gpus else weights) * (method.needs_reference and not layout.base)
     passing = 2 * m.largest if layout.base == "nf4" or sharded else 0
     yield dict(weights=weights, reference=reference, copies=passing)
-    if "ref_nll" in method.needs or plan.method == "AltPO":  # asked for likelihoods, or for other answers
+    if "ref_nll" in method.needs or method.alternates == "generated":
         casts = 2 * (m.linear + m.vocab * m.hidden) if alone and plan.gpus else 0
         gathered = 2 * min(m.parameters, LIVE) if sharded else 0
-        asked = asking(plan) if plan.method == "AltPO" else scoring(plan)
+        asked = asking(plan) if method.alternates == "generated" else scoring(plan)
         yield dict(weights=weights, copies=casts + gathered, **asked)
     if layout.stage and not sharded:  # the engine is made, and the reference not sharded yet
         yield {**stand, "optimizer": 0, "reference": reference}

@@ -28,9 +28,8 @@ from ..models.adapters import AdapterOff, merge_adapter, with_adapter
 from .checkpoints import last_checkpoint, load_checkpoint, save_checkpoint, whole_model
 from ..internals.devices import computes_in_bf16, device_type, evaluation_dtype, is_out_of_memory
 from ..internals.errors import OpenUnlearnError
-from ..models.forwards import check_ids, parameters_up_to, trained_parameters
-from ..methods.losses import control_vector
-from ..methods.method import get_method, keeps_retain, method_loss, method_settings, needs_reference, term_counts
+from ..models.forwards import check_ids
+from ..methods.method import METHODS, Method, MethodHooks
 from .pairs import PairDataset, TrainConfig, build_dataset, collate_parts, with_ref_nll
 from ..models.prefixes import respects_padding_mask
 from ..internals.launch import launched_processes, under_deepspeed
@@ -39,23 +38,22 @@ from ..internals.zero import is_sharded, release, sharded_copy, unsharded
 
 # %% ../../nbs/training/trainer.ipynb #9bf2911c
 class UnlearnTrainer(Trainer):
-    "Runs any declared method; `settings` are the method's."
+    "Runs any method, with its settings."
     loss_is_scaled_for_ga = False
 
-    def __init__(self, method: str, settings: dict, ref_model: PreTrainedModel | AdapterOff | None = None, compat: str | None = None, **kwargs):
+    def __init__(self, method: Method, ref_model: PreTrainedModel | AdapterOff | None = None, **kwargs):
         super().__init__(**kwargs)
-        self.method, self.settings, self.ref_model, self.compat = method, settings, ref_model, compat
-        self.all_terms = [term for term, there in (("retain", keeps_retain(settings)), ("forget", get_method(method).forget_term)) if there]
-        self.terms = tuple(self.all_terms)
-        if settings.get("primal_dual"):
-            self.multiplier = _Multiplier(self)
-            self.add_callback(self.multiplier)
+        self.method, self.ref_model = method, ref_model
+        self.all_terms = method.terms[::-1]  # the retain term's backward first
+        self.terms = self.all_terms
+        self.forwards: dict[str, list[torch.Tensor]] = {term: [] for term in self.all_terms}  # losses of the step's forwards
+        self.add_callback(_MethodSteps(self))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "The forwards of one step, each with the `counts` by which `method_loss` makes their mean that of the whole effective batch."
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and not self.compat:
-            of_each = [term_counts(self.method, batch, self.settings) for batch in batches]
+        if batches and not self.method.compat:
+            of_each = [self.method.counts(batch) for batch in batches]
             here = torch.stack([sum(counts[term] for counts in of_each) for term in self.all_terms]).to(self.args.device)
             average = self.accelerator.reduce(here) / (len(batches) * self.accelerator.num_processes)
             for batch in batches:
@@ -64,9 +62,12 @@ class UnlearnTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with self.accelerator.autocast():  # the reference's forward in the same precision as the model's
-            loss, parts = method_loss(self.method, model, inputs, self.ref_model, self.compat, self.terms, **self.settings)
-        if self.settings.get("primal_dual") and "retain" in parts:
-            self.multiplier.note(parts["retain"].detach())
+            loss, parts = self.method.loss(model, inputs, self.ref_model, self.terms)
+        if model.training:
+            losses = {term: value.detach() for term, value in parts.items()}
+            self.method.on_forward(losses)
+            for term, value in losses.items():
+                self.forwards[term].append(value)
         return (loss, {}) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -74,9 +75,12 @@ class UnlearnTrainer(Trainer):
         if self.is_deepspeed_enabled:
             return super().training_step(model, inputs, num_items_in_batch)
         loss = 0.0
-        for term in self.all_terms:
-            self.terms = (term,)
-            loss = loss + super().training_step(model, inputs, num_items_in_batch)
+        try:
+            for term in self.all_terms:
+                self.terms = (term,)
+                loss = loss + super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self.terms = self.all_terms
         return loss
 
     def _prepare_input(self, data):
@@ -88,8 +92,8 @@ class UnlearnTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self.is_deepspeed_enabled and isinstance(self.ref_model, PreTrainedModel):
             self.ref_model = sharded_reference(self.ref_model, self.accelerator)
-        if "ref_nll" in get_method(self.method).needs and is_sharded(self.model):  # it computes only now that DeepSpeed drives it
-            score = partial(with_ref_nll, self.model_wrapped, pad_id=self.data_collator.keywords["pad_id"], compat=self.compat)
+        if "ref_nll" in self.method.needs and is_sharded(self.model):  # it computes only now that DeepSpeed drives it
+            score = partial(with_ref_nll, self.model_wrapped, pad_id=self.data_collator.keywords["pad_id"], compat=self.method.compat)
             self.train_dataset.set_reference(score)
         if resume_from_checkpoint:
             load_checkpoint(self, Path(resume_from_checkpoint))
@@ -102,40 +106,25 @@ class UnlearnTrainer(Trainer):
         pass  # nothing is drawn from torch's generators: data follow seed and epoch, and there is no dropout
 
 # %% ../../nbs/training/trainer.ipynb #61a8d896
-class _Multiplier(TrainerCallback):
-    "Moves PDU's `alpha`: up by the step size times the retain loss above its bound, down (to 0 at least) where it is below."
+class _MethodSteps(TrainerCallback):
+    "Keeps the method's state current, and calls its `on_step_end`."
 
     def __init__(self, trainer: UnlearnTrainer):
-        self.trainer, self.warm = trainer, False
-        self.forwards: list[torch.Tensor] = []  # retain losses of this step, a forward each
-        self.steps: list[torch.Tensor] = []  # those of the steps since the multiplier was last moved: each of the whole effective batch
-
-    def note(self, loss: torch.Tensor) -> None:
-        "Note the retain loss of a forward."
-        self.forwards.append(loss)
-        if self.trainer.compat:  # the reference code moves the multiplier with every forward
-            self.move("step")
-
-    def move(self, upon: str) -> None:
-        s = self.trainer.settings
-        if self.forwards:
-            self.steps.append(self.trainer.accelerator.gather(torch.stack(self.forwards)).float().mean())
-            self.forwards.clear()
-        if self.steps and s["dual_update_upon"] == upon:
-            excess = float(torch.stack(self.steps).mean()) - s["retain_loss_eps"]
-            self.steps.clear()
-            if self.warm and math.isfinite(excess):
-                s["alpha"] = max(0.0, s["alpha"] + s["dual_step_size"] * excess)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.move("step")
+        self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.warm = round(state.epoch or 0, 3) >= self.trainer.settings["dual_warmup_epochs"]
+        of = self.trainer.method.state
+        of.model, of.step, of.max_steps, of.epoch = self.trainer.model, state.global_step, state.max_steps, state.epoch or 0.0
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.on_train_begin(args, state, control)
-        self.move("epoch")
+    def on_step_end(self, args, state, control, **kwargs):
+        trainer, method = self.trainer, self.trainer.method
+        method.state.step, method.state.epoch = state.global_step, state.epoch
+        forwards = {term: torch.stack(values) for term, values in trainer.forwards.items() if values}
+        for values in trainer.forwards.values():
+            values.clear()
+        if type(method).on_step_end is not MethodHooks.on_step_end:
+            method.state.losses = {term: trainer.accelerator.gather(values).float().mean() for term, values in forwards.items()}
+            method.on_step_end(method.state)
 
 # %% ../../nbs/training/trainer.ipynb #73e2991e
 class _Follow(TrainerCallback):
@@ -319,27 +308,23 @@ def _fresh_accelerator() -> Iterator[None]:
             AcceleratorState._reset_state()
             unset_hf_deepspeed_config()
 
-def _start_settings(method: str, settings: dict, hidden: int, config: TrainConfig) -> dict:
-    settings = method_settings(method, settings)
-    if "control_vec" in settings and settings["control_vec"] is None:
-        settings["control_vec"] = control_vector(hidden, config.seed)
-    if settings.get("primal_dual") and settings["dual_warmup_epochs"] >= config.epochs and not config.max_steps:
-        warnings.warn(f"{method}'s warm-up of {settings['dual_warmup_epochs']:g} epochs is as long as the training: its multiplier never moves.")
-    if settings.get("primal_dual") and settings["retain_loss_eps"] == 0:
-        warnings.warn(f"{method} with retain_loss_eps 0: no retain loss is below that, so the retain term's weight only rises. Give a loss "
-                      "that is good enough, such as 0.3.")
-    return settings
+def _started(method: str, settings: dict, compat: str | None, config: TrainConfig) -> Method:
+    "The method with its settings, told of the training that it is for."
+    made = METHODS.find(method)(compat=compat, **settings)
+    made.state.seed, made.state.epochs = config.seed, 0 if config.max_steps else config.epochs
+    return made
 
 # %% ../../nbs/training/trainer.ipynb #a332e39d
-def _equipped(model: PreTrainedModel, method: str, settings: dict, config: TrainConfig) -> tuple[nn.Module, Any, list[nn.Parameter]]:
+def _equipped(model: PreTrainedModel, method: Method, config: TrainConfig) -> tuple[nn.Module, Any, list[nn.Parameter]]:
     "The model to train (with its adapter, where one is asked for), its reference, and the parameters to leave as they are."
-    patterns, reference = settings.get("trainable_params_regex", [".*"]), needs_reference(method, settings)
-    reached = _reached(model, method, settings, patterns)
+    reached = method.trainable(model)
     if config.lora:
+        patterns = getattr(method.s, "trainable_params_regex", [".*"])
         model = with_adapter(model, config.lora, patterns, config.seed, reached)
-        return model, AdapterOff(model) if reference else None, []
+        method.init_adapter(model)
+        return model, AdapterOff(model) if method.needs_reference else None, []
     frozen = [p for name, p in model.named_parameters() if name not in reached and p.requires_grad]
-    if not reference:
+    if not method.needs_reference:
         return model, None, frozen
     before = sharded_copy(model) if is_sharded(model) else _rounded_copy(model)
     return model, before.requires_grad_(False).eval(), frozen
@@ -350,17 +335,6 @@ def _rounded_copy(model: PreTrainedModel) -> PreTrainedModel:
     rounded = {id(p): nn.Parameter(p.detach().to(dtype, copy=True)) for p in model.parameters() if p.dtype == torch.float32}
     return copy.deepcopy(model, rounded)
 
-def _reached(model: PreTrainedModel, method: str, settings: dict, patterns: list[str]) -> set[str]:
-    "Parameters to train: those the patterns name, without those the loss cannot depend on. (DeepSpeed's optimizer would decay these all the same.)"
-    names = set(trained_parameters(model, patterns))
-    steers_all = "module_regex" in settings and (not keeps_retain(settings) or settings["retain_loss_type"] == "EMBED_DIFF")
-    if not steers_all:
-        return names
-    reached = names & set(parameters_up_to(model, settings["module_regex"]))
-    if not reached:
-        raise OpenUnlearnError(f"trainable_params_regex {patterns} names only weights after {settings['module_regex']}, on which the loss does not depend.")
-    return reached
-
 def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], retain: list[dict], config: TrainConfig = TrainConfig(),
           settings: dict | None = None, alternates: list[list[dict]] | None = None, progress: Callable[[float], None] = lambda share: None,
           compat: str | None = None, look: Callable[[int, PreTrainedModel], None] | None = None, keep: Path | None = None,
@@ -368,17 +342,18 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
     """Train on encoded examples (`Finetune`: on `retain` alone). `what`: of which run the checkpoints in `keep` are.
 
     `for_saving`: under DeepSpeed the main process alone gets the trained model, in the host's memory, and the others an empty one."""
-    settings = _start_settings(method, settings or {}, model.config.get_text_config().hidden_size, config)
+    chosen = _started(method, settings or {}, compat, config)
     check_ids(model, (e["input_ids"] for of in (forget, retain, *(alternates or [])) for e in of))
     side = "left" if respects_padding_mask(model) else "right"  # what stands before a row's padding never sees it
-    data = build_dataset(model, pad_id, method, forget, retain if keeps_retain(settings) else [], alternates, config.seed, compat)
+    data = build_dataset(model, pad_id, chosen, forget, retain if "retain" in chosen.terms else [], alternates, config.seed)
+    chosen.prepare(model, data)
     quantized = getattr(model, "is_quantized", False)
-    model, ref, frozen = _equipped(model, method, settings, config)
+    model, ref, frozen = _equipped(model, chosen, config)
     set_seed(config.seed)
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(), _still(frozen), _fresh_accelerator():
         warnings.filterwarnings("ignore", message=".*(pin_memory|lr_scheduler|all_gather_into|reduce_scatter_t).*")
         _set_up_launch(args := training_arguments(config, len(data), scratch), quantized, len(data))
-        trainer = UnlearnTrainer(method, settings, ref, compat, model=model, args=args, train_dataset=data, callbacks=[_Follow(data, progress)],
+        trainer = UnlearnTrainer(chosen, ref, model=model, args=args, train_dataset=data, callbacks=[_Follow(data, progress)],
                                  data_collator=partial(collate_parts, pad_id=pad_id, compat=compat, side=side))
         trainer.remove_callback(PrinterCallback)
         acts: list[Callable[[int], None]] = [partial(_look_at, trainer, look)] if look else []
