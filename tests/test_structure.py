@@ -16,7 +16,13 @@ BY_HAND = {"__init__.py", "__main__.py", "_modidx.py"}  # written by hand, or an
 
 # What is not rewritten yet. Whoever rewrites a chapter takes its name away; none is added.
 LONG_LINES = {
-    "models/loading", "commands/cli", "commands/options", "data/custom", "data/miniature_muse", "data/miniature_tofu", "data/muse", "data/prompts", "data/sources", "data/tofu", "data/wmdp", "evaluation/cache", "evaluation/gibberish", "evaluation/membership", "evaluation/metrics", "experiments/alternates", "experiments/bench", "experiments/config", "experiments/embedded", "experiments/general", "experiments/grid", "experiments/provenance", "experiments/runs", "experiments/workers", "methods/losses", "reporting/collect", "reporting/report", "reporting/tables", "training/checkpoints", "training/memory", "training/pairs", "training/phases", "training/trainer",
+    "commands/cli", "commands/options", "data/custom", "data/miniature_muse", "data/miniature_tofu",
+    "data/muse", "data/prompts", "data/sources", "data/tofu", "data/wmdp", "evaluation/cache",
+    "evaluation/gibberish", "evaluation/membership", "evaluation/metrics", "experiments/alternates",
+    "experiments/bench", "experiments/config", "experiments/embedded", "experiments/general",
+    "experiments/grid", "experiments/provenance", "experiments/runs", "experiments/workers", "methods/losses",
+    "models/loading", "reporting/collect", "reporting/report", "reporting/tables", "training/checkpoints",
+    "training/memory", "training/pairs", "training/phases", "training/trainer",
 }
 LONG_CELLS = {
     "commands/cli", "commands/options", "data/custom", "data/muse", "data/sources", "data/tofu", "data/wmdp",
