@@ -106,3 +106,40 @@ def test_half_of_the_functions_of_a_room_have_fewer_than_10_lines(room):
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in modules() if file.parent.name == room]
     functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     assert statistics.median(node.end_lineno - node.lineno + 1 for node in functions) < 10
+
+
+def words_of(text: str) -> set[str]:
+    """The words of a text or an identifier: `MUSE_tofuRows` has MUSE, tofu and Rows."""
+    return set(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", text))
+
+
+def texts_in_code(file: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of every identifier and string of a module, docstrings aside."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = {id(node.body[0].value) for node in ast.walk(tree)
+                  if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+        for field in ("id", "attr", "name", "arg", "module", "asname"):
+            if isinstance(text := getattr(node, field, None), str):
+                yield getattr(node, "lineno", 0), text
+
+
+def named_outside(names: list[str], own_modules: set[str]) -> list[str]:
+    """The places where modules other than `own_modules` (such as `data/tofu`) name one of `names`, in any usual case.
+
+    A name that is a word of English must be in `names` as it is spelled there, and is found in that spelling alone."""
+    english = {"own"}
+    forms = [{name} if name.lower() in english else {name, name.lower(), name.title()} for name in names]
+    wanted = set().union(*forms)
+    citation = re.compile("arXiv|_PAPER")  # a paper is called after its benchmark
+    others = [file for file in modules() if name_of(file, PACKAGE) not in own_modules]
+    return [f"{name_of(file, PACKAGE)}:{line} {text!r:.60}" for file in others for line, text in texts_in_code(file)
+            if words_of(text) & wanted and not citation.search(text)]
+
+
+def test_no_other_module_names_a_benchmark():
+    names = "tofu", "muse", "wmdp", "custom", "miniature_tofu", "miniature_muse", "tofu_metrics", "muse_metrics", "catalogue"
+    assert named_outside(["TOFU", "MUSE", "WMDP", "OWN"], {f"data/{name}" for name in names}) == []

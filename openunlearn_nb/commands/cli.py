@@ -82,25 +82,23 @@ def print_tables(suites: dict[str, dict], style: str = "text", what: str = "reco
         if style == "csv":
             say(t.to_csv(tables, t.columns_of(suite, tables, every=True)), end="")
         elif style == "latex":
-            say("\n\n".join(t.to_latex(part, columns) for values in tables.values() for part in t.by_study(values).values()))
+            say("\n\n".join(t.to_latex(part, columns) for values in tables.values() for part in t.by_study(values, suite).values()))
         elif style != "json":
             form = {"text": t.to_text, "markdown": t.to_markdown}[style]
             for model, values in tables.items():
-                for part in t.by_study(values).values():
-                    goal = "; Retain, which never saw what is to be forgotten, is the goal" if suite == "OWN" and any("Retain" in rows for rows in part.values()) else ""
+                for part in t.by_study(values, suite).values():
+                    retain = any("Retain" in rows for rows in part.values())
+                    goal = "; Retain, which never saw what is to be forgotten, is the goal" if retain else ""
                     say(f"{suite}, {model}, measured ({what if suite in t.BENCHMARKS else 'by lm-eval'}){goal}\n\n{form(part, columns)}\n")
                 if suite in t.BENCHMARKS:
                     _print_published(suite, model, values, form, columns)
 
 # %% ../../nbs/commands/cli.ipynb #7b8f2831
 def _print_published(suite: str, model: str, values: dict, form, columns: list[str]) -> None:
-    "The printed page's numbers of the same splits; of another model where this one has none."
+    "The printed page's numbers of the same model and splits, where there are any."
     from openunlearn_nb.reporting import tables as t
-    other = {"TOFU": "Llama-3.2-1B-Instruct", "MUSE": "Llama-2-7b"}.get(suite)
-    printed = model if t.PUBLISHED.get(model, ("",))[0] == suite else other
-    if printed and (shown := {split: rows for split, rows in t.published(printed).items() if split in values}):
-        orientation = "" if printed == model else ": another model and benchmark, for orientation only"
-        say(f"{suite}, {printed}, as published by OpenUnlearning{orientation}\n\n{form(shown, columns)}\n")
+    if shown := {split: rows for split, rows in t.published(model, suite).items() if split in values}:
+        say(f"{suite}, {model}, as published by OpenUnlearning\n\n{form(shown, columns)}\n")
 
 # %% ../../nbs/commands/cli.ipynb #0372dd14
 def table_command(args: argparse.Namespace) -> int:
@@ -139,11 +137,12 @@ def grid_command(args: argparse.Namespace) -> int:
     "Run a benchmark's grid."
     from openunlearn_nb.reporting.collect import find_runs
     from openunlearn_nb.experiments.grid import GridConfig, grid_folder, run_grid, run_seeds
-    from openunlearn_nb.data.muse import STUDIES
+    from openunlearn_nb.data.benchmark import BENCHMARKS
+    of = BENCHMARKS.find(args.benchmark)
     if args.study and "splits" in args.settings:
-        raise OpenUnlearnError(f"--study {args.study} says what to forget; leave out --corpora.")
+        raise OpenUnlearnError(f"--study {args.study} says what to forget; leave out --{of.split_words[1]}.")
     if args.study:
-        args.settings["splits"] = tuple(STUDIES[args.study])
+        args.settings["splits"] = tuple(of.studies[check_choice(args.study, of.studies, "study")])
     if args.seeds and "seed" in args.settings:
         raise OpenUnlearnError("--seed and --seeds say the same thing twice; give one of them.")
     grid, pattern = _config(GridConfig, args), "seed*/*/*/" if args.seeds else "*/*/"
@@ -177,13 +176,8 @@ def _model(args: argparse.Namespace) -> str:
 
 def _split(args: argparse.Namespace) -> str:
     "What to forget: as it was given, or the benchmark's default."
-    from openunlearn_nb.data.muse import corpora_in
-    if args.split:
-        return args.split
-    if args.benchmark == "MUSE":
-        return corpora_in(args.settings.get("data", "miniature"))[0]
-    return {"TOFU": "forget10", "WMDP": "bio", "OWN": "own"}[args.benchmark]
-
+    from openunlearn_nb.data.benchmark import made_benchmark
+    return args.split or made_benchmark(args.benchmark, args.settings.get("data", "miniature")).default_split()
 
 # %% ../../nbs/commands/cli.ipynb #9ea625ec
 def train_command(args: argparse.Namespace) -> int:
@@ -252,15 +246,15 @@ def alternates_command(args: argparse.Namespace) -> int:
     check_config(config)
     if args.repeats < 1 or not args.temperature > 0:
         raise OpenUnlearnError(f"--repeats must be 1 or more and --temperature above 0, not {args.repeats} and {args.temperature}.")
-    pairs = config.source.forget_pairs(check_split(config, args.split))
+    pairs = config.source.forget_pairs(check_split(config, _split(args)))
     with output_lock(args.output, "new file") as file:
-        model, enc = open_model(config, model_path(config, args.split), for_training=False)
+        model, enc = open_model(config, model_path(config, _split(args)), for_training=False)
         with _progress(_model(args), args) as progress:
             found = make_alternates(model, enc, pairs, args.repeats, config.model != "embedded", args.temperature, config.seed, progress)
         write_alternates(file, pairs, found)
     answers = sum(map(len, found))
     _tell(args, {"file": str(file), "answers": answers, "questions": len(pairs)},
-          f"{file}: {answers} other answers to {len(pairs)} questions of {args.split}")
+          f"{file}: {answers} other answers to {len(pairs)} questions of {_split(args)}")
     return 0
 
 # %% ../../nbs/commands/cli.ipynb #9fad7d93
@@ -276,7 +270,11 @@ def configs_command(args: argparse.Namespace) -> int:
         _tell(args, {"file": str(config_file(args.name))}, str(config_file(args.name)))
         return 0
     lines = [f"{name:<14} {what}" for name, what in (CONFIGS | SCRIPTS).items()]
-    launch = 'accelerate launch --config_file "$(openunlearn configs zero3)" -m openunlearn_nb tofu --model Llama-3.2-1B-Instruct --data locuslab/TOFU'
+    from openunlearn_nb.data.benchmark import BENCHMARKS
+    from openunlearn_nb.data.catalogue import DEFAULT_BENCHMARK
+    data = BENCHMARKS[DEFAULT_BENCHMARK].hub_id
+    launch = ('accelerate launch --config_file "$(openunlearn configs zero3)" -m openunlearn_nb '
+              f"{DEFAULT_BENCHMARK.lower()} --model Llama-3.2-1B-Instruct --data {data}")
     _tell(args, CONFIGS | SCRIPTS, "\n".join([*lines, "", launch]))
     return 0
 

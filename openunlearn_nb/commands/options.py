@@ -10,6 +10,7 @@ __all__ = ['SET', 'QLORA', 'FOLDER', 'IMPORTS', 'STYLES', 'CommonOptions', 'Grid
 # %% ../../nbs/commands/options.ipynb #3bc502e9
 from dataclasses import dataclass
 
+from ..data.catalogue import DEFAULT_BENCHMARK
 from ..experiments.settings import setting
 from ..internals.launch import CONFIGS, SCRIPTS
 
@@ -30,8 +31,7 @@ class CommonOptions:
 @dataclass(frozen=True)
 class GridOptions:
     "Of a benchmark's grid."
-    study: str | None = setting(None, "growing forget sets (scalability), or four requests in a row (sustainability)",
-                                choices=("scalability", "sustainability"))
+    study: str | None = setting(None, "a study of the benchmark, a split a step", metavar="NAME")
     seeds: tuple[int, ...] = setting((), "seeds of unlearning, for a table of mean and spread", metavar="N")
     set: tuple[str, ...] = SET
     qlora: int | None = QLORA
@@ -46,12 +46,11 @@ class TrainOptions:
     "Of `openunlearn train`."
     method: str = setting(help="a method, or Finetune", metavar="NAME")
     output: str = setting(help="new folder for the model and its record", metavar="FOLDER")
-    split: str | None = setting(None, "what to forget (default: forget10, the corpus of --data, or bio)",
+    split: str | None = setting(None, "what to forget (default: by the benchmark)",
                                 metavar="NAME",
                                 aliases=("forget_split",))
-    on: tuple[str, ...] = setting((), "what Finetune learns: full (default), retain90, ...; News_target (default for "
-                                  "MUSE), News_retrain, ...; "
-                                  "of several, each gets a folder in --output", metavar="NAME")
+    on: tuple[str, ...] = setting((), "what Finetune learns: a training set of the benchmark, such as full or retain90 (default: "
+                                  "all that Finetuned has learned); of several, each gets a folder in --output", metavar="NAME")
     set: tuple[str, ...] = SET
     qlora: int | None = QLORA
     push_to_hub: str | None = setting(None, "upload the model with its record and card", metavar="OWNER/NAME")
@@ -60,7 +59,7 @@ class TrainOptions:
 @dataclass(frozen=True)
 class EvalOptions:
     "Of `openunlearn eval BENCHMARK`."
-    split: str | None = setting(None, "the forget set (default: the benchmark's first, or the corpus of --data)",
+    split: str | None = setting(None, "the forget set (default: by the benchmark)",
                                 metavar="NAME",
                                 aliases=("corpus", "forget_split"))
     retain_log: str | None = setting(None, "the retain model's evaluation: its EVAL.json, or the folder it is in",
@@ -72,7 +71,7 @@ class EvalOptions:
 @dataclass(frozen=True)
 class LMOptions:
     "Of `openunlearn eval lm`."
-    tasks: tuple[str, ...] = setting(help="lm-eval's tasks: mmlu, wmdp_bio, ...; mini_bio, mini_bio_mmlu offline",
+    tasks: tuple[str, ...] = setting(help="lm-eval's tasks, such as mmlu; mini_bio, mini_bio_mmlu offline",
                                      metavar="NAME")
     split: str | None = setting(None, "what the embedded model of --benchmark was taught (default: its first)",
                                 metavar="NAME")
@@ -86,7 +85,7 @@ class LMOptions:
 class AlternatesOptions:
     "Of `openunlearn alternates`."
     output: str = setting(help="file for the answers, a JSON object a line", metavar="FILE")
-    split: str = setting("forget10", "forget split", metavar="NAME")
+    split: str | None = setting(None, "the forget set (default: by the benchmark)", metavar="NAME")
     repeats: int = setting(5, "alternate answers to each question", metavar="N")
     temperature: float = setting(1.0, "of sampling", metavar="T")
 
@@ -95,7 +94,7 @@ class AlternatesOptions:
 class BenchOptions:
     "Of `openunlearn bench`."
     method: str = setting("NPO", "method", metavar="NAME")
-    split: str | None = setting(None, "what to forget and to evaluate (default: forget10, or the corpus of --data)",
+    split: str | None = setting(None, "what to forget and to evaluate (default: by the benchmark)",
                                 metavar="NAME")
     steps: int = setting(10, "steps of training", metavar="N")
     qlora: int | None = QLORA
@@ -106,7 +105,7 @@ class PlanOptions:
     "Of `openunlearn plan`."
     model: str = setting(help="a preset, a folder with a config.json, or a Hub id; no weights are read")
     method: str = setting("NPO", "a method, or Finetune", metavar="NAME")
-    benchmark: str = setting("TOFU", "whose published recipe", metavar="NAME")
+    benchmark: str = setting(DEFAULT_BENCHMARK, "whose published recipe", metavar="NAME")
     gpus: int = setting(1, "GPUs of the machine, 0 for its CPU", metavar="N")
     gpu_memory: float = setting(48.0, "memory of each GPU, or with --gpus 0 of the machine", metavar="GB")
     per_device_batch: int | None = setting(None, "rows per GPU and forward (default: as published)", metavar="N")

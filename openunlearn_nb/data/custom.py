@@ -133,6 +133,10 @@ def load_own(data: str, side: str) -> list[dict]:
 class Own(Benchmark):
     "A user's data, as a benchmark."
     splits = ["own"]
+    about = "your own data"
+    data_help = ("a folder with forget.csv and retain.csv (question, answer or text), or .jsonl, .txt, or folders of "
+                 ".txt files")
+    grid_example = "--data FOLDER --output runs/mine"
 
     def rows(self, name: str) -> list[dict]:
         return load_own(self.data, name)[:self.max_rows]

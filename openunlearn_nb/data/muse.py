@@ -201,7 +201,6 @@ class MuseQuestions(MuseTexts):
 # %% ../../nbs/data/muse.ipynb #c25276bc
 class MuseTraining(MuseQuestions):
     "What is trained on, forgotten and kept."
-
     def training_sets(self, split: str) -> tuple[str, str]:
         corpus = corpus_of(check_choice(split, SPLITS, "corpus"))
         return f"{corpus}_target", f"{corpus}_retrain"
@@ -265,6 +264,8 @@ class MuseValues(MuseMetrics):
     hub_id = "muse-bench/MUSE-News"
     data_help = "a folder shaped like muse-bench/MUSE-News ({corpus} in it stands for News and Books)"
     miniature = True
+    grid_example = "--study sustainability --output runs/muse-sust"
+    eval_example = "--model Llama-2-7b --data muse-bench/MUSE-News"
     placeholders = dict.fromkeys(["retain_model", "model", "data"], "{corpus}")
     recipe = {"effective_batch": 64, "warmup_epochs": 0.0, "weight_decay": 0.0, "schedule": "constant", "max_length": 2048}
     finetune_recipe = {"max_length": 2048}

@@ -203,11 +203,16 @@ class Tofu(TofuQuestions):
     default_metrics = (*TOFU_COLUMNS, "forget_Q_A_Prob", "forget_Q_A_ROUGE", *MEMORY, "privleak")
     shown = (*default_metrics, "retain_Q_A_Prob", "retain_Q_A_ROUGE")
     counted, quoted = "forget_truth_ratio", "forget_Q_A_ROUGE"
+    grid_example = f"--data {TOFU_ID} --splits forget01 --train-rows 1600"
+    eval_example = "--model DIR --split forget10 --retain-log runs/tofu/forget10/Retain"
     placeholders = {"retain_model": "{retain}"}
     embedded_recipe = {"learning_rate": 1e-3, "effective_batch": 32, "batch_size": 32}
     presets = {"Llama-2-7b-chat": "open-unlearning/tofu_Llama-2-7b-chat-hf_{training_set}",
                **{name: f"open-unlearning/tofu_{name}_{{training_set}}" for name in ("Llama-3.2-1B-Instruct", "Llama-3.2-3B-Instruct", "Llama-3.1-8B-Instruct")}}
     published_tables = {"Llama-2-7b-chat": "tofu_llama-2-7b-chat.csv", "Llama-3.2-1B-Instruct": "tofu_llama-3.2-1b-instruct.csv"}
+
+    def default_split(self) -> str:
+        return "forget10"
 
     def fill(self, text: str, split: str) -> str:
         return text.replace("{retain}", self.training_sets(split)[1])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .benchmark import Benchmark, benchmark
-from .muse import Muse
+from .muse import Muse, load_muse
 from .passages import chunk_examples
 from .prompts import Encoder
 from .sources import check_rows, load_rows, local_folder, miniature_seed, wrong_with
@@ -53,6 +53,7 @@ class Wmdp(Benchmark):
     miniature = True
     metrics = {}  # general ability is asked by lm-eval
     columns = default_metrics = ()
+    has_grid = False  # its questions are lm-eval's
     data_help = "a folder with bio-forget-corpus.jsonl, bio-retain-corpus.jsonl and the same for cyber"
     recipe = {"learning_rate": 5e-5, "effective_batch": 16, "batch_size": 1, "warmup_epochs": 0.0, "weight_decay": 0.0,
               "schedule": "constant", "max_steps": 80}
@@ -109,6 +110,11 @@ class Wmdp(Benchmark):
 
     def training_examples(self, name: str, enc: Encoder) -> list[dict]:
         raise OpenUnlearnError(f"Nothing is taught for {self.name}: the model knows it from pretraining.")
+
+    def small_tasks(self) -> dict[str, list[dict]]:
+        "Questions about the miniature's corpora (WMDP's own) and about what is kept (MMLU)."
+        sides = {"": "forget_qa", "_mmlu": "retain_qa"}
+        return {f"mini_{split}{end}": load_muse("knowmem", side, _LIKE[split], self.data) for split in SPLITS for end, side in sides.items()}
 
     def refusals(self) -> list[str]:
         "None: no question is asked."

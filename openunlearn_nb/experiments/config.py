@@ -20,7 +20,8 @@ import torch
 from transformers import PreTrainedModel, Trainer
 from transformers.training_args import OptimizerNames
 
-from ..data.benchmark import BENCHMARKS, Benchmark, made_benchmark, method_recipe
+from ..data.benchmark import BENCHMARKS, Benchmark, made_benchmark
+from ..data.values import method_recipe
 from ..internals.hashes import content_hash
 from ..internals.devices import device_type, evaluation_dtype
 from ..training.arguments import IN_RECIPE, check_arguments, identity_of
@@ -28,7 +29,7 @@ from .settings import WITHOUT_EFFECT, RunSettings
 from .embedded import embedded_model, embedded_recipe
 from ..internals.errors import OpenUnlearnError, check_choice
 from ..methods.method import COMPAT
-from ..models.loading import PRESETS, load_model, load_tokenizer, preset_of
+from ..models.loading import PRESETS, load_model, load_tokenizer, preset_of, published_models
 from ..models.tokenizers import fit_tokenizer
 from ..training.pairs import TrainConfig, published_recipe
 from ..internals.launch import launched_processes, under_deepspeed
@@ -187,10 +188,10 @@ def model_path(config: RunConfig, split: str, retain: bool = False, progress: Pr
         return str(embedded_model(taught, config.source.embedded_benchmark, progress=progress))
     if config.model in PRESETS:
         preset = PRESETS[config.model]
-        if config.benchmark not in preset.published:
+        if config.benchmark not in published_models(config.model):
             raise OpenUnlearnError(f"No finetuned model of {config.model} is published for {config.benchmark}; train one: openunlearn train "
                                    f"--benchmark {config.benchmark} --method Finetune --model {preset.base} --output DIR, then give --model DIR.")
-        return preset.published[config.benchmark].format(training_set=taught)
+        return published_models(config.model)[config.benchmark].format(training_set=taught)
     given = config.retain_model if retain else config.model
     return resolve(config.source.fill(given, split)) if given else ""
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..data.benchmark import BENCHMARKS, Benchmark, method_recipe
+from ..data.benchmark import BENCHMARKS, Benchmark
+from ..data.values import method_recipe
 from ..data.catalogue import DEFAULT_BENCHMARK
 from ..internals.hashes import content_hash, file_hash
 from ..internals.errors import OpenUnlearnError

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..data.benchmark import BENCHMARKS, published_methods
+from ..data.benchmark import BENCHMARKS
+from ..data.values import published_methods
 from .config import Progress, RunConfig, check_config, check_split, model_path, recipe_of
 from ..internals.hashes import content_hash
 from .embedded import embedded_folder, embedded_model

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..data.benchmark import BENCHMARKS, published_methods
+from ..data.benchmark import BENCHMARKS
 from ..data.catalogue import DEFAULT_BENCHMARK
+from ..data.values import published_methods
 from .alternates import make_alternates, read_alternates
 from .config import Progress, RunConfig, check_config, check_split, model_path, open_model, recipe_of
 from ..internals.hashes import content_hash
@@ -178,8 +179,8 @@ def start_of(config: RunConfig, method: str, split: str) -> str:
     if method != "Finetune":
         check_method(config, method, split)
         if (earlier := config.source.starts_from(split)) and config.model in ("embedded", *PRESETS):
-            raise OpenUnlearnError(f"{split} starts from the model that {earlier} left: give it as --model, or run openunlearn muse "
-                                   "--study sustainability.")
+            raise OpenUnlearnError(f"{split} starts from the model that {earlier} left: give it as --model, or run the whole "
+                                   f"study with openunlearn {config.benchmark.lower()} --study.")
     return model_path(config, split)
 
 # %% ../../nbs/experiments/runs.ipynb #fac8ee4f

@@ -8,7 +8,6 @@ __all__ = ['Values', 'ROW_ORDER', 'GENERAL', 'REMARKS', 'row_order', 'Run', 'ide
            'over_seeds']
 
 # %% ../../nbs/reporting/collect.ipynb #c0ae84c4
-import re
 import statistics
 import warnings
 from collections.abc import Iterable
@@ -16,16 +15,14 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..data.catalogue import DEFAULT_BENCHMARK
+from ..data.benchmark import BENCHMARKS, Benchmark
 from ..internals.hashes import file_hash
 from ..internals.errors import OpenUnlearnError, check_choice
-from ..data.muse import CORPORA
 from ..evaluation.records import read_json, seed_in_name
 from ..evaluation.retain_logs import misfit, read_retain_log, retain_file
-from ..data.benchmark import BENCHMARKS, Benchmark
-from ..data.catalogue import DEFAULT_BENCHMARK
 from ..evaluation.entries import recompute
 from ..evaluation.metric import Entry
-from ..data.tofu import SPLITS
 
 Values = dict[str, dict[str, dict[str, float | None]]]  # {split: {row: {metric: value}}}
 ROW_ORDER = ["Finetuned", "Retain", "GradAscent", "GradDiff", "IdkDPO", "NPO", "SimNPO", "RMU",
@@ -48,23 +45,10 @@ class Run(NamedTuple):
     seed: int | None = None  # of a grid of several seeds
     record: dict[str, Any] = {}  # its run.json, which also says against which retain evaluation it was measured; published logs have none
 
-_RETAIN_OF = {pair.retain: split for split, pair in SPLITS.items()}
-_TOFU_LOG = re.compile(r"tofu_(?P<model>.+?)_(?:(?P<full>full)|(?P<retain>retain\d\d)|(?P<split>forget\d\d)_(?P<method>\w+))")
-_MUSE_LOG = re.compile(rf"muse_(?P<model>.+?)_(?P<corpus>{'|'.join(CORPORA)})_(?P<method>\w+)")
-_MUSE_ROWS = {"target": "Finetuned", "retrain": "Retain"}
-
 def _by_name(suite: str, file: Path) -> Run | None:
-    "What a published log is of, from its folders' names."
-    of = {"TOFU": _TOFU_LOG, "MUSE": _MUSE_LOG}.get(suite)
-    if not of or not (found := next((m for p in file.parents if (m := of.fullmatch(p.name))), None)):
-        return None
-    model = found["model"].removesuffix("-hf")  # the tables print the model's name without it
-    if suite == "MUSE":
-        return Run(suite, model, found["corpus"], _MUSE_ROWS.get(found["method"], found["method"]), file)
-    if found["retain"]:
-        return Run(suite, model, _RETAIN_OF[found["retain"]], "Retain", file) if found["retain"] in _RETAIN_OF else None
-    split = found["split"] or file.parent.name.removeprefix("evals_")
-    return Run(suite, model, split, found["method"] or "Finetuned", file) if split in SPLITS else None
+    "What a published log is of, from its folders' names, as its benchmark reads them."
+    found = BENCHMARKS[suite].read_log_name(file) if suite in BENCHMARKS else None
+    return Run(suite, *found, file) if found else None
 
 # %% ../../nbs/reporting/collect.ipynb #ed8c35d8
 def _seed_of(file: Path, record: dict[str, Any]) -> int | None:

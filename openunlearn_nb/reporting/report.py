@@ -15,14 +15,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..data.benchmark import BENCHMARKS
 from .. import __version__
 from .collect import GENERAL, Run, Values, courses, find_runs, measured, row_order
-from ..data.muse import STUDIES
 from ..internals.locks import output_lock
 from ..evaluation.records import read_json
 from ..internals.files import write_text
-from ..data.benchmark import BENCHMARKS
-from .tables import COLUMNS, PUBLISHED, by_study, columns_of, difference, digits, grid, published, remarks
+from .tables import COLUMNS, by_study, columns_of, difference, digits, grid, published, remarks
 
 # %% ../../nbs/reporting/report.ipynb #09568dbc
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}
@@ -62,7 +61,7 @@ def figure(fig: Any, what: str) -> str:
 
 # %% ../../nbs/reporting/report.ipynb #0b054017
 def plots_of(suite: str, split: str, rows: dict[str, dict], evaluations: dict[str, dict], over: dict[str, dict[int, dict]], what: str) -> list[str]:
-    "What a split looks like: bars of all printed metrics, and the same `over` epochs; for TOFU also quality against utility, and what the KS test saw."
+    "What a split looks like: bars of all printed metrics, and the same `over` epochs; with forget quality also that against utility, and what the KS test saw."
     import matplotlib.pyplot as plt
 
     from openunlearn_nb.reporting.plots import epoch_lines, metric_bars, quality_against_utility, truth_ratio_ecdf
@@ -70,7 +69,7 @@ def plots_of(suite: str, split: str, rows: dict[str, dict], evaluations: dict[st
     found = [figure(metric_bars(rows, columns, f"{what}: {split}"), f"{split}: {', '.join(columns)}")]
     if over:
         found.append(figure(epoch_lines(over, rows, columns, f"{what}: {split}, after each epoch"), f"{split}: {', '.join(columns)}, over epochs"))
-    if suite != "TOFU" or not (retain := evaluations.get("Retain")):
+    if "forget_quality" not in columns or not (retain := evaluations.get("Retain")):
         return found
     fig, ax = plt.subplots(figsize=(5.4, 3.6))
     quality_against_utility(rows, ax, f"{what}: {split}").legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
@@ -124,8 +123,8 @@ def suite_part(suite: str, model: str, values: Values, runs: Sequence[Run], done
     ours = all((run.file.parent / "run.json").exists() for run in runs)
     what = "Measured" if ours else "Recomputed from logs"
     out = [f"<h2>{escape(suite)}, {escape(model)}</h2>", f"<h3>{what}</h3>"]
-    out += [values_table(part, columns) for part in by_study(values).values()]
-    if PUBLISHED.get(model, ("",))[0] == suite and (page := {s: rows for s, rows in published(model).items() if s in values}):
+    out += [values_table(part, columns) for part in by_study(values, suite).values()]
+    if page := {s: rows for s, rows in published(model, suite).items() if s in values}:
         out += ["<h3>As published by OpenUnlearning</h3>", values_table(page, columns),
                 f"<h3>{what}, minus published</h3><p>Of forget quality, in powers of ten.</p>", difference_table(values, page, columns)]
     for split, rows in values.items():
@@ -133,9 +132,9 @@ def suite_part(suite: str, model: str, values: Values, runs: Sequence[Run], done
         evaluations = {r.row: read_json(r.file, "evaluation") for r in of}
         out += [f"<h3>{escape(split)}</h3>", *plots_of(suite, split, rows, evaluations, courses(of), what), answers_of(suite, evaluations)]
         done()
-    for study, steps in STUDIES.items():
-        if suite == "MUSE" and any(step in values for step in steps):
-            out.append(figure(study_lines(values, steps, columns, "step", f"{what}: {study}"), f"{study}, step by step"))
+    for study, steps in BENCHMARKS[suite].studies.items():
+        if any(step in values for step in steps):
+            out.append(figure(study_lines(values, list(steps), columns, "step", f"{what}: {study}"), f"{study}, step by step"))
     return "\n".join(out)
 
 def write_report(folder: str | Path, output: str | Path, progress: Callable[[float], None] = lambda share: None) -> Path:
