@@ -97,7 +97,7 @@ def attack(name: str, paper: str = "", **defaults: Any) -> Callable[[A], A]:
 
 # %% ../../nbs/evaluation/attacks.ipynb #58b85608
 @attack(
-    "relearn",
+    "relearning",
     paper="https://arxiv.org/abs/2506.12618",
     learning_rate=2e-5,
     epochs=1,
@@ -110,7 +110,7 @@ class Relearn(Attack):
 
     def run(self, model: "PreTrainedModel", data: AttackData) -> "PreTrainedModel":
         from openunlearn_nb.training.pairs import TrainConfig
-        from openunlearn_nb.training.trainer import train
+        from openunlearn_nb.training.trainer import in_evaluation_dtype, train
 
         settings = self.settings(data)
         part = settings.pop("part")
@@ -123,7 +123,8 @@ class Relearn(Attack):
             else data.benchmark.retain_examples(data.split, data.enc)
         )
         config = TrainConfig(**settings, seed=data.seed, warmup_epochs=0, weight_decay=0)
-        return train(model, data.enc.tokenizer.pad_token_id, "Finetune", [], examples, config).model
+        trained = train(model.float(), data.enc.tokenizer.pad_token_id, "Finetune", [], examples, config)
+        return in_evaluation_dtype(trained.model)
 
 # %% ../../nbs/evaluation/attacks.ipynb #b3bad850
 def relearning_robustness(before: float, after: float, retain_before: float, retain_after: float) -> float:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..data.benchmark import BENCHMARKS
 from ..data.values import published_methods
+from ..evaluation.attacks import ATTACKS
 from .config import Progress, RunConfig, check_config, check_split, model_path, recipe_of
 from ..internals.hashes import content_hash
 from .embedded import embedded_folder, embedded_model
@@ -36,7 +37,7 @@ from ..evaluation.records import read_json, seed_in_name
 from .settings import LATE, GridSettings
 from .display import Display, reason_of
 from .sweeps import Variant, check_names, variants_of
-from .runs import YARDSTICKS, cell_folder, check_alternates, check_asked, check_method, finished, home_of, run_cell
+from .runs import YARDSTICKS, cell_finished, cell_folder, check_alternates, check_asked, check_method, finished, home_of, run_cell
 from .workers import Task, check_main, run_all
 
 # %% ../../nbs/experiments/grid.ipynb #edf767f6
@@ -78,6 +79,8 @@ def check_grid(grid: GridConfig) -> GridConfig:
     for variant in grid.variants.values():
         check_config(variant.config)
         METHODS.find(variant.method).merge(recipe_of(variant.config, variant.method)[1])
+    for name in grid.attacks:
+        ATTACKS.find(name)
     for split in splits:
         check_asked(grid, split)
         for method in methods:
@@ -148,7 +151,7 @@ def cells(grid: GridConfig) -> list[tuple[str, str]]:
 def plan(grid: GridConfig, output: str) -> list[Task]:
     "The grid's unfinished tasks, inputs first."
     source, tasks = grid.source, {}
-    done = lambda cell: finished(cell_folder(output, *cell), grid.benchmark)
+    done = lambda cell: cell_finished(grid, output, *cell)
     def add(split, row="", needs=()):
         tasks.setdefault((split, row), Task(split, row, tuple(n for n in needs if n in tasks)))
     def add_cell(split, row):

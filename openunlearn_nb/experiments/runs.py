@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['YARDSTICKS', 'other_answers', 'for_this_gpu', 'count_overlap', 'unlearn', 'declared_in', 'check_method',
            'check_alternates', 'check_asked', 'learnable', 'start_of', 'train_model', 'result_cache', 'check_output',
-           'evaluate_model', 'cell_folder', 'finished', 'home_of', 'described', 'measure', 'history_of', 'run_cell',
-           'check_run', 'check_runs']
+           'evaluate_model', 'cell_folder', 'finished', 'home_of', 'attacks_on', 'cell_finished', 'described',
+           'measure', 'history_of', 'run_cell', 'check_run', 'check_runs']
 
 # %% ../../nbs/experiments/runs.ipynb #459d5c10
 import shutil
@@ -24,6 +24,7 @@ from ..data.benchmark import BENCHMARKS
 from ..data.catalogue import DEFAULT_BENCHMARK
 from ..data.values import published_methods
 from .alternates import make_alternates, read_alternates
+from .attacked import attacked_folder, run_attacks
 from .config import Progress, RunConfig, check_config, check_split, model_path, open_model, recipe_of
 from ..internals.hashes import content_hash
 from ..internals.devices import usable_memory
@@ -284,6 +285,16 @@ def home_of(config: RunConfig, split: str) -> str:
     "The split under which a split's yardsticks stand: its own, or in a study the one that it is a study of."
     return config.source.home_split(split)
 
+def attacks_on(config: RunConfig, row: str) -> tuple[str, ...]:
+    "The attacks on a row of a grid: on all but Finetuned, which has forgotten nothing."
+    return () if row == "Finetuned" else getattr(config, "attacks", ())
+
+def cell_finished(config: RunConfig, output: str | Path, split: str, row: str) -> bool:
+    "Whether a cell is finished, and so are the attacks on it."
+    folder = cell_folder(output, split, row)
+    folders = [folder, *(attacked_folder(folder, name) for name in attacks_on(config, row))]
+    return all(finished(place, config.benchmark) for place in folders)
+
 # %% ../../nbs/experiments/runs.ipynb #7266d781
 def described(config: RunConfig, split: str, model: PreTrainedModel, enc: Encoder) -> dict[str, Any]:
     "What a record says of a cell, and the Retain cell's record must say as well."
@@ -341,9 +352,11 @@ def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Pro
             _discard(folder / "model")  # of a run that did not finish
             save_model(model, enc.tokenizer, folder / "model", {"train.json": to_json({"prompt": asdict(enc.fmt)})})
             trained["model_kept"] = True
-    write_run(folder, config.kind, evaluation.entries, evaluation.summary, run_record(
-        started, model=config.label, row=row, model_path=path, start=start, rendered_prompt=example_prompt(enc),
-        config=config.fingerprint(), max_rows=source.max_rows, **about, **trained))
+    record = dict(model=config.label, row=row, model_path=path, start=start, rendered_prompt=example_prompt(enc),
+                  config=config.fingerprint(), max_rows=source.max_rows, **about)
+    write_run(folder, config.kind, evaluation.entries, evaluation.summary, run_record(started, **record, **trained))
+    known = retain if finished(retain, config.benchmark) else None
+    run_attacks(config, attacks_on(config, row), split, row, folder, known, model, enc, evaluation, record)
     (folder / "failed.json").unlink(missing_ok=True)  # of an earlier attempt
     _discard(folder / "checkpoint")
     return evaluation.summary

@@ -128,4 +128,5 @@ class GridSettings:
                                       metavar="NAME", aliases=("corpora", "forget_split"))
     methods: tuple[str, ...] = setting((), "methods (default: those of the benchmark's table)", metavar="NAME")
     sweep: tuple[Any, ...] = setting((), "several values of a setting, each a row", flag="")
-
+    attacks: tuple[str, ...] = setting((), "attacks on each unlearned model, such as relearning (default: none)",
+                                       metavar="NAME")

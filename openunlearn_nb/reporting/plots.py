@@ -31,7 +31,8 @@ STYLES = {  # row: (colour, marker, line); Okabe and Ito's palette, told apart b
 
 def style_of(row: str) -> tuple[str, str, str]:
     "Colour, marker and line of a row of the table."
-    return STYLES.get(row, ("#444444", "h", ":"))
+    colour, marker, line = STYLES.get(row.split(" + ")[0], ("#444444", "h", ":"))  # an attacked row looks like its own
+    return colour, marker, ":" if " + " in row else line
 
 def tidy(ax: Axes, **labels: Any) -> Axes:
     "The axes with the look of all plots: no box, a faint grid, and labels drawn as they are written."
