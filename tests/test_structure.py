@@ -27,7 +27,7 @@ LONG_LINES = {
 LONG_CELLS = {
     "commands/cli", "commands/options", "data/custom", "data/muse", "data/sources", "data/tofu", "data/wmdp",
     "evaluation/metrics", "experiments/config", "experiments/grid", "experiments/provenance",
-    "experiments/runs", "experiments/workers", "reporting/report", "training/pairs", "training/phases",
+    "experiments/runs", "experiments/workers", "training/pairs", "training/phases",
     "training/trainer",
 }
 LONG_MODULES = {

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from transformers import PreTrainedModel
 
-from ..internals.errors import OpenUnlearnError
+from ..internals.errors import OpenUnlearnError, printable
 from ..models.generation import generate
 from ..data.prompts import Encoder, conversation_ids, encode_all
 from ..evaluation.records import read_json
@@ -64,7 +64,8 @@ def side_by_side(models: dict[str, PreTrainedModel], enc: Encoder, question: str
         tokens = token_probs(model, enc, question, answer)
         mean = math.exp(sum(math.log(max(p, 1e-30)) for _, p in tokens) / len(tokens))
         text = generate(model, enc.tokenizer, [prompt], max_new_tokens)[0] or ""
-        rows[escape(name)] = {"answer": escape(text), "p": f"{mean:.2g}", "the true answer": heat_strip(tokens)}
+        cells = {"answer": escape(printable(text)), "p": f"{mean:.2g}", "the true answer": heat_strip(tokens)}
+        rows[escape(printable(name))] = cells
     return f"<p><b>{escape(question)}</b></p>{_html(pd.DataFrame.from_dict(rows, orient='index'))}"
 
 def _html(table: pd.DataFrame) -> str:
@@ -96,8 +97,8 @@ def explorer(models: dict[str, PreTrainedModel], enc: Encoder, pairs: Sequence[t
 def epochs_table(values: dict[str, dict[str, float | None]], epoch: int) -> str:
     "The metrics after the first epoch and after `epoch` as an HTML table, from `{epoch: {metric: value}}`."
     first = min(values, key=int)
-    now = {escape(name): value for name, value in values[str(epoch)].items()}
-    before = {escape(name): value for name, value in values[first].items()}
+    now = {escape(printable(name)): value for name, value in values[str(epoch)].items()}
+    before = {escape(printable(name)): value for name, value in values[first].items()}
     columns = {f"epoch {first}": before, f"epoch {epoch} ": now}  # the blank tells the two apart where they are one
     return _html(pd.DataFrame(columns, index=list(now)).map(lambda value: "-" if pd.isna(value) else f"{value:.3g}"))
 
