@@ -92,7 +92,7 @@ def plain_loss(self: Method, model, batch: dict, ref_model=None, terms=TERMS) ->
 def plainly() -> Iterator[None]:
     """In this context `train` trains the plain way; everything else about a run, its batches too, is the same."""
     with (patch.object(Method, "loss", plain_loss),
-          patch("openunlearn_nb.training.trainer.UnlearnTrainer.training_step", Trainer.training_step),
+          patch("openunlearn_nb.training.trainer.MethodTrainer.training_step", Trainer.training_step),
           patch.object(Method, "needs_reference", property(lambda self: self.name in ("NPO", "IdkDPO", "RMU", "UNDIAL"))),
           patch("openunlearn_nb.training.pairs.with_ref_nll", lambda model, examples, **_: examples),
           patch("openunlearn_nb.training.pairs.collate", lambda examples, pad_id, side: collate(examples, pad_id, "right"))):

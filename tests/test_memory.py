@@ -139,7 +139,7 @@ def stop(*args, **kwargs):
 model = LlamaForCausalLM(LlamaConfig(**shape, bos_token_id=None, eos_token_id=1, pad_token_id=0))
 if c["phase"] == "load":
     model.to(torch.bfloat16).save_pretrained(folder)
-    training.UnlearnTrainer.train = stop
+    training.MethodTrainer.train = stop
     del model
 how = TrainConfig(epochs=2, effective_batch=2, batch_size=2, warmup_epochs=0, lora=c.get("rank"))
 run = lambda model: training.train(model, 0, c["method"], examples[:2], examples[:2], how, c.get("settings"), look=lambda epoch, model: ask(model))

@@ -80,6 +80,7 @@ class PairDataset(Dataset):
     def __init__(self, forget: list[dict], retain: list[dict], alternates: list[list[dict]] | None = None, seed: int = 0,
                  same_draws: bool = False):
         self.forget, self.retain, self.alternates, self.seed, self.same_draws = forget, retain, alternates, seed, same_draws
+        self.pad_id = 0  # of the tokenizer that made the rows
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -173,6 +174,7 @@ def build_dataset(model: PreTrainedModel, pad_id: int, method: Method, forget: l
             raise OpenUnlearnError(f"None of the {len(given)} examples to {what} has a labelled token.")
     forget, alternates = [forget[i] for i in whole], alternates and [[epoch[i] for i in whole] for epoch in alternates]
     data = PairDataset(forget, kept, alternates, seed, same_draws=bool(method.compat))
+    data.pad_id = pad_id
     if "ref_nll" in method.needs and not is_sharded(model):
         data.set_reference(partial(with_ref_nll, model, pad_id=pad_id, compat=method.compat))
     return data
