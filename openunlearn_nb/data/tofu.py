@@ -18,7 +18,7 @@ from .benchmark import REFUSALS, Benchmark, benchmark
 from .metric_tables import MEMBERSHIP_METRICS, MEMORY
 from .miniature_tofu import make_tofu
 from .prompts import Encoder, encode_all
-from .sources import Pairs, check_rows, load_rows, local_folder, miniature_seed, pairs_in, write_folder
+from .sources import Pairs, check_rows, has_rows, load_rows, local_folder, miniature_seed, pairs_in, write_folder
 from ..internals.errors import OpenUnlearnError, check_choice
 from ..internals.hashes import content_hash
 
@@ -113,11 +113,28 @@ class TofuRows(Benchmark):
     def forget_rows(self, split: str) -> list[dict]:
         return self.rows(split)
 
+    def common(self) -> list[str]:
+        "The configs of common knowledge that the data have."
+        return [config for config in COMMON if has_rows(self.data, config)]
+
+    def available_splits(self) -> list[str]:
+        "The splits that the data have; all, where they have none, so that what is missing is named."
+        return [split for split in SPLITS if has_rows(self.data, split)] or list(SPLITS)
+
+    def check_gaps(self, split: str) -> None:
+        "Raise with all that the data lack for a split. Common knowledge and holdout may be missing."
+        needed = ["full", split, SPLITS[split].retain, f"{split}_perturbed", "retain_perturbed"]
+        missing = [name for name in needed if not has_rows(self.data, name)]
+        if missing:
+            where = self.data if isinstance(self.data, str) else "The rows in memory"
+            raise OpenUnlearnError(f"{where} lacks {', '.join(missing)}; {split} needs {', '.join(needed)}.")
+
     def refusals(self) -> list[str]:
         return load_refusals(self.data)
 
     def check(self, split: str) -> None:
-        "Raise where a small model would not be taught all that it is to forget."
+        "Raise where data sets are missing, or a small model would not be taught all that it is to forget."
+        self.check_gaps(split)
         if self.max_rows is None:
             return
         rows, forget = rows_by_need(self.data), set(question_pairs(split, self.data))
@@ -128,7 +145,8 @@ class TofuRows(Benchmark):
 
     def hashes(self, *splits: str, training: bool = True) -> dict[str, str]:
         "A hash of the rows of every config that runs on these splits (or only their evaluations) read, and of the refusals."
-        configs = [*COMMON, "retain_perturbed", *(c for s in splits for c in (f"{s}_perturbed", SPLITS[s].holdout))]
+        configs = [*self.common(), "retain_perturbed", *(f"{s}_perturbed" for s in splits)]
+        configs += [SPLITS[s].holdout for s in splits if has_rows(self.data, SPLITS[s].holdout)]
         hashes = {c: content_hash(self.rows(c)) for c in (["full", *configs] if training else configs)}
         return hashes | ({"refusals": content_hash(self.refusals())} if training else {})
 
@@ -139,8 +157,10 @@ class TofuQuestions(TofuRows):
     def data_sets(self, split: str) -> dict[str, str]:
         "The config behind each data set that the metric table names."
         self.check_split(split)
-        return {"forget": f"{split}_perturbed", "holdout": SPLITS[split].holdout, "retain": "retain_perturbed",
+        self.check_gaps(split)
+        sets = {"forget": f"{split}_perturbed", "holdout": SPLITS[split].holdout, "retain": "retain_perturbed",
                 "ra": "real_authors_perturbed", "wf": "world_facts_perturbed"}
+        return {name: config for name, config in sets.items() if has_rows(self.data, config)}
 
     def reference_answers(self, split: str) -> list[str]:
         return [answer for _, answer in question_pairs(f"{split}_perturbed", self.data)]
@@ -234,11 +254,11 @@ class Tofu(TofuQuestions):
 
     def embedded_rows(self, name: str) -> Pairs:
         "What an embedded model is taught: the same, and the common knowledge that a large one has from pretraining."
-        return taught_rows(name, self.data, self.max_rows) + [p for config in COMMON for p in question_pairs(config, self.data)]
+        return taught_rows(name, self.data, self.max_rows) + [p for config in self.common() for p in question_pairs(config, self.data)]
 
     def embedded_examples(self, name: str, enc: Encoder) -> list[dict]:
         return encode_all(enc, self.embedded_rows(name))
 
     def tokenizer_texts(self) -> list[str]:
-        pairs = [p for config in ("full", *COMMON) for p in question_pairs(config, self.data)]
+        pairs = [p for config in ("full", *self.common()) for p in question_pairs(config, self.data)]
         return [t for pair in pairs for t in pair] + self.refusals()

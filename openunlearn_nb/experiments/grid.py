@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from ..data.sources import same_place
 from ..data.benchmark import BENCHMARKS
 from ..data.values import published_methods
 from ..evaluation.attacks import ATTACKS
@@ -129,7 +130,7 @@ def claim(grid: GridConfig, output: str | Path) -> None:
     if file.exists() and "models" not in theirs:
         warnings.warn(f"{output} was begun by an earlier version, which did not note what its models were: only what its records say is compared.")
     names = [*mine, *(name for name in LATE if name in theirs and name not in mine)]
-    changed = [f"{k} {theirs.get(k)!r}, now {mine.get(k)!r}" for k in names if theirs.get(k) != mine.get(k)]
+    changed = [f"{k} {theirs.get(k)!r}, now {mine.get(k)!r}" for k in names if same_place(theirs.get(k)) != same_place(mine.get(k))]
     say = {"data_hashes": "the rows of {} have changed", "recipes": "the recipe of {} has changed"}
     changed += [say[what].format(k) for what in say for k, digest in new[what].items() if known[what].get(k, digest) != digest]
     for path, identity in new["models"].items():

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..data.sources import same_place
 from ..data.benchmark import BENCHMARKS
 from ..data.catalogue import DEFAULT_BENCHMARK
 from ..data.values import published_methods
@@ -230,7 +231,7 @@ def check_output(folder: Path, what: dict[str, Any]) -> None:
     if not (folder / "run.json").exists():
         return
     there = read_json(folder / "run.json", "run record")
-    if changed := [k for k in what if there.get(k) != what[k]]:
+    if changed := [k for k in what if same_place(there.get(k)) != same_place(what[k])]:
         raise OpenUnlearnError(f"{folder} holds an evaluation of another {changed[0]}; give another --output.")
 
 # %% ../../nbs/experiments/runs.ipynb #6e496af7
