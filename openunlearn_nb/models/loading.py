@@ -52,7 +52,7 @@ PRESETS = {
 }
 
 def published_models(preset: str) -> dict[str, str]:
-    "By benchmark, the Hub id of a preset's published models; `{training_set}` stands for full, retain90, News_target, ..."
+    "Hub ids of a preset's published models, by benchmark; `{training_set}` is full, retain90, News_target, ..."
     return {name: of.presets[preset] for name, of in BENCHMARKS.items() if preset in of.presets}
 
 def preset_of(path: str) -> Preset | None:

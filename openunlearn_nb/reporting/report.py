@@ -31,13 +31,17 @@ SIGNS = {"+": "#0072B2", "-": "#D55E00"}  # more, less
 _HTML = Environment(autoescape=True)
 _TABLE = _HTML.from_string("""
 {%- macro attributes(cell) -%}
-{% if kind == "sign" and colour(cell) %} style="color:{{ colour(cell) }}"{% elif kind and kind != "sign" %} class="{{ kind }}"{% endif %}
+{% if kind == "sign" and colour(cell) %} style="color:{{ colour(cell) }}"
+{%- elif kind and kind != "sign" %} class="{{ kind }}"{% endif %}
 {%- endmacro -%}
 <div class="scroll"><table class="values"><thead>
 {%- if spans %}<tr><th></th>{% for name, n in spans %}<th colspan="{{ n }}">{{ name }}</th>{% endfor %}</tr>{% endif -%}
-<tr>{% for cell in head %}<th{% if kind == "text" and not loop.first %}{{ attributes(cell) }}{% endif %}>{{ cell }}</th>{% endfor %}</tr></thead><tbody>
+<tr>
+{%- for cell in head %}<th{% if kind == "text" and not loop.first %}{{ attributes(cell) }}{% endif %}>{{ cell }}</th>
+{%- endfor %}</tr></thead><tbody>
 {%- for row in rows %}<tr>
-{%- for cell in row %}<td{% if not loop.first %}{{ attributes(cell) }}{% endif %}>{{ cell }}</td>{% endfor %}</tr>{% endfor -%}
+{%- for cell in row %}<td{% if not loop.first %}{{ attributes(cell) }}{% endif %}>{{ cell }}</td>
+{%- endfor %}</tr>{% endfor -%}
 </tbody></table></div>""")
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "", over: Sequence[str] = ()) -> str:
@@ -69,26 +73,33 @@ def figure(fig: Any, what: str) -> str:
     data = io.BytesIO()
     fig.savefig(data, format="png", dpi=110, bbox_inches="tight")
     plt.close(fig)
-    return f'<img alt="{escape(what, quote=True)}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    encoded = base64.b64encode(data.getvalue()).decode()
+    return f'<img alt="{escape(what, quote=True)}" src="data:image/png;base64,{encoded}">'
 
 # %% ../../nbs/reporting/report.ipynb #0b054017
-def plots_of(suite: str, split: str, rows: dict[str, dict], evaluations: dict[str, dict], over: dict[str, dict[int, dict]], what: str) -> list[str]:
-    "What a split looks like: bars of all printed metrics, and the same `over` epochs; with forget quality also that against utility, and what the KS test saw."
+def plots_of(suite: str, split: str, rows: dict[str, dict], evaluations: dict[str, dict],
+             over: dict[str, dict[int, dict]], what: str) -> list[str]:
+    """The figures of a split: bars of all metrics in print, and lines where `over` holds values after each epoch.
+
+    With forget quality, also that against utility, and the distributions that the KS test compares."""
     import matplotlib.pyplot as plt
 
     from openunlearn_nb.reporting.plots import epoch_lines, metric_bars, quality_against_utility, truth_ratio_ecdf
     columns = columns_of(suite, {what: {split: rows}})
     found = [figure(metric_bars(rows, columns, f"{what}: {split}"), f"{split}: {', '.join(columns)}")]
     if over:
-        found.append(figure(epoch_lines(over, rows, columns, f"{what}: {split}, after each epoch"), f"{split}: {', '.join(columns)}, over epochs"))
+        lines = epoch_lines(over, rows, columns, f"{what}: {split}, after each epoch")
+        found.append(figure(lines, f"{split}: {', '.join(columns)}, over epochs"))
     if "forget_quality" not in columns or not (retain := evaluations.get("Retain")):
         return found
     fig, ax = plt.subplots(figsize=(5.4, 3.6))
-    quality_against_utility(rows, ax, f"{what}: {split}").legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    ax = quality_against_utility(rows, ax, f"{what}: {split}")
+    ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     found.append(figure(fig, f"{split}: forget quality against model utility"))
     others = [row for row in evaluations if row != "Retain" and _has_rows(evaluations[row], "forget_truth_ratio")]
     if others and _has_rows(retain, "forget_truth_ratio"):
-        fig, axes = plt.subplots(-(-len(others) // 4), 4, figsize=(11, 2.6 * -(-len(others) // 4)), squeeze=False, sharey=True)
+        down = -(-len(others) // 4)
+        fig, axes = plt.subplots(down, 4, figsize=(11, 2.6 * down), squeeze=False, sharey=True)
         for ax, row in zip(axes.flat, others):
             truth_ratio_ecdf({row: evaluations[row], "Retain": retain}, ax, row).set_xlabel("")
         for ax in axes.flat[len(others):]:
@@ -103,34 +114,43 @@ def _has_rows(evaluation: dict, metric: str) -> bool:
 
 # %% ../../nbs/reporting/report.ipynb #83f0686e
 def answers_of(suite: str, evaluations: dict[str, dict], count: int = 4) -> str:
-    "The first questions about what is to be forgotten and what is to be kept, and every model's answer."
+    "HTML of the first questions about the forget set and about the retain set, with every model's answer."
     quoted = BENCHMARKS[suite].quoted
     parts = [_quoted(evaluations, metric, count) for metric in (quoted, quoted.replace("forget", "retain"))]
-    return "".join(f"<h4>In the models' words: {what}</h4>{part}" for what, part in zip(("to forget", "to keep"), parts) if part)
+    titles = ("to forget", "to keep")
+    return "".join(f"<h4>In the models' words: {what}</h4>{part}" for what, part in zip(titles, parts) if part)
 
 def _quoted(evaluations: dict[str, dict], metric: str, count: int) -> str:
-    said = {row: e[metric]["value_by_index"] for row, e in evaluations.items() if _has_rows(e, metric)}
-    if not said:
+    answers = {row: e[metric]["value_by_index"] for row, e in evaluations.items() if _has_rows(e, metric)}
+    if not answers:
         return ""
-    some = list(next(iter(said.values())))[:count]
-    quoted = lambda row, i, key: str((said[row].get(i) or {}).get(key) or "")[:300]
-    first = next(iter(said))
-    rows = [["truth", *(quoted(first, i, "ground_truth") for i in some)], *([row, *(quoted(row, i, "generation") for i in some)] for row in said)]
+    some = list(next(iter(answers.values())))[:count]
+    def quoted(row: str, i: str, key: str) -> str:
+        return str((answers[row].get(i) or {}).get(key) or "")[:300]
+    first = next(iter(answers))
+    rows = [["truth", *(quoted(first, i, "ground_truth") for i in some)]]
+    rows += [[row, *(quoted(row, i, "generation") for i in some)] for row in answers]
     return html_table(["", *(quoted(first, i, "input")[-200:] for i in some)], rows, "text")
 
 # %% ../../nbs/reporting/report.ipynb #aa89137f
 def sources_of(runs: Sequence[Run], below: Path) -> str:
-    "Where each row comes from."
-    def line(run: Run) -> list[str]:
-        record = read_json(run.file.parent / "run.json", "run record") if (run.file.parent / "run.json").exists() else {}
-        settings = ", ".join(f"{k}={v}" for k, v in (record.get("settings") or {}).items() if isinstance(v, int | float | str))
-        file = run.file.relative_to(below) if run.file.is_relative_to(below) else run.file.name
-        training = record.get("training") or {}
-        return [run.row, run.split, str(training.get("learning_rate", "")), settings, str(record.get("date", "")), digits(record.get("seconds")), str(file)]
-    return "<h3>Where each row comes from</h3>" + html_table(["row", "split", "learning rate", "settings", "date", "seconds", "file"], list(map(line, runs)), "text")
+    "HTML that says where each row comes from; files are named as seen from the folder `below`."
+    head = ["row", "split", "learning rate", "settings", "date", "seconds", "file"]
+    rows = [_source(run, below) for run in runs]
+    return "<h3>Where each row comes from</h3>" + html_table(head, rows, "text")
+
+def _source(run: Run, below: Path) -> list[str]:
+    file = run.file.parent / "run.json"
+    record = read_json(file, "run record") if file.exists() else {}
+    simple = {k: v for k, v in (record.get("settings") or {}).items() if isinstance(v, int | float | str)}
+    settings = ", ".join(f"{k}={v}" for k, v in simple.items())
+    rate = str((record.get("training") or {}).get("learning_rate", ""))
+    name = run.file.relative_to(below) if run.file.is_relative_to(below) else run.file.name
+    return [run.row, run.split, rate, settings, str(record.get("date", "")), digits(record.get("seconds")), str(name)]
 
 # %% ../../nbs/reporting/report.ipynb #e598db7f
-def suite_part(suite: str, model: str, values: Values, runs: Sequence[Run], done: Callable[[], None] = lambda: None) -> str:
+def suite_part(suite: str, model: str, values: Values, runs: Sequence[Run],
+               done: Callable[[], None] = lambda: None) -> str:
     "The part of a report about one model on one benchmark; `done` is called after each split."
     from openunlearn_nb.reporting.plots import study_lines
     columns = columns_of(suite, {model: values})
@@ -140,36 +160,41 @@ def suite_part(suite: str, model: str, values: Values, runs: Sequence[Run], done
     out += [values_table(part, columns) for part in by_study(values, suite).values()]
     if page := {s: rows for s, rows in published(model, suite).items() if s in values}:
         out += ["<h3>As published by OpenUnlearning</h3>", values_table(page, columns),
-                f"<h3>{what}, minus published</h3><p>Of forget quality, in powers of ten.</p>", difference_table(values, page, columns)]
+                f"<h3>{what}, minus published</h3><p>Of forget quality, in powers of ten.</p>",
+                difference_table(values, page, columns)]
     for split, rows in values.items():
         of = sorted((r for r in runs if r.split == split), key=lambda r: row_order(r.row))
         evaluations = {r.row: read_json(r.file, "evaluation") for r in of}
-        out += [f"<h3>{escape(split)}</h3>", *plots_of(suite, split, rows, evaluations, courses(of), what), answers_of(suite, evaluations)]
+        plots = plots_of(suite, split, rows, evaluations, courses(of), what)
+        out += [f"<h3>{escape(split)}</h3>", *plots, answers_of(suite, evaluations)]
         done()
     for study, steps in BENCHMARKS[suite].studies.items():
         if any(step in values for step in steps):
-            out.append(figure(study_lines(values, list(steps), columns, "step", f"{what}: {study}"), f"{study}, step by step"))
+            lines = study_lines(values, list(steps), columns, "step", f"{what}: {study}")
+            out.append(figure(lines, f"{study}, step by step"))
     return "\n".join(out)
 
 # %% ../../nbs/reporting/report.ipynb #be77c927
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}
 h1,h2,h3{line-height:1.2}.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;margin:.5rem 0}
-th,td{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}th:first-child,td:first-child{text-align:left}
+th,td{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
+th:first-child,td:first-child{text-align:left}
 th[colspan]{text-align:center}
 .text{text-align:left;min-width:14rem;overflow-wrap:anywhere}img{max-width:100%}small{color:#666}"""
 
 _PAGE = _HTML.from_string("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <title>openunlearn_nb report</title><style>{{ style | safe }}</style></head><body><h1>Unlearning report</h1>
-<p>Every value is computed from the records' per-example values. Numbers of one model and data set cannot be compared with
-those of another. Retain, where there is such a row, is the goal of all others.{{ seeds }}</p>
+<p>Every value is computed from the records' per-example values. Numbers of one model and data set cannot be compared
+with those of another. Retain, where there is such a row, is the goal of all others.{{ seeds }}</p>
 {% for part in parts %}{{ part | safe }}
 {% endfor %}<p><small>openunlearn_nb {{ version }}</small></p></body></html>
 """)
 
 # %% ../../nbs/reporting/report.ipynb #dd4d0421
-def write_report(folder: str | Path, output: str | Path, progress: Callable[[float], None] = lambda share: None) -> Path:
-    "Write a report of all runs below a folder (of several seeds: of the first) into one HTML file."
+def write_report(folder: str | Path, output: str | Path,
+                 progress: Callable[[float], None] = lambda share: None) -> Path:
+    "Write a report of all runs below a folder (of several seeds: of the first) into one HTML file; returns it."
     with output_lock(output, "file") as file:
         return write_text(file, report_page(folder, progress))
 
@@ -177,13 +202,14 @@ def report_page(folder: str | Path, progress: Callable[[float], None] = lambda s
     "The report as HTML."
     found, below = find_runs(folder), Path(folder).expanduser()
     first = min((r.seed for r in found if r.seed is not None), default=None)
-    runs, parts, told = [r for r in found if r.seed in (None, first)], [], itertools.count(1)
+    runs, parts, done = [r for r in found if r.seed in (None, first)], [], itertools.count(1)
     tables = {suite: measured(runs, suite) for suite in BENCHMARKS if any(r.suite == suite for r in runs)}
     splits = sum(len(values) for of in tables.values() for values in of.values())
     for suite, model, values in ((s, m, v) for s, of in tables.items() for m, v in of.items()):
         some = [r for r in runs if (r.suite, r.model) == (suite, model)]
-        parts.append(suite_part(suite, model, values, some, lambda: progress(next(told) / splits)))
+        parts.append(suite_part(suite, model, values, some, lambda: progress(next(done) / splits)))
     if general := measured(runs, GENERAL):
-        parts.append(f"<h2>General ability, by lm-eval</h2>{''.join(values_table(v, columns_of(GENERAL, general)) for v in general.values())}")
+        general_tables = [values_table(v, columns_of(GENERAL, general)) for v in general.values()]
+        parts.append(f"<h2>General ability, by lm-eval</h2>{''.join(general_tables)}")
     seeds = f" Seed {first} of several; openunlearn table shows their spread." if first is not None else ""
     return _PAGE.render(style=STYLE, seeds=seeds, parts=[*parts, sources_of(runs, below)], version=__version__)

@@ -11,7 +11,7 @@ import csv
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..data.benchmark import BENCHMARKS, made_benchmark
 from ..data.values import published_table
@@ -26,7 +26,8 @@ def columns_of(suite: str, tables: dict[str, Values], every: bool = False) -> li
     """The columns in print: those of the benchmark's table, and the metrics that a user has declared beside them.
 
     With `every`, all metrics that the tables hold, those of a long table first (of lm-eval: always all)."""
-    found = dict.fromkeys(name for splits in tables.values() for rows in splits.values() for row in rows.values() for name in row)
+    every_row = (row for splits in tables.values() for rows in splits.values() for row in rows.values())
+    found = dict.fromkeys(name for row in every_row for name in row)
     if suite not in BENCHMARKS:
         return list(found)
     kind = BENCHMARKS[suite]
@@ -61,17 +62,20 @@ def remarks(values: dict) -> list[str]:
         for row, key in itertools.product(rows, REMARKS):
             if value := rows[row].get(key):
                 unit, text = told[key]
-                found.append(f"* {row} on {split}: {text.format(value if isinstance(value, str) else f'{unit}{value:g}')}.")
+                number = value if isinstance(value, str) else f"{unit}{value:g}"
+                found.append(f"* {row} on {split}: {text.format(number)}.")
     return found
 
 def _label(row: str, values: dict) -> str:
     "The name of a row, with a star if there is something to say about it."
     return f"{row} *" if any(of.get(row, {}).get(key) for of in values.values() for key in REMARKS) else row
 
+# %% ../../nbs/reporting/tables.ipynb #b06c42bc
 def grid(values: dict, columns: Sequence[str] = COLUMNS) -> tuple[list[str], list[str], list[list[str]]]:
     "Two header lines and the body of a table of `{split: {row: {metric: value}}}`."
     rows = sorted({row for split in values.values() for row in split}, key=row_order)
-    body = [[_label(row, values), *(digits(values[s].get(row, {}).get(c)) for s in values for c in columns)] for row in rows]
+    cells = {row: [digits(values[s].get(row, {}).get(c)) for s in values for c in columns] for row in rows}
+    body = [[_label(row, values), *cells[row]] for row in rows]
     return ["", *(s for s in values for _ in columns)], ["method", *(c for _ in values for c in columns)], body
 
 def to_text(values: dict, columns: Sequence[str] = COLUMNS) -> str:
@@ -82,7 +86,8 @@ def to_text(values: dict, columns: Sequence[str] = COLUMNS) -> str:
     widths = [max(map(len, column)) for column in zip(first, last, *body)]
     n = len(columns)
     blocks = [" " * widths[0], *(over[i].center(sum(widths[i:i + n]) + 2 * (n - 1)) for i in range(1, len(head), n))]
-    line = lambda cells: "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths)))
+    def line(cells: Sequence[str]) -> str:
+        return "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths)))
     lines = ["  ".join(blocks), line(first), line(last), "-" * len(line(last)), *map(line, body), *remarks(values)]
     return "\n".join(text.rstrip() for text in lines)
 
@@ -93,10 +98,13 @@ def to_markdown(values: dict, columns: Sequence[str] = COLUMNS) -> str:
     names = [f"{s} {h}".strip() for s, h in zip(over, head)]
     if len(values) == 1:
         names = [f"{head[0]} ({over[1]})", *head[1:]]
-    row = lambda cells: "| " + " | ".join(cells) + " |"
-    rule = row(["---", *["---:"] * (len(head) - 1)])
+    rule = _markdown_row(["---", *["---:"] * (len(head) - 1)])
+    lines = [_markdown_row(map(markdown_text, cells)) for cells in [names, *body]]
     below = [f"\n{markdown_text(text)}" for text in remarks(values)]
-    return "\n".join([row(map(markdown_text, names)), rule, *(row(map(markdown_text, cells)) for cells in body), *below])
+    return "\n".join([lines[0], rule, *lines[1:], *below])
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 def to_latex(values: dict, columns: Sequence[str] = COLUMNS) -> str:
     "A LaTeX tabular for booktabs."
@@ -112,7 +120,8 @@ def to_csv(tables: dict[str, Values], columns: Sequence[str] = BENCHMARKS[DEFAUL
     "One line a model, split and row, in full precision; the columns of the published CSV files and more."
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    safe = lambda cells: [csv_text(cell) if isinstance(cell, str) else cell for cell in cells]
+    def safe(cells: Iterable) -> list:
+        return [csv_text(cell) if isinstance(cell, str) else cell for cell in cells]
     writer.writerow(safe(["model", "method", "split", *columns]))
     for model, splits in tables.items():
         for split, rows in splits.items():
@@ -141,5 +150,6 @@ def difference(values: Values, printed: dict) -> dict[str, dict[str, dict[str, s
         if ours is None:
             continue
         far = f"{math.log10(ours / theirs):+.2f}" if ours > 0 and theirs > 0 else "-"
-        out.setdefault(split, {}).setdefault(row, {})[metric] = far if metric == "forget_quality" else f"{ours - theirs:+.2f}"
+        shown = far if metric == "forget_quality" else f"{ours - theirs:+.2f}"
+        out.setdefault(split, {}).setdefault(row, {})[metric] = shown
     return out
