@@ -1,0 +1,63 @@
+"""One file for a metric or an attack of one's own: it appears in evaluations, tables, plots and reports by itself."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from openunlearn_nb.evaluation.attacks import ATTACKS
+from openunlearn_nb.evaluation.metric import METRICS
+from openunlearn_nb.evaluation.records import read_json
+from openunlearn_nb.experiments.grid import plan, run_grid
+from openunlearn_nb.internals.registry import import_file
+from openunlearn_nb.reporting.collect import find_runs, measured
+from openunlearn_nb.reporting.report import write_report
+from openunlearn_nb.reporting.tables import columns_of, to_text
+
+EXTENSIONS = Path(__file__).parent / "extensions"
+
+
+@pytest.fixture
+def imported():
+    """Imports an extension for one test; what it declares is gone afterwards."""
+    before = {registry.kind: dict(registry) for registry in (METRICS, ATTACKS)}
+    yield lambda name: import_file(str(EXTENSIONS / name))
+    for registry in (METRICS, ATTACKS):
+        registry._objects = before[registry.kind]
+    import_file.cache_clear()
+
+
+@pytest.mark.parametrize("name, lines", [("refusal_rate.py", 10), ("relearn.py", 30)])
+def test_an_extension_is_short(name, lines):
+    assert len((EXTENSIONS / name).read_text().splitlines()) <= lines
+
+
+def test_a_metric_of_ones_own_is_in_evaluation_summary_table_plot_and_report(small_grid, tmp_path, imported):
+    assert imported("refusal_rate.py") == {"metric": ("refusal_rate",)}
+    grid = replace(small_grid[1], methods=("NPO",), best="refusal_rate")
+    assert run_grid(grid, tmp_path, jobs=1, show=False) == []
+    folder = tmp_path / "forget01/NPO"
+    entry = read_json(folder / "TOFU_EVAL.json")["refusal_rate"]
+    assert len(entry["value_by_index"]) == 20 and 0 <= entry["agg_value"] <= 1
+    assert read_json(folder / "TOFU_SUMMARY.json")["refusal_rate"] == entry["agg_value"]
+    assert read_json(folder / "run.json")["config"]["declared_metrics"] == {"refusal_rate": METRICS.files["refusal_rate"]}
+    tables = measured(find_runs(tmp_path))
+    columns = columns_of("TOFU", tables)
+    assert columns[-1] == "refusal_rate" and "refusal" in to_text(tables["embedded"], columns)
+    assert "refusal rate" in write_report(tmp_path, tmp_path / "report.html").read_text()
+
+
+def test_relearning_is_a_row_of_its_own_after_unlearning(small_grid, tmp_path, imported):
+    assert imported("relearn.py") == {"attack": ("relearn",)}
+    grid = replace(small_grid[1], methods=("NPO",), attacks=("relearn", "relearning"), metrics=("forget_Q_A_Prob", "exact_memorization"))
+    assert run_grid(grid, tmp_path, jobs=1, show=False) == []
+    rows = measured(find_runs(tmp_path))["embedded"]["forget01"]
+    attacked = {f"{row} + {name}" for row in ("Retain", "NPO") for name in ("relearn", "relearning")}
+    assert set(rows) == {"Finetuned", "Retain", "NPO", *attacked}
+    assert rows["NPO + relearn"]["forget_Q_A_Prob"] > rows["NPO"]["forget_Q_A_Prob"]
+    record = read_json(tmp_path / "forget01/NPO+relearn/run.json")
+    assert record["attack"]["before"]["forget_Q_A_Prob"] == rows["NPO"]["forget_Q_A_Prob"]
+    assert set(record["attack"]["robustness"]) == {"forget_Q_A_Prob", "exact_memorization"}
+    assert record["attack"]["declared_in"] == ATTACKS.files["relearn"]
+    assert "NPO + relearn" in write_report(tmp_path, tmp_path / "report.html").read_text()
+    assert plan(grid, str(tmp_path)) == []
