@@ -77,3 +77,45 @@ def test_precision_and_system_message_are_settings_of_every_command(tiny, tmp_pa
     line = f"eval own --model {model} --data {data} --dtype bfloat16 --metrics forget_Q_A_Prob --output {tmp_path}"
     assert main(line.split()) == 0
     assert record(tmp_path)["config"]["dtype"] == "bfloat16"
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory) -> Path:
+    """A tiny model fine-tuned on all rows and on those to keep, unlearned from the first, and all three evaluated."""
+    model, data = tiny
+    folder = tmp_path_factory.mktemp("runs")
+    train = f"train --benchmark own --data {data} --epochs 1 --learning-rate 1e-3 --quiet --lora 0"
+    own = f"own --data {data}"
+    full, retain = ("full", "retain")
+    assert main(f"{train} --model {model} --method Finetune --on {full},{retain} --output {folder}/taught".split()) == 0
+    assert main(f"{train} --model {folder}/taught/{full} --method NPO --output {folder}/npo".split()) == 0
+    for name in (f"taught/{full}", f"taught/{retain}", "npo"):
+        assert main(f"eval {own} --model {folder}/{name} --metrics forget_Q_A_Prob --output {folder}/evaluations/{Path(name).name} --quiet".split()) == 0
+    return folder
+
+
+def test_runs_of_train_and_eval_land_in_one_table(runs, capsys):
+    assert main(["table", str(runs / "evaluations"), "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["OWN"]["base"]["own"]) == {"Finetuned", "Retain", "NPO"}
+
+
+def test_a_row_can_be_named(tiny, runs, tmp_path):
+    _, data = tiny
+    line = f"eval own --data {data} --model {runs}/npo --metrics forget_Q_A_Prob --row NPO-again --output {tmp_path} --quiet"
+    assert main(line.split()) == 0
+    assert (record(tmp_path)["row"], record(tmp_path)["model"]) == ("NPO-again", "base")
+
+
+def test_finetuning_of_several_goes_on_after_an_interruption(tiny, runs, capsys):
+    import shutil
+
+    model, data = tiny
+    shutil.rmtree(runs / "taught/retain")
+    before = (runs / "taught/full/model.safetensors").stat().st_mtime_ns
+    line = (f"train --benchmark own --data {data} --epochs 1 --learning-rate 1e-3 --quiet --lora 0 --model {model} --method Finetune "
+            f"--on full,retain --output {runs}/taught")
+    assert main(line.split()) == 0
+    assert "full: there already" in capsys.readouterr().out and (runs / "taught/retain/train.json").is_file()
+    assert (runs / "taught/full/model.safetensors").stat().st_mtime_ns == before
+    assert main(line.replace("--epochs 1", "--epochs 2").split()) == 2
+    assert "holds a model of another epochs" in capsys.readouterr().err

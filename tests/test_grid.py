@@ -126,7 +126,7 @@ def test_train_then_eval_equals_the_cell(small_grid, tmp_path, capsys):
     capsys.readouterr()
     assert main(["eval", "tofu", "--model", str(tmp_path / "npo"), "--retain-log", str(folder / "forget01/Retain"),
                  "--split", "forget01", "--output", str(tmp_path / "eval")]) == 0
-    kept = measured(find_runs(tmp_path / "eval"))["npo"]["forget01"]["Evaluated"]
+    kept = measured(find_runs(tmp_path / "eval"))["embedded"]["forget01"]["NPO"]
     assert kept["forget_quality"] == read_json(tmp_path / "eval/TOFU_SUMMARY.json")["forget_quality"]
     mine, cells = json.loads(capsys.readouterr().out), read_json(folder / "forget01/NPO/TOFU_SUMMARY.json")
     assert mine.keys() == cells.keys()

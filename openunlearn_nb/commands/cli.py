@@ -180,6 +180,18 @@ def _split(args: argparse.Namespace) -> str:
     return args.split or made_benchmark(args.benchmark, args.settings.get("data", "miniature")).default_split()
 
 # %% ../../nbs/commands/cli.ipynb #9ea625ec
+def _finished_training(config, name: str, folder: Path) -> dict[str, Any]:
+    "The record of a model that an earlier, interrupted call with several --on has made; empty where there is none."
+    from openunlearn_nb.experiments.naming import training_record
+    record = training_record(str(folder))
+    if not record:
+        return {}
+    before, now = record.get("config") or {}, json.loads(json.dumps(config.fingerprint()))
+    if record.get("split") != name or before != now:
+        what = next((key for key in now if before.get(key) != now[key]), "training set")
+        raise OpenUnlearnError(f"{folder} holds a model of another {what}; give another --output.")
+    return record
+
 def train_command(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
@@ -201,6 +213,10 @@ def train_command(args: argparse.Namespace) -> int:
     done, lines, folder = [], [], output_path(args.output, "folder")
     for name in args.on or [None]:
         output = str(folder / name if several else folder)
+        if several and (made := _finished_training(config, name, Path(output))):
+            done.append({"output": output, "method": made["method"], "split": name, "losses": made["losses"], "hub": None})
+            lines.append(f"{output}: there already")
+            continue
         with _progress(args.method, args) as progress:
             record = train_model(config, args.method, _split(args), name, settings, output, progress)
         at = push_to_hub(Path(output), args.push_to_hub) if args.push_to_hub else None
@@ -219,7 +235,7 @@ def eval_command(args: argparse.Namespace) -> int:
     quiet()
     output = args.output or f"runs/eval-{args.benchmark.lower()}"
     with _progress(_model(args), args) as progress:
-        values = evaluate_model(_config(RunConfig, args), _split(args), output, args.retain_log, progress)
+        values = evaluate_model(_config(RunConfig, args), _split(args), output, args.retain_log, progress, args.row)
     say(json.dumps(values, indent=4, allow_nan=False))
     return 0
 

@@ -65,6 +65,8 @@ class EvalOptions:
     retain_log: str | None = setting(None, "the retain model's evaluation: its EVAL.json, or the folder it is in",
                                      metavar="FILE",
                                      aliases=("retain_logs_path",))
+    row: str | None = setting(None, "the name of the row in tables (default: the method; Finetuned or Retain of a "
+                              "fine-tuned model)", metavar="NAME")
     output: str | None = setting(None, "folder for the evaluation (default: runs/eval- and the benchmark's name)",
                                  metavar="FOLDER")
 

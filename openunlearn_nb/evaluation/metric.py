@@ -70,6 +70,7 @@ class Metric:
     keeps_rows: bool = (
         False  # of entries: a log's own rows are kept, as they cannot be computed again from other entries
     )
+    p_value: bool = False  # of a test: two significant digits in tables, never rounded across 0.05
     needs_retain: bool = False  # cannot be computed without the retain model's evaluation
     from_log: Callable[[list[Row], Entry], list[Row]] | None = (
         None  # rows of another program's log, as this function makes them

@@ -112,7 +112,7 @@ def ks_test(rows: Sequence[Row], retain_rows: Sequence[Row]) -> tuple[float | No
     test = stats.ks_2samp(a, b)
     return float(test.pvalue), float(test.statistic)
 
-@metric("forget_quality", takes="entries", better="higher", paper=TOFU_PAPER, needs_retain=True)
+@metric("forget_quality", takes="entries", better="higher", paper=TOFU_PAPER, needs_retain=True, p_value=True)
 def forget_quality(truth_ratios: Entry, context: Context) -> Entry:
     "p-value of the KS test between the truth ratios of this model and of the retain model; the distance beside it."
     if not context.retain:

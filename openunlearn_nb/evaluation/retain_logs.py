@@ -126,11 +126,10 @@ def read_retain_log(
             f"The retain log {path} is of another benchmark; a {log_file(benchmark, 'EVAL')} is needed."
         )
     log, record = read_json(path, "retain log"), record_beside(path)
-    row = (
-        record.get("row") if record.get("row") != "Evaluated" else record.get("method")
-    )  # a model of one's own may be anything
-    if row not in (None, "Retain", "Finetune"):
-        raise OpenUnlearnError(f"{path} is the evaluation of {row}, not of a retain model.")
+    method, row = record.get("method"), record.get("row")  # a model of one's own may be anything
+    unknown = row == "Evaluated" and method is None
+    if not (row in (None, "Retain") or method == "Finetune" or unknown):
+        raise OpenUnlearnError(f"{path} is the evaluation of {method or row}, not of a retain model.")
     rows = _rows_in(log, benchmark.counted)
     if rows is None:
         raise OpenUnlearnError(

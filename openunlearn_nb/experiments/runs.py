@@ -25,6 +25,8 @@ from ..data.benchmark import BENCHMARKS
 from ..data.catalogue import DEFAULT_BENCHMARK
 from ..data.values import published_methods
 from .alternates import make_alternates, read_alternates
+from ..internals.registry import check_name
+from .naming import row_name, table_model, training_record
 from .attacked import attacked_folder, run_attacks
 from .config import Progress, RunConfig, check_config, check_split, model_path, open_model, recipe_of
 from ..internals.hashes import content_hash
@@ -236,13 +238,14 @@ def check_output(folder: Path, what: dict[str, Any]) -> None:
 
 # %% ../../nbs/experiments/runs.ipynb #6e496af7
 def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log: str | None = None,
-                   progress: Progress = lambda share: None) -> dict[str, float]:
-    "Evaluate a model on a split into a folder; returns the summary."
+                   progress: Progress = lambda share: None, row: str | None = None) -> dict[str, float]:
+    "Evaluate a model on a split into a folder; returns the summary. `row`: its name in tables, by default after its method."
     started, kind = time.time(), config.kind
     join_group()
     check_config(config), config.wanted, check_split(config, split)  # all that can be wrong, before a model is loaded
     source = config.source
     check_asked(config, split)
+    row = check_name(row, "row") if row else row_name(config, split)
     what: dict[str, Any] = {"config": config.fingerprint(), "split": split, "data": source.hashes(split, training=False),
             "retain_log": retain_log and str(Path(retain_log).expanduser().resolve())}
     with output_lock(output) as folder:
@@ -256,13 +259,12 @@ def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log
         start, mine = model_identity(path), mine | {"prompt": asdict(enc.fmt), "architecture": architecture(model.config)}
         if retain_log:
             what["measured_against"] = measured_against(retain_file(retain_log, kind))
-        trained = Path(path).expanduser() / "train.json"
-        what |= {"method": read_json(trained, "training record").get("method") if trained.exists() else None, "max_rows": source.max_rows}
+        what |= {"method": training_record(path).get("method"), "max_rows": source.max_rows}
         evaluation = evaluate(model, enc, source, split, retain_log, metrics=config.wanted, batch_size=config.batch_size,
                               classifier=config.classifier, cache=result_cache(config, start, model),
                               progress=lambda share: progress(teaching + (1 - teaching) * share))
         write_run(folder, kind, evaluation.entries, evaluation.summary, run_record(
-            started, model=config.label, row="Evaluated", model_path=path, start=start, rendered_prompt=example_prompt(enc), **mine | what))
+            started, model=table_model(config.model), row=row, model_path=path, start=start, rendered_prompt=example_prompt(enc), **mine | what))
     return evaluation.summary
 
 # %% ../../nbs/experiments/runs.ipynb #0562e07b
@@ -353,7 +355,7 @@ def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Pro
             _discard(folder / "model")  # of a run that did not finish
             save_model(model, enc.tokenizer, folder / "model", {"train.json": to_json({"prompt": asdict(enc.fmt)})})
             trained["model_kept"] = True
-    record = dict(model=config.label, row=row, model_path=path, start=start, rendered_prompt=example_prompt(enc),
+    record = dict(model=table_model(config.model), row=row, model_path=path, start=start, rendered_prompt=example_prompt(enc),
                   config=config.fingerprint(), max_rows=source.max_rows, **about)
     write_run(folder, config.kind, evaluation.entries, evaluation.summary, run_record(started, **record, **trained))
     known = retain if finished(retain, config.benchmark) else None

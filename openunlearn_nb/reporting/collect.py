@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from ..data.catalogue import DEFAULT_BENCHMARK
 from ..data.benchmark import BENCHMARKS, Benchmark
 from ..internals.hashes import file_hash
+from ..evaluation.metric import metric_table
 from ..internals.errors import OpenUnlearnError, check_choice
 from ..evaluation.records import read_json, seed_in_name
 from ..evaluation.retain_logs import misfit, read_retain_log, retain_file
@@ -120,7 +121,7 @@ def find_runs(folder: str | Path, pattern: str = "**/", suites: Iterable[str] | 
                 warnings.warn(f"{run.file.parent} is a copy of {twin.file.parent}; it is counted once.")
                 continue
             raise OpenUnlearnError(f"Two evaluations of {run.row} on {run.split} for {run.model}: {twin.file.parent} and "
-                                   f"{run.file.parent}; give a folder that holds one of them.")
+                                   f"{run.file.parent}; give a folder that holds one of them, or evaluate one again with --row NAME.")
     if not runs:
         raise OpenUnlearnError(f"No finished {' or '.join(suites)} evaluation (run.json with an EVAL.json, or published logs) below "
                                f"{str(folder)!r}.")
@@ -135,12 +136,21 @@ def remarks_of(run: Run, entries: dict[str, Entry]) -> dict[str, int]:
     null = max((part.get("null_rows", 0) for e in entries.values() for part in (e, e.get("forget", {}), e.get("holdout", {}))), default=0)
     return {name: n for name, n in zip(REMARKS, (step, null)) if n}
 
+def _note_zeros(run: Run, entries: dict[str, Entry]) -> None:
+    "Say which of its parts makes a metric 0 that is computed from other metrics, such as a harmonic mean."
+    table = metric_table(BENCHMARKS[run.suite])
+    for name, entry in entries.items():
+        parts = table[name].entries if name in table else ()
+        if entry["agg_value"] == 0 and (zero := [part for part in parts if entries.get(part, {}).get("agg_value") == 0]):
+            _noted(run, f"has a {name} of 0, because {' and '.join(zero)} {'is' if len(zero) == 1 else 'are'} 0")
+
 def _values(run: Run, yardstick: dict | None) -> dict[str, float | None]:
     try:
         entries = recompute(read_json(run.file, "evaluation"), BENCHMARKS[run.suite], yardstick)
     except (AttributeError, KeyError, TypeError, ValueError) as e:  # somebody's file, of any shape
         why = f"a row lacks {e}" if isinstance(e, KeyError) else f"{type(e).__name__}: {e}"
         raise OpenUnlearnError(f"The evaluation {run.file} is not in the published shape ({why}).") from e
+    _note_zeros(run, entries)
     values = {name: entry["agg_value"] for name, entry in entries.items()}
     if "forget_quality" in entries:
         values["ks_distance"] = entries["forget_quality"].get("ks_distance")
