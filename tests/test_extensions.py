@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from openunlearn_nb.commands.cli import main
 from openunlearn_nb.evaluation.attacks import ATTACKS
 from openunlearn_nb.evaluation.metric import METRICS
 from openunlearn_nb.evaluation.records import read_json
@@ -19,9 +20,9 @@ EXTENSIONS = Path(__file__).parent / "extensions"
 
 @pytest.fixture
 def imported():
-    """Imports an extension for one test; what it declares is gone afterwards."""
+    """The file of an extension; what it declares in a test is gone afterwards."""
     before = {registry.kind: dict(registry) for registry in (METRICS, ATTACKS)}
-    yield lambda name: import_file(str(EXTENSIONS / name))
+    yield lambda name: EXTENSIONS / name
     for registry in (METRICS, ATTACKS):
         registry._objects = before[registry.kind]
     import_file.cache_clear()
@@ -32,10 +33,12 @@ def test_an_extension_is_short(name, lines):
     assert len((EXTENSIONS / name).read_text().splitlines()) <= lines
 
 
-def test_a_metric_of_ones_own_is_in_evaluation_summary_table_plot_and_report(small_grid, tmp_path, imported):
-    assert imported("refusal_rate.py") == {"metric": ("refusal_rate",)}
-    grid = replace(small_grid[1], methods=("NPO",), best="refusal_rate")
-    assert run_grid(grid, tmp_path, jobs=1, show=False) == []
+def test_a_metric_of_ones_own_is_in_evaluation_summary_table_plot_and_report(tmp_path, imported, capsys):
+    file = str(imported("refusal_rate.py"))
+    grid = ["tofu", "--splits", "forget01", "--methods", "NPO", "--train-rows", "250", "--epochs", "2", "--jobs", "2"]
+    assert main([*grid, "--import", file, "--best", "refusal_rate", "--output", str(tmp_path), "--quiet"]) == 0
+    shown = capsys.readouterr().out.split("as published")[0]
+    assert "refusal" in shown and "rate" in shown
     folder = tmp_path / "forget01/NPO"
     entry = read_json(folder / "TOFU_EVAL.json")["refusal_rate"]
     assert len(entry["value_by_index"]) == 20 and 0 <= entry["agg_value"] <= 1
@@ -48,7 +51,7 @@ def test_a_metric_of_ones_own_is_in_evaluation_summary_table_plot_and_report(sma
 
 
 def test_relearning_is_a_row_of_its_own_after_unlearning(small_grid, tmp_path, imported):
-    assert imported("relearn.py") == {"attack": ("relearn",)}
+    assert import_file(str(imported("relearn.py"))) == {"attack": ("relearn",)}
     grid = replace(small_grid[1], methods=("NPO",), attacks=("relearn", "relearning"), metrics=("forget_Q_A_Prob", "exact_memorization"))
     assert run_grid(grid, tmp_path, jobs=1, show=False) == []
     rows = measured(find_runs(tmp_path))["embedded"]["forget01"]

@@ -83,8 +83,8 @@ class Evaluation:
     def save(self, folder: str | Path, row: str = "Evaluated", model: str | None = None) -> Path:
         "Write EVAL, SUMMARY and record into a folder, which tables read. `row`, `model`: their names there."
         named = {"model": model or self.record.get("model", "model"), "row": row}
-        benchmark = made_benchmark(self.record["benchmark"])
-        write_run(folder, benchmark, self.entries, self.summary, run_record(time.time(), **self.record | named))
+        record = run_record(time.time(), **self.record | named)
+        write_run(folder, self.record["benchmark"], self.entries, self.summary, record)
         return Path(folder)
 
     @classmethod
