@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 
-from openunlearn_nb.data.benchmark import made_benchmark
+from openunlearn_nb.commands.cli import main
+from openunlearn_nb.data.benchmark import BENCHMARKS, made_benchmark
 from openunlearn_nb.data.sources import same_place
 from openunlearn_nb.data.tofu import load_tofu
 from openunlearn_nb.internals.errors import OpenUnlearnError
@@ -52,3 +53,20 @@ def test_jsonl_and_csv_hold_the_same_rows(five):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_tofu("forget10_perturbed", str(five)) == rows
+
+
+def test_own_data_with_wrong_answers_have_forget_quality_and_utility(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENUNLEARN_CACHE", str(tmp_path / "cache"))
+    for side, name in (("forget", "forget01_perturbed"), ("retain", "retain_perturbed")):
+        (tmp_path / f"{side}.json").write_text(json.dumps(load_tofu(name)[:4]))
+    assert main(["own", "--data", str(tmp_path), "--methods", "GradDiff", "--epochs", "1", "--jobs", "1", "--quiet",
+                 "--output", str(tmp_path / "runs")]) == 0
+    summary = json.loads((tmp_path / "runs/own/GradDiff/OWN_SUMMARY.json").read_text())
+    assert {"forget_truth_ratio", "forget_quality", "model_utility"} <= summary.keys()
+
+
+def test_own_data_without_them_have_the_metrics_that_their_columns_allow(tmp_path):
+    for side in ("forget", "retain"):
+        (tmp_path / f"{side}.jsonl").write_text('{"question": "a?", "answer": "b"}')
+    allowed, every = made_benchmark("own", str(tmp_path)).metrics, BENCHMARKS["OWN"].metrics
+    assert "model_utility" in every and "model_utility" not in allowed and "forget_Q_A_Prob" in allowed

@@ -43,6 +43,7 @@ class BenchmarkValues:
     retained: ClassVar[Sequence[str]] = ("retain",)
     default_metrics: ClassVar[Sequence[str]] = QUESTION_COLUMNS
     columns: ClassVar[Sequence[str]] = QUESTION_COLUMNS
+    optional_columns: ClassVar[Sequence[str]] = ()
     shown: ClassVar[Sequence[str]] = ()
     counted: ClassVar[str] = "forget_Q_A_Prob"
     quoted: ClassVar[str] = "forget_Q_A_ROUGE"

@@ -97,7 +97,7 @@ class RunConfig(RunSettings):
     @property
     def wanted(self) -> list[str]:
         "The metrics asked for, and those by which the best epoch is chosen, by their names."
-        return list(dict.fromkeys([*wanted(self.kind, self.metrics), *self.best_weights]))
+        return list(dict.fromkeys([*wanted(self.source, self.metrics), *self.best_weights]))
 
     @property
     def best_weights(self) -> dict[str, float]:

@@ -34,7 +34,7 @@ def columns_of(suite: str, tables: dict[str, Values], every: bool = False) -> li
     kind = BENCHMARKS[suite]
     own = [name for name in found if name not in (*kind.metrics, *kind.columns, *BESIDE)]
     if not every:
-        return [*kind.columns, *own]
+        return [*kind.columns, *(name for name in kind.optional_columns if name in found), *own]
     return list(dict.fromkeys([*(kind.shown or kind.columns), *own, *found]))
 
 # %% ../../nbs/reporting/tables.ipynb #a8b88273
