@@ -119,3 +119,14 @@ def test_finetuning_of_several_goes_on_after_an_interruption(tiny, runs, capsys)
     assert (runs / "taught/full/model.safetensors").stat().st_mtime_ns == before
     assert main(line.replace("--epochs 1", "--epochs 2").split()) == 2
     assert "holds a model of another epochs" in capsys.readouterr().err
+
+
+def test_without_a_terminal_training_writes_a_line_every_so_often(tiny, tmp_path, capsys, monkeypatch):
+    from openunlearn_nb.experiments import display
+
+    monkeypatch.setattr(display.LogLines.__init__, "__defaults__", (0.0,))  # at once, in place of a minute
+    model, data = tiny
+    line = f"train --benchmark own --data {data} --model {model} --method GradDiff --max_steps 3 --lora 0 --output {tmp_path}/out"
+    assert main(line.split()) == 0
+    said = capsys.readouterr().err
+    assert "GradDiff: 33% done, about" in said and "step 2 of 3, loss " in said

@@ -160,11 +160,18 @@ def grid_command(args: argparse.Namespace) -> int:
 # %% ../../nbs/commands/cli.ipynb #4a631704
 @contextmanager
 def _progress(name: str, args: argparse.Namespace) -> Iterator[Callable[[float], None]]:
-    "A bar for one piece of work, on a terminal; gives what is to be told the share that is done."
+    "A bar for one piece of work on a terminal, elsewhere a line a minute; gives what takes the share that is done."
     from tqdm.auto import tqdm
+
+    from openunlearn_nb.experiments.display import LogLines
     hidden = True if args.quiet or is_later_process() else None  # None: where standard error is no terminal
     with tqdm(total=1.0, bar_format="{l_bar}{bar}| {elapsed}<{remaining}", desc=one_line(name), disable=hidden) as bar:
-        yield lambda share: bar.update(share - bar.n)
+        lines = LogLines()
+        def follow(share: float) -> None:
+            bar.update(share - bar.n)
+            if bar.disable and not hidden and (line := lines.due(share)):  # no terminal: a line every so often
+                say("; ".join(filter(None, [f"{one_line(name)}: {line}", getattr(share, "text", "")])), file=sys.stderr)
+        yield follow
 
 def _tell(args: argparse.Namespace, record: dict | list, text: str) -> None:
     "A result, as JSON or as text."
