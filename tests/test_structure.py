@@ -21,7 +21,7 @@ LONG_LINES = {
     "evaluation/gibberish", "evaluation/membership", "evaluation/metrics", "experiments/alternates",
     "experiments/bench", "experiments/config", "experiments/embedded", "experiments/general",
     "experiments/grid", "experiments/provenance", "experiments/runs", "experiments/workers", "methods/losses",
-    "reporting/collect", "training/checkpoints",
+    "training/checkpoints",
     "training/memory", "training/pairs", "training/phases", "training/trainer",
 }
 LONG_CELLS = {

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Values', 'ROW_ORDER', 'GENERAL', 'REMARKS', 'row_order', 'Run', 'identify', 'log_benchmarks', 'find_runs',
-           'remarks_of', 'yardstick_of', 'measured', 'courses', 'by_seed', 'Spread', 'spread_of', 'in_words',
+           'remarks_of', 'retain_file_of', 'measured', 'epoch_values', 'by_seed', 'Spread', 'spread_of', 'in_words',
            'over_seeds']
 
 # %% ../../nbs/reporting/collect.ipynb #c0ae84c4
@@ -44,7 +44,7 @@ class Run(NamedTuple):
     row: str
     file: Path
     seed: int | None = None  # of a grid of several seeds
-    record: dict[str, Any] = {}  # its run.json, which also says against which retain evaluation it was measured; published logs have none
+    record: dict[str, Any] = {}  # its run.json; published logs have none
 
 def _by_name(suite: str, file: Path) -> Run | None:
     "What a published log is of, from its folders' names, as its benchmark reads them."
@@ -65,22 +65,25 @@ def _seed_of(file: Path, record: dict[str, Any]) -> int | None:
     seed = config.get("seed") if isinstance(config, dict) else None
     if not isinstance(seed, int) or seed == named:
         return named
-    warnings.warn(f"The folder {folder} is called after seed {named}, and its records are of seed {seed}, which counts.")
+    warnings.warn(f"The folder {folder} is called after seed {named}, and its records are of seed {seed}, which "
+                  "counts.")
     return seed
 
 def _is_copy(run: Run, other: Run) -> bool:
     "Whether two runs are one: with the same record, which holds its date, and the same evaluation."
     names = ("run.json", run.file.name)
-    return run.seed is not None and all((run.file.parent / name).read_bytes() == (other.file.parent / name).read_bytes() for name in names)
+    pairs = ((run.file.parent / name, other.file.parent / name) for name in names)
+    return run.seed is not None and all(one.read_bytes() == two.read_bytes() for one, two in pairs)
 
 def _beside_seeds(path: Path, file: Path) -> Path | None:
-    "The folder below `path` that is called like a seed's and is none (`seed0.bak`), if `file` lies in one beside those of seeds."
+    "The folder below `path` that holds `file` and is not one of the folders of seeds next to it (`seed0.bak`), if any."
     below = [p for p in file.parents if p.is_relative_to(path) and p != path]
     odd = [p for p in below if p.name.startswith("seed") and seed_in_name(p) is None]
     return next((p for p in odd if any(seed_in_name(other) is not None for other in p.parent.iterdir())), None)
 
+# %% ../../nbs/reporting/collect.ipynb #56c044a6
 def identify(file: Path) -> Run | None:
-    "What the evaluation in `file` is of, from the `run.json` beside it or from its folders' names; None if neither says."
+    "What the evaluation in `file` is of, by the `run.json` in its folder or its folders' names; None if neither says."
     suite = file.name.removesuffix("_EVAL.json")
     if not (file.parent / "run.json").exists():
         return _by_name(suite, file)
@@ -103,7 +106,8 @@ def find_runs(folder: str | Path, pattern: str = "**/", suites: Iterable[str] | 
     if not path.is_dir() and str(folder).count("/") == 1 and not str(folder).startswith((".", "~", "/")):
         from huggingface_hub import snapshot_download
         try:
-            path = Path(snapshot_download(str(folder), repo_type="dataset", allow_patterns=[f"*/{s}_EVAL.json" for s in suites]))
+            patterns = [f"*/{s}_EVAL.json" for s in suites]
+            path = Path(snapshot_download(str(folder), repo_type="dataset", allow_patterns=patterns))
         except Exception as e:  # no network, no such data set: one sentence
             raise OpenUnlearnError(f"No folder {str(folder)!r}, nor a reachable Hub data set of that name.") from e
     if not path.is_dir():
@@ -115,25 +119,29 @@ def find_runs(folder: str | Path, pattern: str = "**/", suites: Iterable[str] | 
             continue
         if not (run := identify(file)):
             continue
-        key = (*run[:4], run.seed, run.file if run.suite == GENERAL else None)  # lm-eval's tasks may be asked one after the other
+        key = (*run[:4], run.seed, run.file if run.suite == GENERAL else None)  # lm-eval's tasks may be run one by one
         if (twin := runs.setdefault(key, run)) is not run:
             if _is_copy(run, twin):
                 warnings.warn(f"{run.file.parent} is a copy of {twin.file.parent}; it is counted once.")
                 continue
-            raise OpenUnlearnError(f"Two evaluations of {run.row} on {run.split} for {run.model}: {twin.file.parent} and "
-                                   f"{run.file.parent}; give a folder that holds one of them, or evaluate one again with --row NAME.")
+            raise OpenUnlearnError(f"Two evaluations of {run.row} on {run.split} for {run.model}: {twin.file.parent} "
+                                   f"and {run.file.parent}; give a folder that holds one of them, or evaluate one "
+                                   "again with --row NAME.")
     if not runs:
-        raise OpenUnlearnError(f"No finished {' or '.join(suites)} evaluation (run.json with an EVAL.json, or published logs) below "
-                               f"{str(folder)!r}.")
+        raise OpenUnlearnError(f"No finished {' or '.join(suites)} evaluation (run.json with an EVAL.json, or "
+                               f"published logs) below {str(folder)!r}.")
     return list(runs.values())
 
 # %% ../../nbs/reporting/collect.ipynb #c275b8f5
 REMARKS = ("diverged_at", "null_rows")  # beside a row's metrics, where there is something to say
 
 def remarks_of(run: Run, entries: dict[str, Entry]) -> dict[str, int]:
-    "What is to be said beside the numbers of a run: the step at which its training diverged, and how many rows of a metric, at most, are null."
+    """What a table must say of a run: the step at which its training diverged, and its null rows.
+
+    Of the metric that has the most null rows, their number."""
     step = run.record.get("diverged_at")
-    null = max((part.get("null_rows", 0) for e in entries.values() for part in (e, e.get("forget", {}), e.get("holdout", {}))), default=0)
+    parts = (part for e in entries.values() for part in (e, e.get("forget", {}), e.get("holdout", {})))
+    null = max((part.get("null_rows", 0) for part in parts), default=0)
     return {name: n for name, n in zip(REMARKS, (step, null)) if n}
 
 def _note_zeros(run: Run, entries: dict[str, Entry]) -> None:
@@ -141,12 +149,14 @@ def _note_zeros(run: Run, entries: dict[str, Entry]) -> None:
     table = metric_table(BENCHMARKS[run.suite])
     for name, entry in entries.items():
         parts = table[name].entries if name in table else ()
-        if entry["agg_value"] == 0 and (zero := [part for part in parts if entries.get(part, {}).get("agg_value") == 0]):
+        zero = [part for part in parts if entries.get(part, {}).get("agg_value") == 0]
+        if entry["agg_value"] == 0 and zero:
             _noted(run, f"has a {name} of 0, because {' and '.join(zero)} {'is' if len(zero) == 1 else 'are'} 0")
 
-def _values(run: Run, yardstick: dict | None) -> dict[str, float | None]:
+# %% ../../nbs/reporting/collect.ipynb #743e618c
+def _values(run: Run, retain: dict | None) -> dict[str, float | None]:
     try:
-        entries = recompute(read_json(run.file, "evaluation"), BENCHMARKS[run.suite], yardstick)
+        entries = recompute(read_json(run.file, "evaluation"), BENCHMARKS[run.suite], retain)
     except (AttributeError, KeyError, TypeError, ValueError) as e:  # somebody's file, of any shape
         why = f"a row lacks {e}" if isinstance(e, KeyError) else f"{type(e).__name__}: {e}"
         raise OpenUnlearnError(f"The evaluation {run.file} is not in the published shape ({why}).") from e
@@ -162,7 +172,8 @@ def _general(runs: Iterable[Run]) -> dict[str, Values]:
     for run in runs:
         values = {name: entry.get("agg_value") for name, entry in read_json(run.file, "evaluation").items()}
         if twice := values.keys() & rows.setdefault(run.row, {}).keys():
-            raise OpenUnlearnError(f"Two evaluations of {run.row} on {min(twice)}, one of them {run.file.parent}; give a folder that holds one of them.")
+            raise OpenUnlearnError(f"Two evaluations of {run.row} on {min(twice)}, one of them {run.file.parent}; give "
+                                   "a folder that holds one of them.")
         rows[run.row] |= values
     return {"all models": {"general ability": rows}} if rows else {}
 
@@ -170,8 +181,10 @@ def _general(runs: Iterable[Run]) -> dict[str, Values]:
 def _noted(run: Run, why: str) -> None:
     warnings.warn(f"{run.row} on {run.split} ({run.file.parent}) {why}.")
 
-def yardstick_of(run: Run, beside: Run | None, benchmark: type[Benchmark]) -> Path | None:
-    "The file of the retain evaluation to set a run against: the one that its record names, or else the Retain row beside it, where that fits."
+def retain_file_of(run: Run, beside: Run | None, benchmark: type[Benchmark]) -> Path | None:
+    """The file of the retain evaluation that a run is measured against; None where there is none that fits.
+
+    It is the one that the run's record names, or else the Retain row `beside` it."""
     if run.row == "Retain":
         return run.file
     against, named = run.record.get("measured_against"), run.record.get("retain_log")
@@ -191,7 +204,8 @@ def yardstick_of(run: Run, beside: Run | None, benchmark: type[Benchmark]) -> Pa
         _noted(run, f"is not set against the Retain row in {beside.file.parent}, which is of {why}")
         return None
     if against or log:
-        _noted(run, f"was measured against another retain evaluation than the Retain row in {beside.file.parent}, against which it is set here")
+        _noted(run, f"was measured against another retain evaluation than the Retain row in {beside.file.parent}, "
+                    "against which it is set here")
     return beside.file
 
 # %% ../../nbs/reporting/collect.ipynb #bd30ef0f
@@ -200,21 +214,23 @@ def measured(runs: Iterable[Run], suite: str = DEFAULT_BENCHMARK) -> dict[str, V
     if suite == GENERAL:
         return _general(r for r in runs if r.suite == suite)
     of, home = BENCHMARKS[suite], BENCHMARKS[suite]().home_split
-    runs = sorted((r for r in runs if r.suite == suite), key=lambda r: (r.model, of.splits.index(r.split), row_order(r.row)))
+    runs = [run for run in runs if run.suite == suite]
+    runs.sort(key=lambda run: (run.model, of.splits.index(run.split), row_order(run.row)))
     retain = {(r.model, r.split): r for r in runs if r.row == "Retain"}
     read = lru_cache(partial(read_retain_log, benchmark=of))
     table: dict[str, Values] = {}
     for run in runs:
-        yardstick = yardstick_of(run, retain.get((run.model, home(run.split))), of)
-        values = _values(run, read(yardstick) if yardstick else None)
+        reference = retain_file_of(run, retain.get((run.model, home(run.split))), of)
+        values = _values(run, read(reference) if reference else None)
         table.setdefault(run.model, {}).setdefault(run.split, {})[run.row] = values
     return table
 
 # %% ../../nbs/reporting/collect.ipynb #3cb2627a
-def courses(runs: Iterable[Run]) -> dict[str, dict[int, dict]]:
-    "`{row: {epoch: values}}` of the runs of one model and split that were evaluated after each epoch (`--eval-each epoch`)."
+def epoch_values(runs: Iterable[Run]) -> dict[str, dict[int, dict]]:
+    "The summaries after each epoch, `{row: {epoch: values}}`, of runs of one model and split (`--eval-each epoch`)."
     files = {run.row: run.file.parent / "epochs.json" for run in runs}
-    return {row: {int(epoch): values for epoch, values in read_json(file, "course of an evaluation").items()} for row, file in files.items() if file.exists()}
+    found = {row: read_json(file, "course of an evaluation") for row, file in files.items() if file.exists()}
+    return {row: {int(epoch): values for epoch, values in epochs.items()} for row, epochs in found.items()}
 
 def by_seed(runs: Iterable[Run]) -> dict[int | None, list[Run]]:
     "The runs of each seed of a grid of several; `None`: all others."
@@ -233,9 +249,12 @@ class Spread(NamedTuple):
     seeds: int  # that have a value
 
 def spread_of(values: list[float | None]) -> Spread | None:
+    "The spread of a metric's values over seeds, those without a value left out; None where none has one."
     known = [v for v in values if v is not None]
+    if not known:
+        return None
     sd = statistics.stdev(known) if len(known) > 1 else None
-    return Spread(statistics.median(known), statistics.mean(known), sd, min(known), max(known), len(known)) if known else None
+    return Spread(statistics.median(known), statistics.mean(known), sd, min(known), max(known), len(known))
 
 def in_words(metric: str, s: Spread | None, seeds: int) -> str | None:
     "`mean ± sd`; of forget quality `median (low to high)`; how many seeds have a value, where not all have."

@@ -19,7 +19,7 @@ from jinja2 import Environment
 
 from ..data.benchmark import BENCHMARKS
 from .. import __version__
-from .collect import GENERAL, Run, Values, courses, find_runs, measured, row_order
+from .collect import GENERAL, Run, Values, epoch_values, find_runs, measured, row_order
 from ..internals.locks import output_lock
 from ..evaluation.records import read_json
 from ..internals.files import write_text
@@ -165,7 +165,7 @@ def suite_part(suite: str, model: str, values: Values, runs: Sequence[Run],
     for split, rows in values.items():
         of = sorted((r for r in runs if r.split == split), key=lambda r: row_order(r.row))
         evaluations = {r.row: read_json(r.file, "evaluation") for r in of}
-        plots = plots_of(suite, split, rows, evaluations, courses(of), what)
+        plots = plots_of(suite, split, rows, evaluations, epoch_values(of), what)
         out += [f"<h3>{escape(split)}</h3>", *plots, answers_of(suite, evaluations)]
         done()
     for study, steps in BENCHMARKS[suite].studies.items():
