@@ -1,5 +1,7 @@
 """`evaluate` on a model in memory, and `EvaluateCallback` in a training."""
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -80,3 +82,10 @@ def test_a_callback_refuses_a_metric_that_there_is_not():
 def test_top_level_names():
     names = ("evaluate", "Evaluation", "EvaluateCallback", "metric", "METRICS", "attack", "Attack", "ATTACKS")
     assert all(getattr(openunlearn_nb, name) is not None for name in names)
+
+
+def test_names_ranges_and_tables_are_read_without_torch():
+    code = ("import sys; import openunlearn_nb.reporting.tables; from openunlearn_nb import METRICS; "
+            "print(METRICS['privleak'].range, METRICS['privleak'].better, 'torch' in sys.modules)")
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert told == "(-100, inf) nearest 0 False\n"

@@ -20,11 +20,9 @@ from typing import Any
 from .. import __version__
 from ..internals.hashes import text_hash
 from ..internals.json_shapes import check_shape, parse_json
-from ..internals.devices import device_type
 from ..internals.errors import OpenUnlearnError
 from ..internals.files import finite, to_json, write_json, write_text
 from ..internals.launch import own_device
-from ..internals.processes import world_size
 from ..data.prompts import PromptFormat
 
 # %% ../../nbs/evaluation/records.ipynb #e7979b8b
@@ -127,6 +125,9 @@ def _version_of(package: str) -> str | None:
 def environment() -> dict[str, Any]:
     "Versions and hardware of this process; `device_id`: which GPU, where the process is a worker with one of its own."
     import torch
+
+    from openunlearn_nb.internals.devices import device_type
+    from openunlearn_nb.internals.processes import world_size
 
     packages = (
         "torch",
