@@ -4,7 +4,8 @@ import logging
 __version__ = "0.1.0"
 
 _API = {"method": "methods.method", "Method": "methods.method", "method_loss": "methods.method",
-        "METHODS": "methods.method", "evaluate": "evaluation.evaluate",
+        "METHODS": "methods.method", "UnlearnTrainer": "training.unlearn", "UnlearnConfig": "training.config",
+        "evaluate": "evaluation.evaluate",
         "Evaluation": "evaluation.evaluate", "EvaluateCallback": "evaluation.callback", "metric": "evaluation.metric",
         "METRICS": "evaluation.metric", "attack": "evaluation.attacks", "Attack": "evaluation.attacks",
         "ATTACKS": "evaluation.attacks",
