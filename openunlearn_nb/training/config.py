@@ -22,6 +22,6 @@ class UnlearnConfig(TrainingArguments):
         default=None, metadata={"help": "Settings of the method that differ from its defaults."})
     max_length: int = field(default=512, metadata={"help": "Tokens of the longest row; longer ones are cut."})
     compat: str | None = field(default=None, metadata={"help": "open-unlearning: the reference code's arithmetic."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate (OpenUnlearning's for TOFU)."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate, OpenUnlearning's."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator uses all columns."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is no number is logged."})
