@@ -40,12 +40,22 @@ def defined(text: str) -> set[str]:
     return found
 
 
+def only_imports(text: str) -> bool:
+    """Whether a cell, not an exported one, holds nothing but imports: nbdev wants these in a cell of their own."""
+    if text.startswith("#| export"):
+        return False
+    try:
+        return all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(text).body)
+    except SyntaxError:  # a magic
+        return False
+
+
 def density(file: Path) -> Density:
     """The counts of a notebook."""
     cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
     texts = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
     words = sum(len(re.findall(r"[\w'`/.-]*\w[\w'`/.-]*", text)) for kind, text in texts if kind == "markdown")
-    code = [text for kind, text in texts if kind == "code" and not text.startswith("#| default_exp")]
+    code = [text for kind, text in texts if kind == "code" and not text.startswith("#| default_exp") and not only_imports(text)]
     total = Density(words, 0, 0, 0, 0)
     for text, after in zip(code, [*code[1:], ""]):
         if text.startswith("#| export") and (names := defined(text)):

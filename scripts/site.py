@@ -8,13 +8,17 @@ or load anything from elsewhere: equations become MathML, which browsers draw th
 """
 
 import html
+import inspect
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from fastcore import docments
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, MADE = ROOT / "_docs", ROOT / "_proc"
@@ -42,6 +46,17 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if not self.skip:
             self.words.append(data)
+
+
+def signature(function: Callable, eval_str: bool = False) -> inspect.Signature:
+    """`inspect.signature`; an annotation whose import is for type checkers alone stays a text."""
+    try:
+        return inspect.signature(function, eval_str=eval_str)
+    except NameError:
+        return inspect.signature(function)
+
+
+docments.signature = signature  # what nbdev shows signatures by; in its workers too, which import this file
 
 
 def build() -> None:

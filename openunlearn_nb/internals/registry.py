@@ -84,6 +84,7 @@ REGISTRIES: dict[str, "Registry"] = {}  # kind of object: its registry
 
 def _again(old: Any, new: Any) -> bool:
     "Whether a notebook's cell is run again: it declares an object of the same definition."
+    old, new = (getattr(declared, "function", declared) for declared in (old, new))  # a metric's own function
     same = getattr(old, "__qualname__", old) == getattr(new, "__qualname__", new)
     return same and getattr(new, "__module__", None) == "__main__"
 
