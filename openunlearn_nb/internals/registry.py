@@ -79,14 +79,18 @@ class Declared(Mapping[str, T], Generic[T]):
         self._fill()
         return self._spelled(name)
 
-# %% ../../nbs/internals/registry.ipynb #66721e5b
-REGISTRIES: dict[str, "Registry"] = {}  # kind of object: its registry
+# %% ../../nbs/internals/registry.ipynb #2a7041bf
+def _in_notebook(declared: Any) -> bool:
+    "Whether an object, or a metric's function, is defined in a notebook's cell or a script."
+    return getattr(getattr(declared, "function", declared), "__module__", None) == "__main__"
 
 def _again(old: Any, new: Any) -> bool:
     "Whether a notebook's cell is run again: it declares an object of the same definition."
-    old, new = (getattr(declared, "function", declared) for declared in (old, new))  # a metric's own function
-    same = getattr(old, "__qualname__", old) == getattr(new, "__qualname__", new)
-    return same and getattr(new, "__module__", None) == "__main__"
+    one, other = (getattr(declared, "function", declared) for declared in (old, new))
+    return _in_notebook(new) and getattr(one, "__qualname__", one) == getattr(other, "__qualname__", other)
+
+# %% ../../nbs/internals/registry.ipynb #66721e5b
+REGISTRIES: dict[str, "Registry"] = {}  # kind of object: its registry
 
 class Registry(Declared[T]):
     """Objects of one kind by name.
@@ -107,6 +111,8 @@ class Registry(Declared[T]):
     def add(self, name: str, value: T) -> T:
         "Declare an object. Raises where the name is taken or cannot be one."
         check_name(name, self.kind, (*self.reserved, *self.aliases))
+        if _in_notebook(value):
+            self._fill()  # else the package's own object of this name would come second
         taken = self._spelled(name)
         if taken in self._objects and not _again(self._objects[taken], value):
             raise OpenUnlearnError(f"There is a {self.kind} called {taken} already; give this one another name.")
