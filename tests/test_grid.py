@@ -11,7 +11,7 @@ import time
 import pytest
 
 from openunlearn_nb.commands.cli import main
-from openunlearn_nb.data.sources import load_rows
+from openunlearn_nb.data.sources import _stored_rows
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.experiments.grid import GridConfig, claim, plan, run_grid
 from openunlearn_nb.data.miniature_tofu import make_tofu
@@ -106,7 +106,7 @@ def test_edited_data_is_another_configuration(tmp_path):
     grid = GridConfig(data=str(data), train_rows=250, splits=("forget01",))
     claim(grid, tmp_path / "runs")
     write_tofu(data, make_tofu(seed=1))
-    load_rows.cache_clear()  # as a new process would
+    _stored_rows.cache_clear()  # as a new process would
     with pytest.raises(OpenUnlearnError, match="the rows of full have changed"):
         claim(grid, tmp_path / "runs")
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from openunlearn_nb.commands.cli import main
-from openunlearn_nb.data.sources import load_rows, write_folder
+from openunlearn_nb.data.sources import _stored_rows, write_folder
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.experiments.grid import GridConfig, plan, run_grid
 from openunlearn_nb.data.miniature_muse import make_muse
@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 
 def evaluation(model, data, output, *options):
     """Run `eval muse`; the exit code and the evaluation that was written."""
-    load_rows.cache_clear()
+    _stored_rows.cache_clear()
     code = main(["eval", "muse", "--model", str(model), "--data", str(data), "--output", str(output), *options])
     return code, read_json(output / "MUSE_EVAL.json") if code == 0 else None
 
@@ -143,7 +143,7 @@ def test_data_set_lacking_a_split_or_a_column(model, tmp_path, capsys):
     assert main(["muse", "--data", str(folder_with(tmp_path, sust={"forget_3": None})), "--study", "sustainability", "--output",
                  str(tmp_path / "out")]) == 2
     assert "has no sust/forget_3" in capsys.readouterr().err
-    load_rows.cache_clear()
+    _stored_rows.cache_clear()
     assert evaluation(model, folder_with(tmp_path, verbmem={"forget": [{"prompt": "a"}]}), tmp_path / "out")[0] == 2
     assert "lacks the column 'gt'" in capsys.readouterr().err and not (tmp_path / "out").exists()
 

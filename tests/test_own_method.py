@@ -34,10 +34,10 @@ GRID = "tofu --train-rows 250 --splits forget01 --epochs 1 --quiet --jobs 2 --me
 
 def test_a_method_from_a_file(tmp_path, capsys):
     file, output = tmp_path / "aim.py", tmp_path / "runs"
-    run = lambda *more: main([*GRID, "Aim,GradAscent", "--import", str(file), "--output", str(output), *more])
-    file.write_text(FILE.format(name="Aim", target=2.0))
-    assert run() == 0 and "Aim" in capsys.readouterr().out
-    record = read_json(output / "forget01/Aim/run.json")
+    run = lambda *more: main([*GRID, "Hit,GradAscent", "--import", str(file), "--output", str(output), *more])
+    file.write_text(FILE.format(name="Hit", target=2.0))
+    assert run() == 0 and "Hit" in capsys.readouterr().out
+    record = read_json(output / "forget01/Hit/run.json")
     assert record["settings"]["target"] == 2.0 and record["published"] is None and record["declared_in"]
     assert read_json(output / "forget01/GradAscent/run.json")["published"]["training"]
     assert main(["table", str(output), "--check"]) == 0

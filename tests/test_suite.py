@@ -66,7 +66,7 @@ def test_metrics_do_not_depend_on_batches_order_or_padding(benchmark, prompt, sp
 
     whole, others = all_of(), {"one at a time": all_of(1), "in reverse": all_of(step=-1)}
     for module in ("scoring", "generation"):  # as with a model whose keys and values cannot be shared
-        monkeypatch.setattr(f"openunlearn_nb.models.{module}.can_share", lambda model: False)
+        monkeypatch.setattr(f"openunlearn_nb.models.{module}.can_share_prefixes", lambda model: False)
     others["rows read whole"] = all_of()
     for how, other in others.items():
         assert other.keys() == whole.keys() == set(benchmark.metrics)

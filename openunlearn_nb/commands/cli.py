@@ -240,7 +240,7 @@ def eval_command(args: argparse.Namespace) -> int:
     from openunlearn_nb.models.loading import quiet
     from openunlearn_nb.experiments.runs import evaluate_model
     quiet()
-    output = args.output or f"runs/eval-{args.benchmark.lower()}"
+    output = f"runs/eval-{args.benchmark.lower()}" if args.output is None else args.output
     with _progress(_model(args), args) as progress:
         values = evaluate_model(_config(RunConfig, args), _split(args), output, args.retain_log, progress, args.row)
     say(json.dumps(values, indent=4, allow_nan=False))
@@ -396,8 +396,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # one for ASCII alone has no ±; a question mark takes its place
             stream.reconfigure(errors="replace")
-    args = parse(argv)
     try:
+        args = parse(argv)
         with warnings.catch_warnings():
             warnings.showwarning = _notes()
             clear_stale_launch()

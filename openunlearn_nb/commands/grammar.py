@@ -190,7 +190,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """What a command line says: the command's `full_name`, `benchmark` and own options, and in `settings` those of a
     run that were given: of `method_args` and `training_args` each name with a list of its values.
 
-    Ends with a sentence and exit code 2 where the line cannot be understood."""
+    Ends with a sentence and exit code 2 where the line cannot be understood, and raises where a value is wrong."""
     import_new_command(sys.argv[1:] if argv is None else argv)
     top = parser()
     given, unknown = top.parse_known_args(argv)
@@ -200,8 +200,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         from openunlearn_nb.training.arguments import help_training
         print(help_training())
         raise SystemExit(0)
+    more: dict[str, Any] = {"method_args": read_pairs(getattr(given, "set", ()))}
     try:
-        more: dict[str, Any] = {"method_args": read_pairs(getattr(given, "set", ()))}
         if unknown and not trains:
             p.unknown_option(unknown[0])
         more["training_args"] = _training_arguments(p, unknown) if unknown else {}
