@@ -48,6 +48,7 @@ class Declared(Mapping[str, T], Generic[T]):
     def __init__(self, catalogue: str | None = None, any_case: bool = False):
         self.catalogue = catalogue
         self.any_case = any_case
+        self.files: dict[str, str] = {}  # name: hash of the user's file that declares it
         self._objects: dict[str, T] = {}
         self._complete = catalogue is None
 
@@ -67,6 +68,12 @@ class Declared(Mapping[str, T], Generic[T]):
     def __len__(self) -> int:
         self._fill()
         return len(self._objects)
+
+    def remove(self, *names: str) -> None:
+        "Take objects out again, such as the toys of a notebook."
+        for name in names:
+            del self._objects[name]
+            self.files.pop(name, None)
 
     def _spelled(self, name: str) -> str:
         "The declared name that differs from `name` in case at most, if any; else `name`."
@@ -105,7 +112,6 @@ class Registry(Declared[T]):
         self.kind = kind
         self.aliases = dict(aliases or {})
         self.reserved = reserved
-        self.files: dict[str, str] = {}  # name: hash of the user's file that declares it
         REGISTRIES[kind] = self
 
     def add(self, name: str, value: T) -> T:
