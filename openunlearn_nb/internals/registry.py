@@ -48,7 +48,6 @@ class Declared(Mapping[str, T], Generic[T]):
     def __init__(self, catalogue: str | None = None, any_case: bool = False):
         self.catalogue = catalogue
         self.any_case = any_case
-        self.files: dict[str, str] = {}  # name: hash of the user's file that declares it
         self._objects: dict[str, T] = {}
         self._complete = catalogue is None
 
@@ -69,12 +68,6 @@ class Declared(Mapping[str, T], Generic[T]):
         self._fill()
         return len(self._objects)
 
-    def remove(self, *names: str) -> None:
-        "Take objects out again, such as the toys of a notebook."
-        for name in names:
-            del self._objects[name]
-            self.files.pop(name, None)
-
     def _spelled(self, name: str) -> str:
         "The declared name that differs from `name` in case at most, if any; else `name`."
         if not self.any_case or name in self._objects:
@@ -87,6 +80,8 @@ class Declared(Mapping[str, T], Generic[T]):
         return self._spelled(name)
 
 # %% ../../nbs/internals/registry.ipynb #2a7041bf
+REGISTRIES: dict[str, "Registry"] = {}  # kind of object: its registry
+
 def _in_notebook(declared: Any) -> bool:
     "Whether an object, or a metric's function, is defined in a notebook's cell or a script."
     return getattr(getattr(declared, "function", declared), "__module__", None) == "__main__"
@@ -97,8 +92,6 @@ def _again(old: Any, new: Any) -> bool:
     return _in_notebook(new) and getattr(one, "__qualname__", one) == getattr(other, "__qualname__", other)
 
 # %% ../../nbs/internals/registry.ipynb #66721e5b
-REGISTRIES: dict[str, "Registry"] = {}  # kind of object: its registry
-
 class Registry(Declared[T]):
     """Objects of one kind by name.
 
@@ -112,6 +105,7 @@ class Registry(Declared[T]):
         self.kind = kind
         self.aliases = dict(aliases or {})
         self.reserved = reserved
+        self.files: dict[str, str] = {}  # name: hash of the user's file that declares it
         REGISTRIES[kind] = self
 
     def add(self, name: str, value: T) -> T:
@@ -124,6 +118,11 @@ class Registry(Declared[T]):
             raise OpenUnlearnError(f"There is a {self.kind} called {taken} already; give this one another name.")
         self._objects[name] = value
         return value
+
+    def remove(self, *names: str) -> None:
+        "Take objects out again, such as the toys of a notebook."
+        for name in names:
+            del self._objects[name]
 
     def name_of(self, name: str) -> str:
         "The declared name of the object that `find(name)` returns. Raises with the nearest names where there is none."
