@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from openunlearn_nb import METHODS
+from openunlearn_nb import METHODS, Method, method
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.evaluation.records import read_json
+from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.internals.registry import import_file
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.training.pairs import TrainConfig
@@ -65,3 +66,31 @@ def test_a_wrapper_that_changes_nothing_changes_nothing():
     import_file(str(HERE / "sam.py"))
     assert torch.allclose(moved("SAM(GradDiff)", 2, rho=0.0), moved("GradDiff", 2), atol=1e-6)
     assert METHODS.find("SAM(GradDiff)")(rho=0.0).settings["alpha"] == METHODS["GradDiff"]().settings["alpha"]
+
+
+def test_a_method_may_answer_with_another_model():
+    """What is evaluated, after each epoch and at the end, is what `for_generation` returns; there is no one model to save."""
+    seen = []
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+    @method("Other", alpha=0.0)
+    class Other(Method):
+        forget_loss = METHODS["GradAscent"].forget_loss
+
+        def for_generation(self, model):
+            return Wrapped(model)
+
+    model = tiny_llama(train_tokenizer(["a few words, so that there is a vocabulary"], 300), hidden=16, layers=2)
+    recipe = TrainConfig(epochs=2, effective_batch=4, batch_size=4, gradient_checkpointing=False)
+    rows = [example(i, 3) for i in range(4)]
+    try:
+        trained = train(model, 0, "Other", rows, rows, recipe, look=lambda epoch, model: seen.append(type(model))).model
+        assert isinstance(trained, Wrapped) and seen == [Wrapped]
+        with pytest.raises(OpenUnlearnError, match="no one model to save"):
+            train(model, 0, "Other", rows, rows, recipe, for_saving=True)
+    finally:
+        METHODS.remove("Other")

@@ -85,6 +85,7 @@ def test_training_arguments_by_their_own_names(capsys):
     assert given["training_args"] == {"warmup_steps": [0.1], "weight_decay": [0.0], "max_steps": [5], "bf16": [True], "report_to": ["tensorboard"]}
     assert parse("tofu --max_grad_norm 0.5,1 --set beta=0.05 0.1".split()).settings["training_args"] == {"max_grad_norm": [0.5, 1.0]}
     assert said(capsys, "train --method NPO --output x --save_steps 5") == "openunlearn train: --save_steps is set by the command itself; give --save-each."
+    assert said(capsys, "train --method NPO --output x --logging_steps 5") == "openunlearn train: --logging_steps is set by the command itself."
     assert said(capsys, "tofu --max_steps many") == "openunlearn tofu: --max_steps cannot be many; a whole number is needed."
     assert said(capsys, "tofu --weigth_decay 0.1") == "openunlearn tofu: there is no option --weigth_decay; did you mean --weight_decay?"
     assert said(capsys, "eval tofu --weight_decay 0.1").startswith("openunlearn eval tofu: there is no option --weight_decay")  # it trains nothing

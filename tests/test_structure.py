@@ -88,6 +88,18 @@ def test_an_exported_cell_has_at_most_40_lines(file):
 
 
 @pytest.mark.parametrize("file", sorted(NOTEBOOKS.rglob("*.ipynb")), ids=lambda file: name_of(file, NOTEBOOKS))
+def test_a_run_of_a_chapter_stands_apart_from_its_imports(file):
+    """The site's builder runs a chapter's cells with an import alone, to link names; a run in one would lack its data."""
+    cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    if not any("#| default_exp" in text for text in texts):
+        pytest.skip("a page that exports nothing")
+    bodies = [ast.parse(re.sub("(?m)^[%!].*", "pass", text)).body for text in texts if not text.startswith("#| export")]
+    imports = [[isinstance(node, ast.Import | ast.ImportFrom) for node in body] for body in bodies]
+    assert [ast.unparse(body[0]) for body, those in zip(bodies, imports) if any(those) and not all(those)] == []
+
+
+@pytest.mark.parametrize("file", sorted(NOTEBOOKS.rglob("*.ipynb")), ids=lambda file: name_of(file, NOTEBOOKS))
 def test_an_exported_line_has_at_most_120_characters(file):
     if name_of(file, NOTEBOOKS) in LONG_LINES:
         pytest.skip("not rewritten yet")

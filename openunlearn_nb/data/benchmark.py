@@ -186,7 +186,7 @@ class BenchmarkExamples(BenchmarkQuestions):
         return None
 
     def embedded_rows(self, name: str) -> list:
-        "What an embedded model of this name is taught, as text that JSON can hold."
+        "The rows that an embedded model is fine-tuned on; `name` is a training set. Their hash names its folder."
         return self.training_rows(name)
 
     def embedded_examples(self, name: str, enc: Encoder) -> list[dict]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from .metric import HasMetrics, metric_table
+from .metric import HasMetrics, data_sets, metric_table
 from ..internals.errors import OpenUnlearnError, check_choice
 from ..internals.registry import Registry
 
@@ -26,9 +26,10 @@ A = TypeVar("A")
 # %% ../../nbs/evaluation/attacks.ipynb #b24268a8
 @dataclass(frozen=True)
 class AttackData:
-    """What an attack may use besides the model.
+    """What an attack may use besides the model: the encoder, the benchmark with its rows, and the split.
 
-    `recipe`: settings of training that suit the model, where it is not one of the published size."""
+    `recipe` holds training settings for a model that is much smaller than the published ones, such as a higher
+    learning rate. An attack's own defaults are for the published size."""
     enc: "Encoder"
     benchmark: "Benchmark"
     split: str
@@ -136,8 +137,6 @@ def knowledge_metrics(benchmark: HasMetrics, names: Sequence[str]) -> list[str]:
     "Those of some metrics that read the forget set and are the higher, the more is known of it."
     table = metric_table(benchmark)
     kinds = {name: table[name].metric for name in names if name in table}
-    from openunlearn_nb.evaluation.metric import data_sets
-
     return [
         name
         for name, kind in kinds.items()

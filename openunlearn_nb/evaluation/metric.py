@@ -213,7 +213,7 @@ def direction(benchmark: HasMetrics, name: str) -> str:
     return kind.on_retain if kind.on_retain and retains else kind.better
 
 def goodness(better: str, value: float | None) -> float:
-    "A number that is the larger, the better a value is; minus infinity for none."
+    "A key to sort values by, the best last. `better` is a metric's direction; no value (None) comes first."
     if value is None:
         return float("-inf")
     if better.startswith("nearest"):

@@ -59,7 +59,7 @@ class MethodHooks:
         "After training: change the weights, or return another model."
 
     def for_generation(self, model: nn.Module) -> nn.Module:
-        "The model that is evaluated."
+        "The model that is evaluated in place of the trained one, which `train` cannot save then."
         return model
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,6 +135,11 @@ class MethodTerms(MethodQuestions):
         of = {"forget": self.mean_over, "retain": self.retain_losses[self.s.retain_loss_type].mean_over}
         device = batch[self.terms[0]]["labels"].device if self.terms else None
         return {term: torch.as_tensor(of[term](batch[term], self.s), device=device) for term in self.terms}
+
+    @property
+    def answers_otherwise(self) -> bool:
+        "Whether another model than the trained one is evaluated."
+        return type(self).for_generation is not MethodHooks.for_generation
 
     def weigh(self, term: str, value: Tensor) -> Tensor:
         "A term of the sum: its weight times its value."

@@ -29,9 +29,9 @@ _INSTEAD = {  # what to give in place of a field; empty: nothing, the command de
     "CUDA_VISIBLE_DEVICES= before the command": "use_cpu",
     "": "do_train do_eval do_predict remove_unused_columns label_names local_rank average_tokens_across_devices "
         "use_cache label_smoothing_factor ignore_data_skip train_sampling_strategy length_column_name "
-        "prediction_loss_only logging_nan_inf_filter"}
+        "prediction_loss_only logging_nan_inf_filter logging_steps logging_strategy logging_first_step"}
 SET_BY_COMMAND = {name: instead for instead, names in _INSTEAD.items() for name in names.split()}
-NO_NUMBER = tuple("logging_steps logging_strategy logging_first_step log_level log_level_replica log_on_each_node "
+NO_NUMBER = tuple("log_level log_level_replica log_on_each_node "
                   "report_to "
                   "run_name project include_num_input_tokens_seen dataloader_num_workers dataloader_pin_memory "
                   "ddp_timeout dataloader_persistent_workers dataloader_prefetch_factor skip_memory_metrics".split())

@@ -420,6 +420,8 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
 
     `for_saving`: under DeepSpeed the main process alone gets the trained model, in the host's memory, and the others an empty one."""
     chosen = _started(method, settings or {}, compat, config)
+    if for_saving and chosen.answers_otherwise:
+        raise OpenUnlearnError(f"{method} answers with another model than the one it trains, so there is no one model to save; run it in a grid.")
     check_ids(model, (e["input_ids"] for of in (forget, retain, *(alternates or [])) for e in of))
     side = "left" if respects_padding_mask(model) else "right"  # what stands before a row's padding never sees it
     data = build_dataset(model, pad_id, chosen, forget, [] if chosen.terms == ("forget",) else retain, alternates, config.seed)
@@ -433,7 +435,7 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
         trainer = MethodTrainer(chosen, ref, model=model, args=args, train_dataset=data, callbacks=[_Follow(data, progress)],
                                  data_collator=partial(collate_parts, pad_id=pad_id, compat=compat, side=side))
         trainer.remove_callback(PrinterCallback)
-        acts: list[Callable[[int], None]] = [partial(_look_at, trainer, look)] if look else []
+        acts: list[Callable[[int], None]] = [partial(_look_at, trainer, lambda epoch, model: look(epoch, chosen.for_generation(model)))] if look else []
         if keep:
             acts.append(lambda epoch: save_checkpoint(trainer, keep, what or {}))
         trainer.add_callback(_AfterEpoch(acts))
@@ -453,7 +455,7 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
                 trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # take off the autocast around forward, which would
                 model.__dict__.pop("forward", None)  # stay for the evaluation and keep the model from being freed
         model = _finish(trainer, for_saving)
-        model = chosen.after(model, data) or model
+        model = chosen.for_generation(chosen.after(model, data) or model)
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     if step := diverged_at(model, losses):
         warnings.warn(f"{method} diverged: at step {step} of {len(losses)} its loss or its weights are no finite numbers any more. The learning rate "
