@@ -4,10 +4,14 @@ import ast
 import json
 import re
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from openunlearn_nb.methods.names import FINETUNE, METHOD_ALIASES, METHOD_NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, NOTEBOOKS = ROOT / "openunlearn_nb", ROOT / "nbs"
@@ -139,19 +143,29 @@ def texts_in_code(file: Path) -> Iterator[tuple[int, str]]:
                 yield getattr(node, "lineno", 0), text
 
 
-def named_outside(names: list[str], own_modules: set[str]) -> list[str]:
+def named_outside(names: list[str], own_modules: set[str], as_spelled: list[str]) -> list[str]:
     """The places where modules other than `own_modules` (such as `data/tofu`) name one of `names`, in any usual case.
 
-    A name that is a word of English must be in `names` as it is spelled there, and is found in that spelling alone."""
-    english = {"own"}
-    forms = [{name} if name.lower() in english else {name, name.lower(), name.title()} for name in names]
-    wanted = set().union(*forms)
+    A name that is a word of English stands in `as_spelled`, and is found in that spelling alone."""
+    wanted = set(as_spelled).union(*({name, name.lower(), name.title()} for name in names))
     citation = re.compile("arXiv|_PAPER")  # a paper is called after its benchmark
     others = [file for file in modules() if name_of(file, PACKAGE) not in own_modules]
     return [f"{name_of(file, PACKAGE)}:{line} {text!r:.60}" for file in others for line, text in texts_in_code(file)
-            if words_of(text) & wanted and not citation.search(text)]
+            if {*words_of(text), *re.findall(r"\w+", text)} & wanted and not citation.search(text)]
 
 
 def test_no_other_module_names_a_benchmark():
     names = "tofu", "muse", "wmdp", "custom", "miniature_tofu", "miniature_muse", "tofu_metrics", "muse_metrics", "catalogue"
-    assert named_outside(["TOFU", "MUSE", "WMDP", "OWN"], {f"data/{name}" for name in names}) == []
+    assert named_outside(["TOFU", "MUSE", "WMDP"], {f"data/{name}" for name in names}, ["OWN"]) == []
+
+
+def test_no_other_module_names_a_method():
+    """`names` is the list that tables and helps read; `losses` holds the formulas, called after their methods."""
+    families = "ascent", "preference", "representation", "distillation", "weighted", "constrained"
+    own = {f"methods/{name}" for name in (*families, "names", "losses")}
+    assert named_outside([*METHOD_NAMES, *METHOD_ALIASES], own, [FINETUNE]) == []
+
+
+def test_names_of_methods_need_no_torch():
+    code = "import sys, openunlearn_nb.methods.names; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

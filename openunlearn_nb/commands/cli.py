@@ -29,6 +29,7 @@ from ..internals.files import output_path
 from ..internals.launch import CONFIGS, SCRIPTS, clear_stale_launch, config_file
 from ..internals.locks import output_lock
 from ..internals.processes import join_group, leave_group, raised_by_all, rank
+from ..methods.names import FINETUNE
 
 # %% ../../nbs/commands/cli.ipynb #82910502
 def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:
@@ -206,8 +207,8 @@ def train_command(args: argparse.Namespace) -> int:
     from openunlearn_nb.models.loading import quiet
     from openunlearn_nb.experiments.provenance import push_to_hub
     from openunlearn_nb.experiments.runs import learnable, train_model
-    if args.on and args.method != "Finetune":
-        raise OpenUnlearnError(f"--on is for Finetune; {args.method} forgets --split.")
+    if args.on and args.method != FINETUNE:
+        raise OpenUnlearnError(f"--on is for {FINETUNE}; {args.method} forgets --split.")
     quiet()
     config, several = _config(RunConfig, args), len(args.on or []) > 1
     config, settings = replace(config, method_args=None), config.method_args or {}

@@ -25,6 +25,7 @@ from ..experiments.settings import (ComparisonSettings, EvaluationSettings, Grid
                                                  RunSettings, TrainingSettings, setting)
 from ..internals.errors import OpenUnlearnError
 from ..internals.registry import import_file
+from ..methods.names import DEFAULT_METHOD, METHOD_NAMES
 
 # %% ../../nbs/commands/grammar.ipynb #9cae3a01
 class Command(NamedTuple):
@@ -59,12 +60,11 @@ TRAINS = (ModelSettings, TrainingSettings)
 TOOLS = {
     "train": Command(
         TrainOptions, "unlearn by one method, or fine-tune, and save the model",
-        "--method NPO --split forget10 --set beta=0.05 --output runs/npo", TRAINS, ("shots", "device_map",
-                                                                                    "batch_size"),
-        OF_BENCHMARK),
+        f"--method {DEFAULT_METHOD} --split forget10 --set beta=0.05 --output runs/new", TRAINS,
+        ("shots", "device_map", "batch_size"), OF_BENCHMARK),
     "eval lm": Command(
         LMOptions, "evaluate general ability with lm-eval",
-        "--model runs/rmu --tasks mmlu --output runs/rmu-lm", (ModelSettings,), ("shots", "device_map"),
+        "--model runs/new --tasks mmlu --output runs/new-lm", (ModelSettings,), ("shots", "device_map"),
         OF_BENCHMARK),
     "alternates": Command(
         AlternatesOptions, "generate alternate answers for a method that prefers them",
@@ -74,11 +74,11 @@ TOOLS = {
                       f"runs/{FIRST} --output report.html"),
     "configs": Command(ConfigsOptions, "list the configurations for several GPUs, and a batch script", "zero3"),
     "plan": Command(PlanOptions, "plan memory: what fits on which GPUs, and what to type",
-                    "--model Llama-2-7b-chat --method NPO --gpus 2 --gpu-memory 48"),
+                    f"--model Llama-2-7b-chat --method {DEFAULT_METHOD} --gpus 2 --gpu-memory 48"),
     "bench": Command(
         BenchOptions, "measure speed: seconds and tokens of each phase, against the least",
-        "--method NPO --split forget01 --metrics all --classifier characters", (*TRAINS, EvaluationSettings),
-        ("device_map",), OF_BENCHMARK),
+        f"--method {DEFAULT_METHOD} --split forget01 --metrics all --classifier characters",
+        (*TRAINS, EvaluationSettings), ("device_map",), OF_BENCHMARK),
     "table": Command(TableOptions, "rebuild a table from records or published logs", f"runs/{FIRST} --markdown"),
 }
 AT_ONCE = ("configs", "plan", "table")  # need no progress bar
@@ -122,8 +122,8 @@ def _fill(p: Parser, name: str, command: Command) -> None:
 def parser() -> Parser:
     "The command line's grammar."
     top = Parser(prog="openunlearn", description="Make a language model forget, and know whether it did.",
-                 epilog=f"example: openunlearn {FIRST} --methods NPO,RMU. Exit codes: 0 done; 1 a cell "
-                 "of a grid failed, or a record no longer matches; 2 something asked for cannot be; 130 interrupted.")
+                 epilog=f"example: openunlearn {FIRST} --methods {METHOD_NAMES[0]},{DEFAULT_METHOD}. Exit codes: 0 done; "
+                 "1 a cell of a grid failed, or a record no longer matches; 2 something asked for cannot be; 130 interrupted.")
     top.add_argument("--version", action="version", version=f"openunlearn_nb {__version__}")
     group = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     suites = None

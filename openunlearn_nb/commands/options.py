@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..data.catalogue import DEFAULT_BENCHMARK
 from ..experiments.settings import setting
 from ..internals.launch import CONFIGS, SCRIPTS
-
+from ..methods.names import DEFAULT_METHOD, FINETUNE
 
 # %% ../../nbs/commands/options.ipynb #db065e40
 SET = setting((), "settings of the method, such as beta=0.05 alpha=2; in a grid also several values, beta=0.05,0.1",
@@ -44,12 +44,12 @@ class GridOptions:
 @dataclass(frozen=True)
 class TrainOptions:
     "Of `openunlearn train`."
-    method: str = setting(help="a method, or Finetune", metavar="NAME")
+    method: str = setting(help=f"a method, or {FINETUNE}", metavar="NAME")
     output: str = setting(help="new folder for the model and its record", metavar="FOLDER")
     split: str | None = setting(None, "what to forget (default: by the benchmark)",
                                 metavar="NAME",
                                 aliases=("forget_split",))
-    on: tuple[str, ...] = setting((), "what Finetune learns: a training set of the benchmark, such as full or retain90 (default: "
+    on: tuple[str, ...] = setting((), f"what {FINETUNE} learns: a training set of the benchmark, such as full or retain90 (default: "
                                   "all that Finetuned has learned); of several, each gets a folder in --output", metavar="NAME")
     set: tuple[str, ...] = SET
     qlora: int | None = QLORA
@@ -95,7 +95,7 @@ class AlternatesOptions:
 @dataclass(frozen=True)
 class BenchOptions:
     "Of `openunlearn bench`."
-    method: str = setting("NPO", "method", metavar="NAME")
+    method: str = setting(DEFAULT_METHOD, "method", metavar="NAME")
     split: str | None = setting(None, "what to forget and to evaluate (default: by the benchmark)",
                                 metavar="NAME")
     steps: int = setting(10, "steps of training", metavar="N")
@@ -106,7 +106,7 @@ class BenchOptions:
 class PlanOptions:
     "Of `openunlearn plan`."
     model: str = setting(help="a preset, a folder with a config.json, or a Hub id; no weights are read")
-    method: str = setting("NPO", "a method, or Finetune", metavar="NAME")
+    method: str = setting(DEFAULT_METHOD, f"a method, or {FINETUNE}", metavar="NAME")
     benchmark: str = setting(DEFAULT_BENCHMARK, "whose published recipe", metavar="NAME")
     gpus: int = setting(1, "GPUs of the machine, 0 for its CPU", metavar="N")
     gpu_memory: float = setting(48.0, "memory of each GPU, or with --gpus 0 of the machine", metavar="GB")

@@ -83,7 +83,7 @@ class Wmdp(Benchmark):
         return Muse().training_sets(_LIKE[self.check_split(split)])
 
     def learnable(self) -> list[str]:
-        raise OpenUnlearnError(f"Nothing is taught for {self.name}, so there is no Finetune: the model knows it from pretraining.")
+        raise OpenUnlearnError(f"Nothing is taught for {self.name}, so there is nothing to fine-tune: the model knows it from pretraining.")
 
     def forget_rows(self, split: str) -> list[dict]:
         return [{"text": text} for text in self.corpus(split, "forget")]

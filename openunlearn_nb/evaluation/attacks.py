@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from .metric import HasMetrics, data_sets, metric_table
 from ..internals.errors import OpenUnlearnError, check_choice
 from ..internals.registry import Registry
+from ..methods.names import FINETUNE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,7 +125,7 @@ class Relearn(Attack):
             else data.benchmark.retain_examples(data.split, data.enc)
         )
         config = TrainConfig(**settings, seed=data.seed, warmup_epochs=0, weight_decay=0)
-        trained = train(model.float(), data.enc.tokenizer.pad_token_id, "Finetune", [], examples, config)
+        trained = train(model.float(), data.enc.tokenizer.pad_token_id, FINETUNE, [], examples, config)
         return in_evaluation_dtype(trained.model)
 
 # %% ../../nbs/evaluation/attacks.ipynb #b3bad850

@@ -16,6 +16,7 @@ from ..data.benchmark import BENCHMARKS, Benchmark
 from .records import log_file, read_json
 from ..internals.errors import OpenUnlearnError
 from ..internals.hashes import file_hash
+from ..methods.names import FINETUNE
 
 # %% ../../nbs/evaluation/retain_logs.ipynb #d6c8e4f2
 def record_beside(file: Path) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def read_retain_log(
     log, record = read_json(path, "retain log"), record_beside(path)
     method, row = record.get("method"), record.get("row")  # a model of one's own may be anything
     unknown = row == "Evaluated" and method is None
-    if not (row in (None, "Retain") or method == "Finetune" or unknown):
+    if not (row in (None, "Retain") or method == FINETUNE or unknown):
         raise OpenUnlearnError(f"{path} is the evaluation of {method or row}, not of a retain model.")
     rows = _rows_in(log, benchmark.counted)
     if rows is None:

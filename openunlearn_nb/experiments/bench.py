@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from .config import Progress, RunConfig, check_config, check_split, model_path, open_model, recipe_of
 from ..data.benchmark import Benchmark
 from ..methods.method import METHODS
+from ..methods.names import DEFAULT_METHOD
 from ..training.pairs import alternate_examples
 from ..evaluation.evaluate import evaluate
 from ..evaluation.metric import metric_table, needed, wanted
@@ -108,7 +109,7 @@ def bench_training(config: RunConfig, method: str, split: str, model: PreTrained
              "least": counted.useful, "steps/s": 1 / a_step}]
 
 # %% ../../nbs/experiments/bench.ipynb #107411ab
-def bench(config: RunConfig, split: str, method: str = "NPO", steps: int = 10, progress: Progress = lambda share: None) -> dict[str, Any]:
+def bench(config: RunConfig, split: str, method: str = DEFAULT_METHOD, steps: int = 10, progress: Progress = lambda share: None) -> dict[str, Any]:
     "Time and tokens of a few steps of a method and of an evaluation: a record, with the table in `phases`."
     started, method = time.time(), METHODS.find(method).name
     check_config(config), check_split(config, split), check_method(config, method, split)

@@ -24,6 +24,7 @@ from ..data.benchmark import BENCHMARKS, Benchmark, made_benchmark
 from ..data.values import method_recipe
 from ..internals.hashes import content_hash
 from ..internals.devices import device_type, evaluation_dtype
+from ..methods.names import FINETUNE
 from ..training.arguments import IN_RECIPE, check_arguments, identity_of
 from .settings import WITHOUT_EFFECT, RunSettings
 from .embedded import embedded_model, embedded_recipe
@@ -190,7 +191,7 @@ def model_path(config: RunConfig, split: str, retain: bool = False, progress: Pr
         preset = PRESETS[config.model]
         if config.benchmark not in published_models(config.model):
             raise OpenUnlearnError(f"No finetuned model of {config.model} is published for {config.benchmark}; train one: openunlearn train "
-                                   f"--benchmark {config.benchmark} --method Finetune --model {preset.base} --output DIR, then give --model DIR.")
+                                   f"--benchmark {config.benchmark} --method {FINETUNE} --model {preset.base} --output DIR, then give --model DIR.")
         return published_models(config.model)[config.benchmark].format(training_set=taught)
     given = config.retain_model if retain else config.model
     return resolve(config.source.fill(given, split)) if given else ""

@@ -20,6 +20,7 @@ from ..data.values import method_recipe
 from ..data.catalogue import DEFAULT_BENCHMARK
 from ..internals.hashes import content_hash, file_hash
 from ..internals.errors import OpenUnlearnError
+from ..methods.names import FINETUNE
 from ..models.saving import cache_dir, save_model
 from ..models.tiny import tiny_llama, train_tokenizer
 from ..training.pairs import TrainConfig
@@ -101,7 +102,7 @@ def embedded_model(taught: str = "full", benchmark: Benchmark | None = None, rec
     model = tiny_llama(tokenizer, recipe.hidden, recipe.layers, recipe.seed)
     how = TrainConfig(recipe.learning_rate, recipe.epochs, recipe.batch_size, recipe.batch_size, weight_decay=0.0, seed=recipe.seed,
                       gradient_checkpointing=False)
-    trained = train(model, tokenizer.pad_token_id, "Finetune", [], examples, how, progress=progress)
+    trained = train(model, tokenizer.pad_token_id, FINETUNE, [], examples, how, progress=progress)
     save_model(trained.model, tokenizer, folder, same=True)
     sums = {file.name: file_hash(file) for file in folder.iterdir() if file.name != CHECKSUMS}
     write_bytes(folder / CHECKSUMS, json.dumps(sums).encode())

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from ..internals.hashes import file_hash, text_hash
 from ..internals.errors import OpenUnlearnError, markdown_text, printable
+from ..methods.names import FINETUNE
 from ..models.loading import preset_of
 from ..models.saving import cache_dir
 from ..internals.processes import on_main
@@ -167,7 +168,7 @@ def _code(value: Any) -> str:
 
 def model_card(record: dict[str, Any]) -> str:
     "The README of a model, from its `train.json`."
-    taught = record["method"] == "Finetune"
+    taught = record["method"] == FINETUNE
     rows = {"benchmark": record["benchmark"], "learned" if taught else "forgotten": record["split"], "method": record["method"],
             "started from": Path(record["model_path"]).name if Path(record["model_path"]).expanduser().is_dir() else record["model_path"],
             **{key: value for key, value in record["start"].items() if key != "files"},

@@ -37,6 +37,7 @@ from ..evaluation.cache import ResultCache
 from ..evaluation.callback import EvaluationHistory, add_evaluation, finish_history
 from ..evaluation.evaluate import Evaluation, architecture, evaluate
 from ..evaluation.metric import data_sets, metric_table
+from ..methods.names import FINETUNE
 from ..training.memory import GB, OPTIMIZERS, Plan, model_sizes
 from ..models.loading import PRESETS
 from ..models.saving import cache_dir, save_model
@@ -106,7 +107,7 @@ def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, 
     chosen = METHODS.find(method)
     settings, source = chosen.merge(own | (settings or {})), config.source
     enc = enc._replace(max_length=recipe.max_length)
-    if method == "Finetune":
+    if method == FINETUNE:
         forget, retain = [], source.training_examples(on, enc)
     else:
         forget, retain = source.forget_examples(split, enc), source.retain_examples(split, enc)
@@ -176,11 +177,11 @@ def learnable(config: RunConfig) -> list[str]:
 
 def start_of(config: RunConfig, method: str, split: str) -> str:
     "The model that training starts from: the finetuned one, or for `Finetune` the base."
-    if method == "Finetune" and config.model == "embedded":
-        raise OpenUnlearnError("The embedded model is taught by the package itself; give Finetune a --model to start from.")
-    if method == "Finetune" and config.model in PRESETS:
+    if method == FINETUNE and config.model == "embedded":
+        raise OpenUnlearnError(f"The package fine-tunes the embedded model itself; give {FINETUNE} a --model to start from.")
+    if method == FINETUNE and config.model in PRESETS:
         return resolve(PRESETS[config.model].base)
-    if method != "Finetune":
+    if method != FINETUNE:
         check_method(config, method, split)
         if (earlier := config.source.starts_from(split)) and config.model in ("embedded", *PRESETS):
             raise OpenUnlearnError(f"{split} starts from the model that {earlier} left: give it as --model, or run the whole "
@@ -194,7 +195,7 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
     started, output, method = time.time(), output_path(output, "new folder"), METHODS.find(method).name
     check_config(config), METHODS.find(method).merge(settings), check_split(config, split)
     check_alternates(config, (method,))
-    if method == "Finetune":
+    if method == FINETUNE:
         on = check_choice(on or config.source.training_sets(split)[0], learnable(config), f"{config.benchmark} data to learn")
     if config.eval_each or config.best:
         raise OpenUnlearnError("An evaluation after each epoch belongs to a grid, whose Retain row it is measured against: openunlearn "
@@ -209,7 +210,7 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
             _discard(kept)
             raise OpenUnlearnError(f"{method} diverged at step {trained['diverged_at']} of {len(trained['losses'])}: its loss or its weights are no finite "
                                    f"numbers. No model is saved; give a --learning-rate below {trained['training']['learning_rate']:g}.")
-        record = run_record(started, benchmark=config.benchmark, method=method, split=on if method == "Finetune" else split, model_path=path,
+        record = run_record(started, benchmark=config.benchmark, method=method, split=on if method == FINETUNE else split, model_path=path,
                             start=start, prompt=asdict(enc.fmt), rendered_prompt=example_prompt(enc),
                             config=config.fingerprint(), **trained)
         save_model(model, enc.tokenizer, output, {"train.json": to_json(record), "README.md": model_card(record)})

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..internals.errors import OpenUnlearnError, check_choice
 from ..internals.registry import ROWS, Registry
 from .gradients import Gradients, TrainingState
+from .names import METHOD_ALIASES
 from .settings import COMMON, COMPAT, NEEDS, MethodSettings, alternates_of
 from .terms import rows_in
 from ..models.forwards import Batch, check_part, check_reference, parameters_up_to, trained_parameters
@@ -206,7 +207,7 @@ class MethodRegistry(Registry["type[Method]"]):
         "Hashes of the user's files that declare a method, and those that it wraps; none for the package's own."
         return [self.files[part] for part in re.split(r"[()]", name) if part in self.files]
 
-METHODS = MethodRegistry("method", "openunlearn_nb.methods.catalogue", aliases={"DPO": "IdkDPO"}, reserved=ROWS)
+METHODS = MethodRegistry("method", "openunlearn_nb.methods.catalogue", aliases=METHOD_ALIASES, reserved=ROWS)
 
 def wrap(outer: type[Method], inner: type[Method]) -> type[Method]:
     "The class of a method that `outer` wraps: a hook is the wrapper's where it defines one, else the wrapped method's."

@@ -24,10 +24,10 @@ from ..evaluation.records import read_json, seed_in_name
 from ..evaluation.retain_logs import misfit, read_retain_log, retain_file
 from ..evaluation.entries import recompute
 from ..evaluation.metric import Entry
+from ..methods.names import METHOD_NAMES
 
 Values = dict[str, dict[str, dict[str, float | None]]]  # {split: {row: {metric: value}}}
-ROW_ORDER = ["Finetuned", "Retain", "GradAscent", "GradDiff", "IdkDPO", "NPO", "SimNPO", "RMU",
-             "UNDIAL", "AltPO", "SatImp", "WGA", "CEU", "PDU"]
+ROW_ORDER = ["Finetuned", "Retain", *METHOD_NAMES]  # as in the published tables
 GENERAL = "LMEval"  # evaluations by lm-eval: no splits, no retain model
 
 def row_order(name: str) -> tuple[int, str]:

@@ -16,18 +16,18 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
-from .collect import row_order
+from .collect import ROW_ORDER, row_order
 from ..internals.errors import plot_text
 from ..evaluation.metric import rows_of
 from .tables import digits
 
-STYLES = {  # row: (colour, marker, line); Okabe and Ito's palette, told apart by most colour-blind readers
-    "Finetuned": ("#000000", "s", "-"), "Retain": ("#009E73", "*", "-"), "GradAscent": ("#D55E00", "v", ":"),
-    "GradDiff": ("#E69F00", "<", "--"), "IdkDPO": ("#56B4E9", "D", "-."), "NPO": ("#0072B2", "o", "-"),
-    "SimNPO": ("#CC79A7", "P", "--"), "RMU": ("#7F7F7F", "X", "-."), "UNDIAL": ("#882255", "^", ":"),
-    "AltPO": ("#44AA99", "d", "-."), "SatImp": ("#999933", ">", "--"), "WGA": ("#332288", "p", "-"),
-    "CEU": ("#AA4499", "H", ":"), "PDU": ("#661100", "8", "--"),
-}
+_LOOKS = (  # (colour, marker, line); Okabe and Ito's palette, which most colour-blind readers can tell apart
+    ("#000000", "s", "-"), ("#009E73", "*", "-"), ("#D55E00", "v", ":"), ("#E69F00", "<", "--"),
+    ("#56B4E9", "D", "-."), ("#0072B2", "o", "-"), ("#CC79A7", "P", "--"), ("#7F7F7F", "X", "-."),
+    ("#882255", "^", ":"), ("#44AA99", "d", "-."), ("#999933", ">", "--"), ("#332288", "p", "-"),
+    ("#AA4499", "H", ":"), ("#661100", "8", "--"),
+)
+STYLES = dict(zip(ROW_ORDER, _LOOKS))  # of each row that a table can have
 
 def style_of(row: str) -> tuple[str, str, str]:
     "Colour, marker and line of a row of the table."

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from ..methods.names import DEFAULT_METHOD
 
 # %% ../../nbs/training/config.ipynb #c905c65b
 @dataclass
@@ -17,7 +18,7 @@ class UnlearnConfig(TrainingArguments):
     "Arguments of `UnlearnTrainer`: those of `TrainingArguments`, and the method with its settings."
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["method_args"]
 
-    method: str = field(default="NPO", metadata={"help": "Name of the method; GRU(NPO) is a wrapper around another."})
+    method: str = field(default=DEFAULT_METHOD, metadata={"help": "Name of the method; A(B) is method B wrapped by A."})
     method_args: dict[str, Any] | None = field(
         default=None, metadata={"help": "Settings of the method that differ from its defaults."})
     max_length: int = field(default=512, metadata={"help": "Tokens of the longest row; longer ones are cut."})

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 
 from ..internals.errors import OpenUnlearnError, check_choice
 from ..methods.method import METHODS, Method
+from ..methods.names import DEFAULT_METHOD
 from ..models.loading import PRESETS, preset_of
 
 # %% ../../nbs/training/memory.ipynb #a3297cab
@@ -105,7 +106,7 @@ GB = 2.0 ** 30  # a "48 GB" GPU has 48 of these, within a few percent
 class Plan:
     "What is to be run, and on what. `length` and `labelled` are tokens of the longest row; all of them count as labelled by default."
     model: Sizes
-    method: str = "NPO"
+    method: str = DEFAULT_METHOD
     layout: str = "zero3"
     gpus: int = 2  # 0: the CPU
     memory: float = 48.0  # GB of each GPU, or of the machine

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ..data.benchmark import BENCHMARKS
 from ..internals.devices import computes_in_bf16
 from ..internals.errors import OpenUnlearnError
+from ..methods.names import FINETUNE
 from ..models.forwards import bare, sequence_nll
 from ..methods.method import METHODS, Method
 from ..internals.processes import merged, rank, world_size
@@ -66,7 +67,7 @@ class TrainConfig:
 def published_recipe(benchmark: str, method: str) -> TrainConfig:
     "The recipe by which OpenUnlearning runs a method on a benchmark, or teaches it (`Finetune`)."
     of = BENCHMARKS.find(benchmark)
-    recipe = of.finetune_recipe if method == "Finetune" else of.recipe
+    recipe = of.finetune_recipe if method == FINETUNE else of.recipe
     return replace(TrainConfig(**recipe), **METHODS.find(method).recipe)
 
 # %% ../../nbs/training/pairs.ipynb #011ca1d9
