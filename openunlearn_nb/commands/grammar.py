@@ -122,8 +122,9 @@ def _fill(p: Parser, name: str, command: Command) -> None:
 def parser() -> Parser:
     "The command line's grammar."
     top = Parser(prog="openunlearn", description="Make a language model forget, and know whether it did.",
-                 epilog=f"example: openunlearn {FIRST} --methods {METHOD_NAMES[0]},{DEFAULT_METHOD}. Exit codes: 0 done; "
-                 "1 a cell of a grid failed, or a record no longer matches; 2 something asked for cannot be; 130 interrupted.")
+                 epilog=f"example: openunlearn {FIRST} --methods {METHOD_NAMES[0]},{DEFAULT_METHOD}. Exit codes: "
+                 "0 done; 1 a cell of a grid failed, or a record no longer matches; 2 something asked for "
+                 "cannot be; 130 interrupted.")
     top.add_argument("--version", action="version", version=f"openunlearn_nb {__version__}")
     group = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     suites = None
