@@ -37,21 +37,6 @@ def record(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text())
 
 
-def test_a_sweep_has_a_row_for_each_value(tiny, tmp_path, capsys):
-    model, data = tiny
-    line = f"own --model {model} --data {data} --methods NPO GradDiff --set beta=0.05,0.5 --max_steps 2 --max_grad_norm 0.3 --quiet --jobs 1"
-    assert main([*line.split(), "--output", str(tmp_path)]) == 0
-    rows = {folder.name: record(folder) for folder in (tmp_path / "own").iterdir()}
-    assert set(rows) == {"Finetuned", "NPO beta=0.05", "NPO beta=0.5", "GradDiff"}
-    for name in ("NPO beta=0.05", "NPO beta=0.5"):
-        assert rows[name]["settings"]["beta"] == float(name.split("=")[1])
-        assert len(rows[name]["losses"]) == 2  # --max_steps
-        assert rows[name]["config"]["training_args"] == {"max_grad_norm": 0.3, "max_steps": 2}
-        assert rows[name]["training"]["arguments"] == {"max_grad_norm": 0.3}
-    assert main([*line.replace("max_grad_norm 0.3", "max_grad_norm 0.5").split(), "--output", str(tmp_path)]) == 2
-    assert "another configuration" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("options, sentence", [
     ("--set betta=0.1", "Unknown setting of NPO 'betta'; did you mean beta"),
     ("--train-rows 200", "train_rows 200 counts what the embedded model is taught"),

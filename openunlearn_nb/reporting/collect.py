@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Values', 'ROW_ORDER', 'GENERAL', 'REMARKS', 'row_order', 'Run', 'identify', 'log_benchmarks', 'find_runs',
-           'remarks_of', 'retain_file_of', 'measured', 'epoch_values', 'by_seed', 'Spread', 'spread_of', 'in_words',
-           'over_seeds']
+           'remarks_of', 'in_a_list', 'zero_because', 'retain_file_of', 'measured', 'epoch_values', 'by_seed', 'Spread',
+           'spread_of', 'in_words', 'over_seeds']
 
 # %% ../../nbs/reporting/collect.ipynb #c0ae84c4
 import statistics
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,15 +144,6 @@ def remarks_of(run: Run, entries: dict[str, Entry]) -> dict[str, int]:
     null = max((part.get("null_rows", 0) for part in parts), default=0)
     return {name: n for name, n in zip(REMARKS, (step, null)) if n}
 
-def _note_zeros(run: Run, entries: dict[str, Entry]) -> None:
-    "Say which of its parts makes a metric 0 that is computed from other metrics, such as a harmonic mean."
-    table = metric_table(BENCHMARKS[run.suite])
-    for name, entry in entries.items():
-        parts = table[name].entries if name in table else ()
-        zero = [part for part in parts if entries.get(part, {}).get("agg_value") == 0]
-        if entry["agg_value"] == 0 and zero:
-            _noted(run, f"has a {name} of 0, because {' and '.join(zero)} {'is' if len(zero) == 1 else 'are'} 0")
-
 # %% ../../nbs/reporting/collect.ipynb #743e618c
 def _values(run: Run, retain: dict | None) -> dict[str, float | None]:
     try:
@@ -160,7 +151,6 @@ def _values(run: Run, retain: dict | None) -> dict[str, float | None]:
     except (AttributeError, KeyError, TypeError, ValueError) as e:  # somebody's file, of any shape
         why = f"a row lacks {e}" if isinstance(e, KeyError) else f"{type(e).__name__}: {e}"
         raise OpenUnlearnError(f"The evaluation {run.file} is not in the published shape ({why}).") from e
-    _note_zeros(run, entries)
     values = {name: entry["agg_value"] for name, entry in entries.items()}
     if "forget_quality" in entries:
         values["ks_distance"] = entries["forget_quality"].get("ks_distance")
@@ -176,6 +166,32 @@ def _general(runs: Iterable[Run]) -> dict[str, Values]:
                                    "a folder that holds one of them.")
         rows[run.row] |= values
     return {"all models": {"general ability": rows}} if rows else {}
+
+# %% ../../nbs/reporting/collect.ipynb #fa862ac8
+def in_a_list(names: Sequence[str]) -> str:
+    "Names as a sentence has them: `a, b and c`."
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+
+def zero_because(benchmark: type[Benchmark], values: Mapping[str, float | None]) -> list[str]:
+    """A clause for each metric of a row that is 0 because metrics that it is computed from are 0.
+
+    `values` are the row's metrics by name."""
+    table = metric_table(benchmark)
+    clauses = []
+    for name in (name for name in values if values[name] == 0 and name in table):
+        zero = [part for part in table[name].entries if values.get(part) == 0]
+        if zero:
+            clauses.append(f"{name} is 0, because {in_a_list(zero)} {'is' if len(zero) == 1 else 'are'} 0")
+    return clauses
+
+def _note_zeros(benchmark: type[Benchmark], split: str, rows: Mapping[str, Mapping]) -> None:
+    "Warn of metrics that are 0 because of others; rows with the same cause share a note."
+    found: dict[str, list[str]] = {}
+    for row, values in rows.items():
+        for clause in zero_because(benchmark, values):
+            found.setdefault(clause, []).append(row)
+    for clause, of in found.items():
+        warnings.warn(f"{in_a_list(of)} on {split}: {clause}.")
 
 # %% ../../nbs/reporting/collect.ipynb #b030154b
 def _noted(run: Run, why: str) -> None:
@@ -223,6 +239,9 @@ def measured(runs: Iterable[Run], suite: str = DEFAULT_BENCHMARK) -> dict[str, V
         reference = retain_file_of(run, retain.get((run.model, home(run.split))), of)
         values = _values(run, read(reference) if reference else None)
         table.setdefault(run.model, {}).setdefault(run.split, {})[run.row] = values
+    for splits in table.values():
+        for split, rows in splits.items():
+            _note_zeros(of, split, rows)
     return table
 
 # %% ../../nbs/reporting/collect.ipynb #3cb2627a
