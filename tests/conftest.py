@@ -12,7 +12,10 @@ TRAIN_ROWS = 250  # of the miniature's 2,000: enough for a model that answers, t
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # what one process makes, the others use
+    folder = shared / "cache"
+    folder.mkdir(exist_ok=True)
     os.environ["OPENUNLEARN_CACHE"] = str(folder)
     return folder
 
