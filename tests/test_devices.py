@@ -17,7 +17,8 @@ from openunlearn_nb.commands.cli import main
 from openunlearn_nb.commands.grammar import parse
 from openunlearn_nb.internals.registry import import_file
 from openunlearn_nb.methods.method import METHODS
-from openunlearn_nb.reporting.collect import by_seed, find_runs, measured
+from openunlearn_nb.reporting.collect import find_runs, measured
+from openunlearn_nb.reporting.seeds import by_seed
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.experiments.grid import GridConfig, default_jobs, run_grid
 from openunlearn_nb.internals.launch import config_file, only_device, own_device, visible_devices

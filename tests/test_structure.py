@@ -169,3 +169,11 @@ def test_no_other_module_names_a_method():
 def test_names_of_methods_need_no_torch():
     code = "import sys, openunlearn_nb.methods.names; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_a_notebook_finds_the_folder_beside_the_checkout():
+    """A wrong number of `..` would skip a cell that needs published logs, without a word."""
+    wrong = [f"{name_of(file, NOTEBOOKS)}: {path}" for file in NOTEBOOKS.rglob("*.ipynb") if ".ipynb_checkpoints" not in file.parts
+             for path in re.findall(r"(?:\.\./)+shared", file.read_text(encoding="utf-8"))
+             if (file.parent / path).resolve() != (ROOT.parent / "shared").resolve()]
+    assert wrong == []

@@ -122,7 +122,8 @@ def _print_check(folder: str) -> int:
 # %% ../../nbs/commands/cli.ipynb #e799589b
 def _print_runs(runs: list, style: str = "text") -> None:
     "The tables of runs, those of several seeds together."
-    from openunlearn_nb.reporting.collect import by_seed, log_benchmarks, measured, over_seeds
+    from openunlearn_nb.reporting.collect import log_benchmarks, measured
+    from openunlearn_nb.reporting.seeds import by_seed, over_seeds
     seeded = by_seed(runs)
     tables_of = lambda runs: {s: measured(runs, s) for s in log_benchmarks() if any(r.suite == s for r in runs)}
     if plain := seeded.pop(None, []):

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
-from .collect import ROW_ORDER, row_order
+from .identify import ROW_ORDER, row_order
 from ..internals.errors import plot_text
 from ..evaluation.metric import rows_of
 from .tables import digits

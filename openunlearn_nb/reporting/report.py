@@ -19,7 +19,8 @@ from jinja2 import Environment
 
 from ..data.benchmark import BENCHMARKS
 from .. import __version__
-from .collect import GENERAL, Run, Values, epoch_values, find_runs, measured, row_order
+from .collect import Values, epoch_values, find_runs, measured
+from .identify import GENERAL, Run, row_order
 from ..internals.locks import output_lock
 from ..evaluation.records import read_json
 from ..internals.files import write_text

@@ -17,7 +17,8 @@ from ..evaluation.metric import METRICS
 from ..data.benchmark import BENCHMARKS, made_benchmark
 from ..data.values import published_table
 from ..data.catalogue import DEFAULT_BENCHMARK
-from .collect import REMARKS, Values, row_order
+from .collect import REMARKS, Values
+from .identify import row_order
 from ..internals.errors import check_choice, csv_text, latex_text, markdown_text, one_line
 
 COLUMNS = BENCHMARKS[DEFAULT_BENCHMARK].columns
