@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'STYLE', 'html_table', 'values_table', 'difference_table', 'figure', 'plots_of', 'answers_of', 'sources_of',
-           'suite_part', 'write_report', 'report_page']
+           'suite_part', 'report_page', 'write_report']
 
 # %% ../../nbs/reporting/report.ipynb #be8f3a19
 import base64
@@ -69,69 +69,92 @@ def difference_table(values: Values, printed: dict, columns: Sequence[str] = COL
 
 # %% ../../nbs/reporting/report.ipynb #e022c200
 def figure(fig: Any, what: str) -> str:
-    "A matplotlib figure inside the page."
+    "HTML of a matplotlib figure, drawn as SVG inside the page; `what` is the text for readers who cannot see it."
     import matplotlib.pyplot as plt
     data = io.BytesIO()
-    fig.savefig(data, format="png", dpi=110, bbox_inches="tight")
+    with plt.rc_context({"svg.hashsalt": "report"}):  # the same figure gives the same file
+        fig.savefig(data, format="svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(fig)
     encoded = base64.b64encode(data.getvalue()).decode()
-    return f'<img alt="{escape(what, quote=True)}" src="data:image/png;base64,{encoded}">'
+    return f'<img alt="{escape(what, quote=True)}" src="data:image/svg+xml;base64,{encoded}">'
 
 # %% ../../nbs/reporting/report.ipynb #0b054017
-def plots_of(suite: str, split: str, rows: dict[str, dict], evaluations: dict[str, dict],
-             over: dict[str, dict[int, dict]], what: str) -> list[str]:
-    """The figures of a split: bars of all metrics in print, and lines where `over` holds values after each epoch.
-
-    With forget quality, also that against utility, and the distributions that the KS test compares."""
-    import matplotlib.pyplot as plt
-
-    from openunlearn_nb.reporting.plots import epoch_lines, metric_bars, quality_against_utility, truth_ratio_ecdf
-    columns = columns_of(suite, {what: {split: rows}})
-    found = [figure(metric_bars(rows, columns, f"{what}: {split}"), f"{split}: {', '.join(columns)}")]
-    if over:
-        lines = epoch_lines(over, rows, columns, f"{what}: {split}, after each epoch")
-        found.append(figure(lines, f"{split}: {', '.join(columns)}, over epochs"))
-    if "forget_quality" not in columns or not (retain := evaluations.get("Retain")):
-        return found
-    fig, ax = plt.subplots(figsize=(5.4, 3.6))
-    ax = quality_against_utility(rows, ax, f"{what}: {split}")
-    ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
-    found.append(figure(fig, f"{split}: forget quality against model utility"))
-    others = [row for row in evaluations if row != "Retain" and _has_rows(evaluations[row], "forget_truth_ratio")]
-    if others and _has_rows(retain, "forget_truth_ratio"):
-        down = -(-len(others) // 4)
-        fig, axes = plt.subplots(down, 4, figsize=(11, 2.6 * down), squeeze=False, sharey=True)
-        for ax, row in zip(axes.flat, others):
-            truth_ratio_ecdf({row: evaluations[row], "Retain": retain}, ax, row).set_xlabel("")
-        for ax in axes.flat[len(others):]:
-            ax.axis("off")
-        fig.supxlabel("truth ratio (3 and above drawn at 3)")
-        fig.tight_layout()
-        found.append(figure(fig, f"{split}: truth ratios of each row and of Retain"))
-    return found
-
 def _has_rows(evaluation: dict, metric: str) -> bool:
+    "Whether an evaluation holds per-example values of a metric."
     return bool(evaluation.get(metric, {}).get("value_by_index"))
 
-# %% ../../nbs/reporting/report.ipynb #83f0686e
-def answers_of(suite: str, evaluations: dict[str, dict], count: int = 4) -> str:
-    "HTML of the first questions about the forget set and about the retain set, with every model's answer."
-    quoted = BENCHMARKS[suite].quoted
-    parts = [_quoted(evaluations, metric, count) for metric in (quoted, quoted.replace("forget", "retain"))]
-    titles = ("to forget", "to keep")
-    return "".join(f"<h4>In the models' words: {what}</h4>{part}" for what, part in zip(titles, parts) if part)
+def _truth_ratios(evaluations: dict[str, dict]) -> Any:
+    "A panel for each row: its truth ratios beside Retain's. None where they are not recorded."
+    import matplotlib.pyplot as plt
 
-def _quoted(evaluations: dict[str, dict], metric: str, count: int) -> str:
-    answers = {row: e[metric]["value_by_index"] for row, e in evaluations.items() if _has_rows(e, metric)}
-    if not answers:
-        return ""
-    some = list(next(iter(answers.values())))[:count]
-    def quoted(row: str, i: str, key: str) -> str:
-        return str((answers[row].get(i) or {}).get(key) or "")[:300]
+    from openunlearn_nb.reporting.plots import truth_ratio_ecdf
+    having = {row: of for row, of in evaluations.items() if _has_rows(of, "forget_truth_ratio")}
+    others = [row for row in having if row != "Retain"]
+    if not others or "Retain" not in having:
+        return None
+    down = -(-len(others) // 4)
+    fig, axes = plt.subplots(down, 4, figsize=(11, 2.6 * down), squeeze=False, sharey=True)
+    for ax, row in zip(axes.flat, others):
+        truth_ratio_ecdf({row: having[row], "Retain": having["Retain"]}, ax, row).set_xlabel("")
+    for ax in axes.flat[len(others):]:
+        ax.axis("off")
+    fig.supxlabel("truth ratio (3 and above drawn at 3)")
+    fig.tight_layout()
+    return fig
+
+def _against_utility(rows: dict[str, dict], title: str) -> Any:
+    "Forget quality against model utility, with a legend."
+    import matplotlib.pyplot as plt
+
+    from openunlearn_nb.reporting.plots import quality_against_utility
+    fig, ax = plt.subplots(figsize=(5.4, 3.6))
+    ax = quality_against_utility(rows, ax, title)
+    ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    return fig
+
+# %% ../../nbs/reporting/report.ipynb #1a24d7ce
+def plots_of(suite: str, split: str, rows: dict[str, dict], evaluations: dict[str, dict],
+             over: dict[str, dict[int, dict]], what: str) -> list[str]:
+    """HTML of the figures of a split.
+
+    `rows` are its values by row, `evaluations` the files they were computed from, `over` the values after each epoch
+    of the rows that have them, and `what` says whether the numbers are measured or recomputed."""
+    from openunlearn_nb.reporting.plots import epoch_lines, metric_bars
+    columns = columns_of(suite, {what: {split: rows}})
+    title, names = f"{what}: {split}", ", ".join(columns)
+    figures = [(metric_bars(rows, columns, title), f"{split}: {names}")]
+    if over:
+        figures.append((epoch_lines(over, rows, columns, f"{title}, after each epoch"), f"{split}: {names}, over epochs"))
+    if "forget_quality" in columns and "Retain" in evaluations:
+        figures.append((_against_utility(rows, title), f"{split}: forget quality against model utility"))
+        if ratios := _truth_ratios(evaluations):
+            figures.append((ratios, f"{split}: truth ratios of each row and of Retain"))
+    return [figure(fig, text) for fig, text in figures]
+
+# %% ../../nbs/reporting/report.ipynb #83f0686e
+def _first_answers(answers: dict[str, dict], count: int) -> str:
+    "HTML of the first rows of `{row: {index: values}}`: a column for each question, a line for each model."
     first = next(iter(answers))
-    rows = [["truth", *(quoted(first, i, "ground_truth") for i in some)]]
-    rows += [[row, *(quoted(row, i, "generation") for i in some)] for row in answers]
-    return html_table(["", *(quoted(first, i, "input")[-200:] for i in some)], rows, "text")
+    indices = list(answers[first])[:count]
+
+    def text(row: str, index: str, key: str) -> str:
+        return str((answers[row].get(index) or {}).get(key) or "")[:300]
+
+    rows = [["truth", *(text(first, index, "ground_truth") for index in indices)]]
+    rows += [[row, *(text(row, index, "generation") for index in indices)] for row in answers]
+    return html_table(["", *(text(first, index, "input")[-200:] for index in indices)], rows, "text")
+
+def answers_of(suite: str, evaluations: dict[str, dict], count: int = 4) -> str:
+    """HTML of `count` questions about the forget set and as many about the retain set, with every model's answers.
+
+    Empty where no evaluation has generations."""
+    quoted = BENCHMARKS[suite].quoted
+    html = ""
+    for metric, title in ((quoted, "to forget"), (quoted.replace("forget", "retain"), "to keep")):
+        answers = {row: of[metric]["value_by_index"] for row, of in evaluations.items() if _has_rows(of, metric)}
+        if answers:
+            html += f"<h4>In the models' words: {title}</h4>{_first_answers(answers, count)}"
+    return html
 
 # %% ../../nbs/reporting/report.ipynb #aa89137f
 def sources_of(runs: Sequence[Run], below: Path) -> str:
@@ -141,6 +164,7 @@ def sources_of(runs: Sequence[Run], below: Path) -> str:
     return "<h3>Where each row comes from</h3>" + html_table(head, rows, "text")
 
 def _source(run: Run, below: Path) -> list[str]:
+    "The cells of one row."
     file = run.file.parent / "run.json"
     record = read_json(file, "run record") if file.exists() else {}
     simple = {k: v for k, v in (record.get("settings") or {}).items() if isinstance(v, int | float | str)}
@@ -150,30 +174,36 @@ def _source(run: Run, below: Path) -> list[str]:
     return [run.row, run.split, rate, settings, str(record.get("date", "")), digits(record.get("seconds")), str(name)]
 
 # %% ../../nbs/reporting/report.ipynb #e598db7f
+def _tables_part(suite: str, model: str, values: Values, what: str) -> list[str]:
+    "HTML of the measured table, and where the same model was published, of the published one and the differences."
+    columns = columns_of(suite, {model: values})
+    html = [f"<h3>{what}</h3>", *(values_table(part, columns) for part in by_study(values, suite).values())]
+    page = {split: rows for split, rows in published(model, suite).items() if split in values}
+    if page:
+        html += ["<h3>As published by OpenUnlearning</h3>", values_table(page, columns),
+                 f"<h3>{what}, minus published</h3><p>Of forget quality, in powers of ten.</p>",
+                 difference_table(values, page, columns)]
+    return html
+
 def suite_part(suite: str, model: str, values: Values, runs: Sequence[Run],
                done: Callable[[], None] = lambda: None) -> str:
-    "The part of a report about one model on one benchmark; `done` is called after each split."
+    "HTML about one model on one benchmark, from its values and the runs they come from; `done` is called after a split."
     from openunlearn_nb.reporting.plots import study_lines
-    columns = columns_of(suite, {model: values})
     ours = all((run.file.parent / "run.json").exists() for run in runs)
     what = "Measured" if ours else "Recomputed from logs"
-    out = [f"<h2>{escape(suite)}, {escape(model)}</h2>", f"<h3>{what}</h3>"]
-    out += [values_table(part, columns) for part in by_study(values, suite).values()]
-    if page := {s: rows for s, rows in published(model, suite).items() if s in values}:
-        out += ["<h3>As published by OpenUnlearning</h3>", values_table(page, columns),
-                f"<h3>{what}, minus published</h3><p>Of forget quality, in powers of ten.</p>",
-                difference_table(values, page, columns)]
+    html = [f"<h2>{escape(suite)}, {escape(model)}</h2>", *_tables_part(suite, model, values, what)]
     for split, rows in values.items():
-        of = sorted((r for r in runs if r.split == split), key=lambda r: row_order(r.row))
-        evaluations = {r.row: read_json(r.file, "evaluation") for r in of}
+        of = sorted((run for run in runs if run.split == split), key=lambda run: row_order(run.row))
+        evaluations = {run.row: read_json(run.file, "evaluation") for run in of}
         plots = plots_of(suite, split, rows, evaluations, epoch_values(of), what)
-        out += [f"<h3>{escape(split)}</h3>", *plots, answers_of(suite, evaluations)]
+        html += [f"<h3>{escape(split)}</h3>", *plots, answers_of(suite, evaluations)]
         done()
+    columns = columns_of(suite, {model: values})
     for study, steps in BENCHMARKS[suite].studies.items():
         if any(step in values for step in steps):
             lines = study_lines(values, list(steps), columns, "step", f"{what}: {study}")
-            out.append(figure(lines, f"{study}, step by step"))
-    return "\n".join(out)
+            html.append(figure(lines, f"{study}, step by step"))
+    return "\n".join(html)
 
 # %% ../../nbs/reporting/report.ipynb #be77c927
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}
@@ -193,24 +223,24 @@ with those of another. Retain, where there is such a row, is the goal of all oth
 """)
 
 # %% ../../nbs/reporting/report.ipynb #dd4d0421
-def write_report(folder: str | Path, output: str | Path,
-                 progress: Callable[[float], None] = lambda share: None) -> Path:
-    "Write a report of all runs below a folder (of several seeds: of the first) into one HTML file; returns it."
-    with output_lock(output, "file") as file:
-        return write_text(file, report_page(folder, progress))
-
 def report_page(folder: str | Path, progress: Callable[[float], None] = lambda share: None) -> str:
-    "The report as HTML."
+    "The report of all runs below a folder as HTML. `progress` gets the share of splits that are done."
     found, below = find_runs(folder), Path(folder).expanduser()
-    first = min((r.seed for r in found if r.seed is not None), default=None)
-    runs, parts, done = [r for r in found if r.seed in (None, first)], [], itertools.count(1)
-    tables = {suite: measured(runs, suite) for suite in BENCHMARKS if any(r.suite == suite for r in runs)}
+    first = min((run.seed for run in found if run.seed is not None), default=None)
+    runs, parts, done = [run for run in found if run.seed in (None, first)], [], itertools.count(1)
+    tables = {suite: measured(runs, suite) for suite in BENCHMARKS if any(run.suite == suite for run in runs)}
     splits = sum(len(values) for of in tables.values() for values in of.values())
     for suite, model, values in ((s, m, v) for s, of in tables.items() for m, v in of.items()):
-        some = [r for r in runs if (r.suite, r.model) == (suite, model)]
+        some = [run for run in runs if (run.suite, run.model) == (suite, model)]
         parts.append(suite_part(suite, model, values, some, lambda: progress(next(done) / splits)))
     if general := measured(runs, GENERAL):
         general_tables = [values_table(v, columns_of(GENERAL, general)) for v in general.values()]
         parts.append(f"<h2>General ability, by lm-eval</h2>{''.join(general_tables)}")
     seeds = f" Seed {first} of several; openunlearn table shows their spread." if first is not None else ""
     return _PAGE.render(style=STYLE, seeds=seeds, parts=[*parts, sources_of(runs, below)], version=__version__)
+
+def write_report(folder: str | Path, output: str | Path,
+                 progress: Callable[[float], None] = lambda share: None) -> Path:
+    "Write the report of all runs below a folder into one HTML file; returns its path. Raises where there are no runs."
+    with output_lock(output, "file") as file:
+        return write_text(file, report_page(folder, progress))
