@@ -124,7 +124,8 @@ def plots_of(suite: str, split: str, rows: dict[str, dict], evaluations: dict[st
     title, names = f"{what}: {split}", ", ".join(columns)
     figures = [(metric_bars(rows, columns, title), f"{split}: {names}")]
     if over:
-        figures.append((epoch_lines(over, rows, columns, f"{title}, after each epoch"), f"{split}: {names}, over epochs"))
+        lines = epoch_lines(over, rows, columns, f"{title}, after each epoch")
+        figures.append((lines, f"{split}: {names}, over epochs"))
     if "forget_quality" in columns and "Retain" in evaluations:
         figures.append((_against_utility(rows, title), f"{split}: forget quality against model utility"))
         if ratios := _truth_ratios(evaluations):
@@ -187,7 +188,7 @@ def _tables_part(suite: str, model: str, values: Values, what: str) -> list[str]
 
 def suite_part(suite: str, model: str, values: Values, runs: Sequence[Run],
                done: Callable[[], None] = lambda: None) -> str:
-    "HTML about one model on one benchmark, from its values and the runs they come from; `done` is called after a split."
+    "HTML about one model on one benchmark, from its values and the runs behind them; `done` is called after a split."
     from openunlearn_nb.reporting.plots import study_lines
     ours = all((run.file.parent / "run.json").exists() for run in runs)
     what = "Measured" if ours else "Recomputed from logs"
