@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from launching import torchrun
 
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.evaluation.records import read_json
@@ -62,3 +63,15 @@ def test_a_script_without_a_guard_is_told(tmp_path):
     (tmp_path / "script.py").write_text(script)
     done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, cwd=tmp_path)
     assert 'under if __name__ == "__main__":' in done.stderr and "Another run" not in done.stderr
+
+
+def test_a_file_to_import_reaches_every_process_of_a_launch(tmp_path):
+    file = tmp_path / "aim.py"
+    file.write_text(FILE.format(name="Hit", target=2.0) + f"""
+import os
+open({str(tmp_path)!r} + "/rank" + os.environ["RANK"], "w").close()
+""")
+    line = f"train --method Hit --import {file} --split forget01 --set goal=1 --output {tmp_path}/out"
+    done = torchrun("-m", "openunlearn_nb", *line.split(), check=False)  # stops where Hit is known, before a model is loaded
+    assert done.stderr.count("Unknown setting of Hit 'goal'") == 2
+    assert sorted(place.name for place in tmp_path.glob("rank*")) == ["rank0", "rank1"]

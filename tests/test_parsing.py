@@ -7,7 +7,11 @@ from dataclasses import fields
 import pytest
 
 from openunlearn_nb.commands.grammar import commands, leaf, parse, parser
+from openunlearn_nb.data.benchmark import BENCHMARKS
 from openunlearn_nb.experiments.settings import GridSettings, RunSettings
+from openunlearn_nb.internals.errors import OpenUnlearnError
+from openunlearn_nb.internals.files import write_json
+from openunlearn_nb.internals.registry import import_file
 
 
 def said(capsys, line: str) -> str:
@@ -98,3 +102,52 @@ def test_values_of_a_sweep():
     given = parse("tofu --set beta=0.05,0.1 0.5 retain_loss_type=NLL,KL --learning-rate 1e-4 1e-5 --epochs 3".split()).settings
     assert given["method_args"] == {"beta": [0.05, 0.1, 0.5], "retain_loss_type": ["NLL", "KL"]}
     assert given["learning_rate"] == (1e-4, 1e-5) and given["epochs"] == (3,)
+
+
+@pytest.mark.parametrize("line", ["configs", "configs zero3", "table {folder}", "report {folder} --output {folder}/report.html"])
+def test_commands_that_read_files_alone_import_neither_torch_nor_transformers(line, tmp_path):
+    rows = {str(i): {"prob": 0.5, "avg_loss": 0.7} for i in range(2)}
+    write_json(tmp_path / "forget01/Finetuned/TOFU_EVAL.json", {"forget_Q_A_Prob": {"agg_value": 0.5, "value_by_index": rows}})
+    write_json(tmp_path / "forget01/Finetuned/TOFU_SUMMARY.json", {"forget_Q_A_Prob": 0.5})
+    write_json(tmp_path / "forget01/Finetuned/run.json", {"benchmark": "TOFU", "model": "embedded", "split": "forget01", "row": "Finetuned"})
+    program = ("import sys\nfrom openunlearn_nb.commands.cli import main\nassert main(sys.argv[1:]) == 0\n"
+               "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n")
+    words = line.format(folder=tmp_path).split()
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+BENCHMARK = '''
+from openunlearn_nb.data.benchmark import Benchmark, benchmark
+
+@benchmark("{name}")
+class OfFile(Benchmark):
+    "Nothing but a name."
+'''
+
+
+@pytest.fixture
+def no_new_benchmarks():
+    """Benchmarks that a test's file declares are gone afterwards."""
+    before = dict(BENCHMARKS)
+    yield
+    BENCHMARKS._objects = before
+
+
+@pytest.mark.parametrize("line", ["words --import {file} --data x", "words --import={file} --data x", "words --config {yaml}",
+                                  "eval words --config {yaml}"])
+def test_a_benchmark_of_a_file_to_import_is_a_command(line, tmp_path, no_new_benchmarks):
+    """The file is named on the command line, or under `import` in a YAML file of settings."""
+    import_file.cache_clear()
+    file, yaml = tmp_path / "words.py", tmp_path / "words.yaml"
+    file.write_text(BENCHMARK.format(name="WORDS"))
+    yaml.write_text(f"import: {file}\ndata: x\n")
+    given = parse(line.format(file=file, yaml=yaml).split())
+    assert given.benchmark == "WORDS" and given.settings["imports"] == (str(file),) and given.settings["data"] == "x"
+
+
+def test_without_its_file_a_benchmark_is_no_command(tmp_path, capsys):
+    (tmp_path / "words.yaml").write_text("data: x\n")
+    assert said(capsys, f"words --config {tmp_path}/words.yaml").startswith("openunlearn: Unknown command 'words'")
+    with pytest.raises(OpenUnlearnError, match="Cannot read the settings"):
+        parse(["words", "--config", str(tmp_path / "none.yaml")])

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from .grammar import parse
+from .grammar import NO_MODEL, parse
 from .options import STYLES
 from ..internals.errors import OpenUnlearnError, check_choice, is_ours, one_line, printable
 from ..internals.files import output_path
@@ -405,7 +405,7 @@ def main(argv: list[str] | None = None) -> int:
             clear_stale_launch()
             if is_later_process():  # the main process prints
                 sys.stdout = open(os.devnull, "w")
-            if args.command != "table":
+            if args.command not in NO_MODEL:
                 _hush_imports()
             code = _run(args)
             leave_group()

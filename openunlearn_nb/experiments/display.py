@@ -8,9 +8,12 @@ __all__ = ['WEIGHTS', 'duration', 'LogLines', 'weight', 'reason_of', 'Display']
 # %% ../../nbs/experiments/display.ipynb #b99cce64
 import sys
 import time
+from typing import TYPE_CHECKING
 
-from .workers import Task
 from ..internals.errors import OpenUnlearnError, one_line, printable
+
+if TYPE_CHECKING:
+    from openunlearn_nb.experiments.workers import Task  # which imports torch: a report without it has log lines too
 
 # %% ../../nbs/experiments/display.ipynb #beaf58fc
 def duration(seconds: float) -> str:
@@ -37,7 +40,7 @@ class LogLines:
 # %% ../../nbs/experiments/display.ipynb #a956bd10
 WEIGHTS = {"forget01": 0.3, "forget05": 1.0, "forget10": 2.0}  # of a cell; the teaching of a model weighs 12
 
-def weight(task: Task) -> float:
+def weight(task: "Task") -> float:
     "Rough share of the work, for the estimate of the time left."
     return WEIGHTS.get(task.split, 1.0) if task.row else 12.0
 
@@ -66,7 +69,7 @@ class _Lines:
 class Display(_Lines):
     "A progress bar weighted by work, and a line a finished cell, on standard error."
 
-    def __init__(self, tasks: list[Task], columns: list[str], show: bool):
+    def __init__(self, tasks: "list[Task]", columns: list[str], show: bool):
         from tqdm.auto import tqdm
         self.weights = {task.key: weight(task) for task in tasks}
         super().__init__(show)
@@ -91,7 +94,7 @@ class Display(_Lines):
         if self.show and not self.seen and (line := self.lines.due(done / sum(self.weights.values()))):
             self.write(f"{line}; {one_line(running)}")
 
-    def done(self, task: Task, values: dict | None, error: BaseException | None) -> None:
+    def done(self, task: "Task", values: dict | None, error: BaseException | None) -> None:
         self.report(task.key, 1.0)
         if error:
             told = isinstance(error, OpenUnlearnError) or not task.row
