@@ -44,13 +44,17 @@ class MethodTrainer(Trainer):
 
     def __init__(self, method: Method, ref_model: PreTrainedModel | AdapterOff | None = None, **kwargs):
         super().__init__(**kwargs)
+        self.use(method, ref_model)
+        self.add_callback(_MethodSteps(self))
+
+    def use(self, method: Method, ref_model: PreTrainedModel | AdapterOff | None) -> None:
+        "Train by this method from now on, with this model as its reference."
         self.method, self.ref_model = method, ref_model
         self.all_terms = method.terms[::-1]  # the retain term's backward first
         self.terms = self.all_terms
         self.forwards: dict[str, list[torch.Tensor]] = {term: [] for term in self.all_terms}  # losses of the step's forwards
         self.unlogged: dict[str, list[torch.Tensor]] = {term: [] for term in self.all_terms}  # and of those since the last log
         self.batches: list[dict] = []  # of the step, for a method that makes its gradients itself
-        self.add_callback(_MethodSteps(self))
         if method.changes_gradients and self.is_deepspeed_enabled:
             raise OpenUnlearnError(f"{method.name} works on whole gradients, which DeepSpeed does not hand out; run it on one GPU or with DDP.")
 

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['Rows', 'encode_rows', 'newest_checkpoint', 'PlainCheckpoints', 'HubCheckpoints', 'RowEvaluation', 'UnlearnTrainer',
-           'method_data', 'equipped']
+           'starting_model', 'SetUp', 'set_up', 'method_data', 'equipped', 'rows_to_evaluate']
 
 # %% ../../nbs/training/unlearn.ipynb #4984faef
 import copy
 import shutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,8 +25,8 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..data.prompts import Encoder, encode_all, encode_passage, prompt_format
 from ..internals.errors import OpenUnlearnError
 from ..internals.processes import on_main
-from ..methods.losses import mean_nll
 from ..methods.method import METHODS, Method
+from ..methods.terms import labelled_tokens
 from ..models.adapters import AdapterOff
 from ..models.forwards import check_ids, sequence_nll
 from ..models.loading import load_model, load_tokenizer
@@ -50,6 +51,7 @@ def _of_messages(messages: Sequence[dict]) -> tuple[str | None, str, str]:
 
 def _encode(row: dict, enc: Encoder) -> dict:
     "One row as token ids and labels."
+    row = {column: value for column, value in row.items() if value is not None}  # a Dataset's rows have all columns
     if "input_ids" in row:
         return {"input_ids": list(row["input_ids"]), "labels": list(row.get("labels", row["input_ids"]))}
     if "text" in row:
@@ -139,62 +141,141 @@ class HubCheckpoints(PlainCheckpoints):
 class _Epochs(TrainerCallback):
     "Draws retain rows anew each epoch."
 
-    def __init__(self, data: PairDataset):
-        self.data = data
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.data.set_epoch(round(state.epoch or 0))
+        self.trainer.train_dataset.set_epoch(round(state.epoch or 0))
+
 
 # %% ../../nbs/training/unlearn.ipynb #a742efa6
 class RowEvaluation(HubCheckpoints):
     "Evaluates pairs by the method's loss, and rows of their own by their likelihood."
+    counts_per_row: dict[str, float] = {}  # of the set that is evaluated: what each term is a mean over, for each row
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        "As transformers', where a batch weighs by the rows or tokens that its loss is a mean over."
+        self.counts_per_row = self._counts_per_row(dataloader.dataset)
+        try:
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        finally:
+            self.counts_per_row = {}
+
+    def _counts(self, batch: dict) -> dict[str, torch.Tensor]:
+        return {"retain": labelled_tokens(batch["retain"], self.method.s)} if set(batch) == {"retain"} else self.method.counts(batch)
+
+    def _counts_per_row(self, pairs: PairDataset) -> dict[str, float]:
+        chunks = [range(i, min(i + 64, len(pairs))) for i in range(0, len(pairs), 64)]
+        counts = [self._counts(self.data_collator([pairs[i] for i in chunk])) for chunk in chunks]
+        return {term: max(1e-9, sum(float(one[term]) for one in counts) / len(pairs)) for term in counts[0]}
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         "The method's loss of a batch of pairs; of rows of their own, the mean NLL a token."
-        if set(inputs) != {"retain"}:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        rows = len(next(iter(inputs.values()))["labels"])
+        counts = {term: torch.tensor(each * rows, device=self.args.device) for term, each in self.counts_per_row.items()}
         with torch.no_grad(), self.accelerator.autocast():
-            nll, n_tokens = sequence_nll(model, self._prepare_inputs(inputs)["retain"])
-        return mean_nll(nll, n_tokens).float(), None, None
+            if set(inputs) != {"retain"}:
+                loss = self.compute_loss(model, {**inputs, "counts": counts} if counts else inputs)
+            else:
+                nll, n_tokens = sequence_nll(model, inputs["retain"])
+                loss = nll.sum() / counts.get("retain", n_tokens.sum().clamp(min=1))
+        return loss.float().detach(), None, None
+
 
 # %% ../../nbs/training/unlearn.ipynb #9b6d5bea
 class UnlearnTrainer(RowEvaluation):
     """Unlearns a forget set with any method.
 
-    `model`: a model in memory, a folder or a Hub id. `forget_dataset`, `retain_dataset`, `alternate_dataset` (another
-    response to each row to forget, for methods that need one) and `eval_dataset`: lists or `datasets.Dataset` of rows.
-    `peft_config`: an adapter is trained in place of the weights. All else is `transformers.Trainer`'s."""
+    `model`: a model in memory, a folder or a Hub id; or `model_init`, a function that makes one, for
+    `hyperparameter_search`. `forget_dataset`, `retain_dataset`, `alternate_dataset` (another response to each row to
+    forget, or one for each epoch in turn, for methods that need one) and `eval_dataset`: lists or `datasets.Dataset`
+    of rows. `peft_config`: an adapter is trained in place of the weights. All else is `transformers.Trainer`'s."""
 
-    def __init__(self, model: PreTrainedModel | str, args: UnlearnConfig | None = None, forget_dataset: Rows = None,
-                 retain_dataset: Rows = None, alternate_dataset: Rows = None, eval_dataset: Any = None,
-                 processing_class: PreTrainedTokenizerBase | None = None, peft_config: Any = None,
-                 callbacks: list | None = None, **kwargs):
+    def __init__(self, model: PreTrainedModel | str | None = None, args: UnlearnConfig | None = None,
+                 forget_dataset: Rows = None, retain_dataset: Rows = None, alternate_dataset: Rows = None,
+                 eval_dataset: Any = None, processing_class: PreTrainedTokenizerBase | None = None,
+                 peft_config: Any = None, callbacks: list | None = None,
+                 model_init: Callable[..., PreTrainedModel] | None = None, **kwargs):
         args = args or UnlearnConfig(output_dir="trainer_output")
-        method = METHODS.find(args.method)(compat=args.compat, **(args.method_args or {}))
-        method.state.seed, method.state.epochs = args.seed, 0 if args.max_steps > 0 else args.num_train_epochs
-        if processing_class is None:
-            processing_class = load_tokenizer(model if isinstance(model, str) else model.name_or_path)
-        model = load_model(model) if isinstance(model, str) else model
-        tokenizer = fit_tokenizer(processing_class, model)
-        encode = partial(encode_rows, tokenizer=tokenizer, max_length=args.max_length)
-        self.method_data = method_data(method, model, tokenizer.pad_token_id, args.seed, encode(forget_dataset),
-                                       encode(retain_dataset), encode(alternate_dataset))
-        method.prepare(model, self.method_data)
-        model, reference = equipped(model, method, peft_config)
-        side = "left" if respects_padding_mask(model) else "right"
+        start, tokenizer = starting_model(model, model_init, processing_class)
+        self.encode = partial(encode_rows, tokenizer=tokenizer, max_length=args.max_length)
+        self.rows = tuple(self.encode(rows) for rows in (forget_dataset, retain_dataset, alternate_dataset))
+        self.peft_config, self.evaluates_pairs = peft_config, eval_dataset is None
+        made = set_up(args, start, tokenizer.pad_token_id, self.rows, peft_config)
+        self.method_data, self.frozen = made.data, made.frozen
+        side = "left" if respects_padding_mask(start) else "right"
         collator = partial(collate_parts, pad_id=tokenizer.pad_token_id, compat=args.compat, side=side)
-        super().__init__(method, reference, model=model, args=args, train_dataset=self.method_data,
-                         eval_dataset=_evaluation(eval_dataset, encode, self.method_data),
-                         processing_class=tokenizer, data_collator=collator,
-                         callbacks=[_Epochs(self.method_data), *(callbacks or [])], **kwargs)
+        super().__init__(made.method, made.reference, model=made.model, args=args, train_dataset=made.data,
+                         eval_dataset=copy.copy(made.data) if eval_dataset is None else rows_to_evaluate(eval_dataset, self.encode),
+                         processing_class=tokenizer, data_collator=collator, callbacks=callbacks, **kwargs)
+        self.model_init = model_init
+        self.add_callback(_Epochs(self))
+
+    def _hp_search_setup(self, trial):
+        "With `model_init`, every training begins with a fresh model: make the method and all else anew for it."
+        super()._hp_search_setup(trial)
+        if self.model_init is not None:
+            made = set_up(self.args, self.model, self.processing_class.pad_token_id, self.rows, self.peft_config)
+            self.use(made.method, made.reference)
+            self.model = self.model_wrapped = made.model
+            self.train_dataset = self.method_data = made.data
+            self.frozen = made.frozen
+            self.eval_dataset = copy.copy(made.data) if self.evaluates_pairs else self.eval_dataset
+
+    def _prepare_for_training(self, *args):
+        for p in self.frozen:
+            p.requires_grad_(False)
+        return super()._prepare_for_training(*args)
 
     def train(self, *args, **kwargs):
         "Train, and let the method change the finished weights; a method without a loss does this alone."
-        found = super().train(*args, **kwargs) if self.method.terms else None
-        self.model = self.method.after(self.model, self.method_data) or self.model
+        try:
+            found = super().train(*args, **kwargs) if self.method.terms else None
+        finally:
+            for p in self.frozen:
+                p.requires_grad_(True)
+        changed = self.method.after(self.model, self.method_data)
+        if changed is not None:
+            self.model = self.model_wrapped = changed
         return found
 
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        "As transformers'; `eval_dataset` may be rows, or a dictionary of them."
+        if eval_dataset is not None and not isinstance(eval_dataset, str | PairDataset):
+            eval_dataset = rows_to_evaluate(eval_dataset, self.encode)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+
 # %% ../../nbs/training/unlearn.ipynb #f4ed4323
+def starting_model(model: PreTrainedModel | str | None, model_init: Callable[..., PreTrainedModel] | None,
+                   tokenizer: PreTrainedTokenizerBase | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    "The model that a training starts from, and a tokenizer that fits it. Raises where there are two models, or none."
+    if (model is None) == (model_init is None):
+        raise OpenUnlearnError("Give a model (one in memory, a folder or a Hub id), or a model_init that makes one.")
+    if model_init is not None:
+        model = model_init(None) if signature(model_init).parameters else model_init()
+    if tokenizer is None:
+        tokenizer = load_tokenizer(model if isinstance(model, str) else model.name_or_path)
+    start = load_model(model) if isinstance(model, str) else model
+    return start, fit_tokenizer(tokenizer, start)
+
+class SetUp(NamedTuple):
+    "What a training needs, made from its arguments."
+    method: Method
+    data: PairDataset
+    model: Any  # an adapter in it where one is configured
+    reference: Any
+    frozen: list  # parameters that the method does not train
+
+def set_up(args: UnlearnConfig, model: PreTrainedModel, pad_id: int, rows: Sequence[list[dict]], peft_config: Any) -> SetUp:
+    "The method of some arguments with its data, adapter and reference; `rows`: to forget, to retain, alternates."
+    method = METHODS.find(args.method)(compat=args.compat, **(args.method_args or {}))
+    method.state.seed, method.state.epochs = args.seed, 0 if args.max_steps > 0 else args.num_train_epochs
+    data = method_data(method, model, pad_id, args.seed, *rows)
+    method.prepare(model, data)
+    return SetUp(method, data, *equipped(model, method, peft_config))
+
 def method_data(method: Method, model: PreTrainedModel, pad_id: int, seed: int, forget: list[dict], retain: list[dict],
                 alternates: list[dict]) -> PairDataset:
     "The pairs of a training, with the reference's log-likelihoods where the method needs them."
@@ -202,27 +283,29 @@ def method_data(method: Method, model: PreTrainedModel, pad_id: int, seed: int, 
         raise OpenUnlearnError(f"{method.name} needs a forget_dataset.")
     if "retain" in method.terms and not retain:
         raise OpenUnlearnError(f"{method.name} needs a retain_dataset; with method_args alpha 0 it would have none.")
+    if method.alternates and (not alternates or len(alternates) % len(forget)):
+        raise OpenUnlearnError(f"{method.name} needs an alternate_dataset: another response to each of the {len(forget)} rows to "
+                               f"forget, or a multiple of that for several epochs, not {len(alternates)} rows.")
     check_ids(model, (row["input_ids"] for rows in (forget, retain, alternates) for row in rows))
     used = [] if method.terms == ("retain",) else forget
     kept = [] if method.terms == ("forget",) else retain
-    return build_dataset(model, pad_id, method, used, kept, [alternates] if alternates else None, seed)
+    epochs = [alternates[i:i + len(forget)] for i in range(0, len(alternates), len(forget))] if method.alternates else None
+    return build_dataset(model, pad_id, method, used, kept, epochs, seed)
 
-def equipped(model: PreTrainedModel, method: Method, peft_config: Any) -> tuple[Any, Any]:
-    "The model to train, an adapter in it where one is configured, and its reference where the method needs it."
+def equipped(model: PreTrainedModel, method: Method, peft_config: Any) -> tuple[Any, Any, list]:
+    "The model to train, an adapter in it where one is configured, its reference where needed, and what is not trained."
     if peft_config is not None:
         from peft import get_peft_model
         model = get_peft_model(model, peft_config)
         method.init_adapter(model)
-        return model, AdapterOff(model) if method.needs_reference else None
+        return model, AdapterOff(model) if method.needs_reference else None, []
     trainable = method.trainable(model)
-    for name, p in model.named_parameters():
-        p.requires_grad_(p.requires_grad and name in trainable)
-    return model, copy.deepcopy(model).requires_grad_(False).eval() if method.needs_reference else None
+    frozen = [p for name, p in model.named_parameters() if p.requires_grad and name not in trainable]
+    return model, copy.deepcopy(model).requires_grad_(False).eval() if method.needs_reference else None, frozen
 
-def _evaluation(given: Any, encode: Any, pairs: PairDataset) -> Any:
-    "What `evaluate` goes over: the pairs of the training, or rows of their own."
-    if given is None:
-        return copy.copy(pairs)
+def rows_to_evaluate(given: Any, encode: Callable[[Rows], list[dict]]) -> Any:
+    "Rows, or a dictionary of rows, as data sets of single rows."
     if isinstance(given, dict):
-        return {name: PairDataset([], encode(rows)) for name, rows in given.items()}
-    return PairDataset([], encode(given))
+        return {name: rows_to_evaluate(rows, encode) for name, rows in given.items()}
+    return given if isinstance(given, PairDataset) else PairDataset([], encode(given))
+
