@@ -32,9 +32,11 @@ class Multiplier(Method):
         return float(self.memory.get("multiplier", self.s.alpha))
 
     def _note(self, loss: Tensor) -> None:
+        "Keep a retain loss until the multiplier moves."
         self.memory["losses"] = torch.cat([self.memory.get("losses", loss.new_empty(0)), loss.reshape(1)])
 
     def _move(self, epochs_done: int) -> None:
+        "Move the multiplier by the mean of the losses since the last move, unless the warm-up is not over."
         excess = float(self.memory.pop("losses").mean()) - self.s.retain_loss_eps
         if epochs_done >= self.s.dual_warmup_epochs and math.isfinite(excess):
             self.memory["multiplier"] = max(0.0, self.multiplier + self.s.dual_step_size * excess)

@@ -22,9 +22,10 @@ ALTERNATES = ("refusals", "generated", "file")  # the other responses to a quest
 NEEDS = ("ref_nll", "ref_model", *ALTERNATES)
 
 def alternates_of(needs: frozenset[str]) -> str | None:
-    "Which other responses are among the needs of a method."
+    "Which other responses are among the needs of a method; None where it needs none."
     return next((need for need in ALTERNATES if need in needs), None)
 
+# %% ../../nbs/methods/settings.ipynb #543dc416
 def is_regex(text: Any) -> bool:
     "Whether `text` is a regular expression."
     try:
@@ -33,21 +34,33 @@ def is_regex(text: Any) -> bool:
         return False
 
 def _is_number(value: Any) -> bool:
+    "Whether a value is a finite number, and not a truth value."
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
+def _is_count(value: Any) -> bool:
+    "Whether a value is a whole number, 0 or more."
+    return _is_number(value) and value >= 0 and value == int(value)
+
+def _is_truth(value: Any) -> bool:
+    "Whether a value is true or false."
+    return isinstance(value, bool)
+
 def _is_patterns(value: Any) -> bool:
+    "Whether a value is a list of regular expressions, not empty."
     return isinstance(value, list) and bool(value) and all(map(is_regex, value))
 
-_KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
+_KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {  # of a default: what a value must be
     float: ("a number", _is_number),
-    int: ("a whole number, 0 or more", lambda value: _is_number(value) and value >= 0 and value == int(value)),
-    bool: ("true or false", lambda value: isinstance(value, bool)),
+    int: ("a whole number, 0 or more", _is_count),
+    bool: ("true or false", _is_truth),
     list: ("a list of regular expressions", _is_patterns),
 }
 
 def check_setting(key: str, value: Any, default: Any) -> None:
-    "Raise where a setting is not of its default's kind."
-    kind, fits = _KINDS.get(type(default), ("", lambda value: True))
+    "Raise where a setting is not of its default's kind. A default that is a text, or None, allows every value."
+    if type(default) not in _KINDS:
+        return
+    kind, fits = _KINDS[type(default)]
     if not fits(value):
         raise OpenUnlearnError(f"{key} must be {kind}, not {value!r}.")
 
@@ -65,7 +78,7 @@ def check_weights(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> N
 
 # %% ../../nbs/methods/settings.ipynb #3298fc3c
 class MethodSettings:
-    "A method's declaration and its settings."
+    "A method's declaration: its name and source, what it needs, and its settings with their published values."
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     equation: ClassVar[str] = ""  # of the forget loss, LaTeX
