@@ -1,6 +1,7 @@
 """Methods of one's own, each in a file of its own, through grid and table by `--import`; and what their hooks see."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from openunlearn_nb import METHODS, Method, method
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.evaluation.records import read_json
 from openunlearn_nb.internals.errors import OpenUnlearnError
-from openunlearn_nb.internals.registry import import_file
+from openunlearn_nb.internals import registry
+from openunlearn_nb.internals.registry import check_name, import_file
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.training.pairs import TrainConfig
 from openunlearn_nb.training.trainer import train
@@ -94,3 +96,15 @@ def test_a_method_may_answer_with_another_model():
             train(model, 0, "Other", rows, rows, recipe, for_saving=True)
     finally:
         METHODS.remove("Other")
+
+
+def test_a_notebook_that_takes_the_place_of_the_packages_object_is_warned(monkeypatch):
+    """A chapter runs the same text again, and is not."""
+    monkeypatch.setattr(registry, "REGISTRIES", {})
+    toys = registry.Registry("toy")
+    toys.add("One", check_name)
+    other = SimpleNamespace(__module__="__main__", __qualname__="check_name")
+    with pytest.warns(UserWarning, match="The toy One of this notebook takes the place of the package's"):
+        toys.add("One", other)
+    with pytest.raises(OpenUnlearnError, match="There is a toy called One already"):
+        toys.add("One", SimpleNamespace(__module__="__main__", __qualname__="another"))

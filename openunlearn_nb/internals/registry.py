@@ -7,7 +7,9 @@ __all__ = ['T', 'ROWS', 'REGISTRIES', 'check_name', 'Declared', 'Registry', 'imp
 
 # %% ../../nbs/internals/registry.ipynb #0d38c968
 import hashlib
+import inspect
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib import import_module
@@ -82,14 +84,25 @@ class Declared(Mapping[str, T], Generic[T]):
 # %% ../../nbs/internals/registry.ipynb #2a7041bf
 REGISTRIES: dict[str, "Registry"] = {}  # kind of object: its registry
 
+def _definition(declared: Any) -> Any:
+    "The function or class that was declared; a metric and a method of one function hold theirs."
+    return getattr(declared, "function", declared)
+
 def _in_notebook(declared: Any) -> bool:
-    "Whether an object, or a metric's function, is defined in a notebook's cell or a script."
-    return getattr(getattr(declared, "function", declared), "__module__", None) == "__main__"
+    "Whether an object is defined in a notebook's cell or a script."
+    return getattr(_definition(declared), "__module__", None) == "__main__"
 
 def _again(old: Any, new: Any) -> bool:
     "Whether a notebook's cell is run again: it declares an object of the same definition."
-    one, other = (getattr(declared, "function", declared) for declared in (old, new))
+    one, other = _definition(old), _definition(new)
     return _in_notebook(new) and getattr(one, "__qualname__", one) == getattr(other, "__qualname__", other)
+
+def _source(declared: Any) -> str | None:
+    "The text of a definition; None where there is none."
+    try:
+        return inspect.getsource(_definition(declared)).strip()
+    except (OSError, TypeError):
+        return None
 
 # %% ../../nbs/internals/registry.ipynb #66721e5b
 class Registry(Declared[T]):
@@ -116,6 +129,9 @@ class Registry(Declared[T]):
         taken = self._spelled(name)
         if taken in self._objects and not _again(self._objects[taken], value):
             raise OpenUnlearnError(f"There is a {self.kind} called {taken} already; give this one another name.")
+        if taken in self._objects and not _in_notebook(self._objects[taken]):
+            if _source(self._objects[taken]) != _source(value):
+                warnings.warn(f"The {self.kind} {name} of this notebook takes the place of the package's.")
         self._objects[name] = value
         return value
 

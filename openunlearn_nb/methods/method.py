@@ -225,7 +225,8 @@ def _of_function(function: Callable[..., Tensor]) -> type[Method]:
         return function(model, batch, ref_model, self.s)
 
     return type(function.__name__, (Method,), {
-        "forget_loss": forget_loss, "__doc__": function.__doc__, "__module__": function.__module__})
+        "forget_loss": forget_loss, "function": staticmethod(function), "__doc__": function.__doc__,
+        "__module__": function.__module__})
 
 # %% ../../nbs/methods/method.ipynb #2a9d6cf9
 def method(name: str, *, paper: str = "", equation: str = "", needs: tuple[str, ...] = (), wraps: bool = False,
