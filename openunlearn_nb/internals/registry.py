@@ -104,6 +104,11 @@ def _source(declared: Any) -> str | None:
     except (OSError, TypeError):
         return None
 
+def _warn_of_another(kind: str, name: str, old: Any, new: Any) -> None:
+    "Warn where a notebook's object takes the place of the package's and is another text."
+    if not _in_notebook(old) and _source(old) != _source(new):
+        warnings.warn(f"The {kind} {name} of this notebook takes the place of the package's.")
+
 # %% ../../nbs/internals/registry.ipynb #66721e5b
 class Registry(Declared[T]):
     """Objects of one kind by name.
@@ -129,9 +134,8 @@ class Registry(Declared[T]):
         taken = self._spelled(name)
         if taken in self._objects and not _again(self._objects[taken], value):
             raise OpenUnlearnError(f"There is a {self.kind} called {taken} already; give this one another name.")
-        if taken in self._objects and not _in_notebook(self._objects[taken]):
-            if _source(self._objects[taken]) != _source(value):
-                warnings.warn(f"The {self.kind} {name} of this notebook takes the place of the package's.")
+        if taken in self._objects:
+            _warn_of_another(self.kind, name, self._objects[taken], value)
         self._objects[name] = value
         return value
 
