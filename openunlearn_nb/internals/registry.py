@@ -104,8 +104,10 @@ def _source(declared: Any) -> str | None:
     except (OSError, TypeError):
         return None
 
-def _warn_of_another(kind: str, name: str, old: Any, new: Any) -> None:
-    "Warn where a notebook's object takes the place of the package's and is another text."
+def _check_again(kind: str, name: str, old: Any, new: Any) -> None:
+    "Raise where an object may not take the place of one of its name; warn where it replaces another of the package's."
+    if not _again(old, new):
+        raise OpenUnlearnError(f"There is a {kind} called {name} already; give this one another name.")
     if not _in_notebook(old) and _source(old) != _source(new):
         warnings.warn(f"The {kind} {name} of this notebook takes the place of the package's.")
 
@@ -132,10 +134,8 @@ class Registry(Declared[T]):
         if _in_notebook(value):
             self._fill()  # else the package's own object of this name would come second
         taken = self._spelled(name)
-        if taken in self._objects and not _again(self._objects[taken], value):
-            raise OpenUnlearnError(f"There is a {self.kind} called {taken} already; give this one another name.")
         if taken in self._objects:
-            _warn_of_another(self.kind, name, self._objects[taken], value)
+            _check_again(self.kind, taken, self._objects[taken], value)
         self._objects[name] = value
         return value
 
