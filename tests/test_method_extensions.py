@@ -1,7 +1,6 @@
 """Methods of one's own, each in a file of its own, through grid and table by `--import`; and what their hooks see."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,12 +98,15 @@ def test_a_method_may_answer_with_another_model():
 
 
 def test_a_notebook_that_takes_the_place_of_the_packages_object_is_warned(monkeypatch):
-    """A chapter runs the same text again, and is not."""
+    """A chapter declares the same text again, and is not."""
     monkeypatch.setattr(registry, "REGISTRIES", {})
     toys = registry.Registry("toy")
     toys.add("One", check_name)
-    other = SimpleNamespace(__module__="__main__", __qualname__="check_name")
+
+    def other(): ...
+
+    other.__module__, other.__qualname__ = "__main__", "check_name"
     with pytest.warns(UserWarning, match="The toy One of this notebook takes the place of the package's"):
         toys.add("One", other)
     with pytest.raises(OpenUnlearnError, match="There is a toy called One already"):
-        toys.add("One", SimpleNamespace(__module__="__main__", __qualname__="another"))
+        toys.add("One", main)

@@ -97,10 +97,19 @@ def _again(old: Any, new: Any) -> bool:
     one, other = _definition(old), _definition(new)
     return _in_notebook(new) and getattr(one, "__qualname__", one) == getattr(other, "__qualname__", other)
 
-def _source(declared: Any) -> str | None:
-    "The text of a definition; None where there is none."
+def _functions(declared: Any) -> list[Any]:
+    "The functions of a definition: itself, or those of a class, whose own text a notebook does not keep."
+    definition = _definition(declared)
+    if not isinstance(definition, type):
+        return [definition]
+    members = (getattr(member, "__func__", getattr(member, "fget", member)) for member in vars(definition).values())
+    inside = f"{definition.__qualname__}."
+    return [member for member in members if inspect.isfunction(member) and member.__qualname__.startswith(inside)]
+
+def _source(declared: Any) -> list[str] | None:
+    "The text of a definition's functions; None where it cannot be had."
     try:
-        return inspect.getsource(_definition(declared)).strip()
+        return [inspect.getsource(function).strip() for function in _functions(declared)]
     except (OSError, TypeError):
         return None
 
@@ -108,7 +117,8 @@ def _check_again(kind: str, name: str, old: Any, new: Any) -> None:
     "Raise where an object may not take the place of one of its name; warn where it replaces another of the package's."
     if not _again(old, new):
         raise OpenUnlearnError(f"There is a {kind} called {name} already; give this one another name.")
-    if not _in_notebook(old) and _source(old) != _source(new):
+    texts = _source(old), _source(new)
+    if not _in_notebook(old) and None not in texts and texts[0] != texts[1]:
         warnings.warn(f"The {kind} {name} of this notebook takes the place of the package's.")
 
 # %% ../../nbs/internals/registry.ipynb #66721e5b
