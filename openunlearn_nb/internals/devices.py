@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'BF16_SINCE', 'device_type', 'computes_in_bf16', 'evaluation_dtype', 'free_memory', 'usable_memory',
-           'is_out_of_memory', 'in_halves']
+           'is_out_of_memory', 'halve_until_it_fits']
 
 # %% ../../nbs/internals/devices.ipynb #8d426355
 import gc
@@ -66,7 +66,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or by_message
 
 # %% ../../nbs/internals/devices.ipynb #8bb79104
-def in_halves(work: Callable[[Sequence[T]], dict[Any, Any]], items: Sequence[T]) -> dict[Any, Any]:
+def halve_until_it_fits(work: Callable[[Sequence[T]], dict[Any, Any]], items: Sequence[T]) -> dict[Any, Any]:
     """The dictionary `work(items)`. Where memory runs out, `items` are divided in two, and so on down to single ones.
 
     Raises `OpenUnlearnError` where the memory does not suffice for a single one."""
@@ -82,4 +82,4 @@ def in_halves(work: Callable[[Sequence[T]], dict[Any, Any]], items: Sequence[T])
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(items) // 2
-    return in_halves(work, items[:half]) | in_halves(work, items[half:])
+    return halve_until_it_fits(work, items[:half]) | halve_until_it_fits(work, items[half:])

@@ -20,7 +20,7 @@ from .losses import flatness_loss
 from .gradients import TrainingState
 from .method import Method, method
 from .terms import labelled_tokens
-from ..models.forwards import Batch, answer_logits, every_logit
+from ..models.forwards import Batch, answer_logits, all_logits
 
 # %% ../../nbs/methods/constrained.ipynb #159d4681
 class Multiplier(Method):
@@ -80,7 +80,7 @@ class PDU(Multiplier):
     def forget_loss(self, model, batch: Batch, ref_model) -> Tensor:
         part = batch["forget"]
         if self.s.compat:
-            return flatness_loss(every_logit(model, part)[part["labels"] != -100])
+            return flatness_loss(all_logits(model, part)[part["labels"] != -100])
         return flatness_loss(answer_logits(model, part)[0])
 
     def weigh(self, term: str, value: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ..internals.errors import OpenUnlearnError
 from .losses import ceu_loss, undial_loss
 from .method import method
 from .terms import labelled_tokens
-from ..models.forwards import Batch, Part, answer_logits, every_logit, without_first
+from ..models.forwards import Batch, Part, answer_logits, all_logits, without_first_tokens
 
 # %% ../../nbs/methods/distillation.ipynb #6cab6c8a
 @method("UNDIAL", paper="arXiv 2402.10052", needs=("ref_model",), recipe={"learning_rate": 1e-4},
@@ -27,7 +27,7 @@ def undial(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:
 
     def predicted(of) -> tuple[Tensor, Tensor]:
         if s.compat:
-            return every_logit(of, part)[:, :-1].flatten(0, 1), part["labels"][:, 1:].flatten()
+            return all_logits(of, part)[:, :-1].flatten(0, 1), part["labels"][:, 1:].flatten()
         return answer_logits(of, part)[:2]
 
     with torch.no_grad():
@@ -39,11 +39,11 @@ def undial(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:
 
 # %% ../../nbs/methods/distillation.ipynb #b0a5484d
 def _after_the_first(part: Part, s: SimpleNamespace) -> Tensor:
-    return labelled_tokens(without_first(part, s.ignore_first_n_answer_tokens), s)
+    return labelled_tokens(without_first_tokens(part, s.ignore_first_n_answer_tokens), s)
 
 @method("CEU", paper="arXiv 2503.01224", mean_over=_after_the_first, logit_bytes=(20, 8), alpha=0.0,
         ignore_first_n_answer_tokens=1,
         equation=r"\mathrm{mean}_t\,H\big(\mathrm{softmax}(z_t,\;z_{t,y_t}=-\infty),p_t\big)")
 def ceu(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:
     "Become what the model would say, were the responses to forget impossible."
-    return ceu_loss(*answer_logits(model, without_first(batch["forget"], s.ignore_first_n_answer_tokens))[:2])
+    return ceu_loss(*answer_logits(model, without_first_tokens(batch["forget"], s.ignore_first_n_answer_tokens))[:2])

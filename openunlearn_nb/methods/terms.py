@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .losses import kl_loss, mean_nll
-from ..models.forwards import Batch, Part, answer_logits, every_logit, sequence_nll
+from ..models.forwards import Batch, Part, answer_logits, all_logits, sequence_nll
 
 # %% ../../nbs/methods/terms.ipynb #fe325860
 def rows_in(part: Part, settings: SimpleNamespace) -> Tensor:
@@ -35,7 +35,7 @@ def retain_kl(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:
     part = batch["retain"]
 
     def logits(of) -> Tensor:
-        return every_logit(of, part).flatten(0, 1) if s.compat else answer_logits(of, part)[0]
+        return all_logits(of, part).flatten(0, 1) if s.compat else answer_logits(of, part)[0]
 
     with torch.no_grad():
         goal = logits(ref_model)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Part', 'Batch', 'check_part', 'check_ids', 'bare', 'check_reference', 'logits_at', 'model_inputs', 'answer_logits',
-           'token_nll', 'row_nll', 'sequence_nll', 'reference_nll', 'every_logit', 'without_first', 'find_module',
+           'token_nll', 'row_nll', 'sequence_nll', 'reference_nll', 'all_logits', 'without_first_tokens', 'find_module',
            'layer_activations', 'trained_parameters', 'parameters_up_to']
 
 # %% ../../nbs/models/forwards.ipynb #99856aeb
@@ -138,11 +138,11 @@ def reference_nll(ref_model: nn.Module | None, part: Part) -> Tensor:
     return sequence_nll(ref_model, part)[0]
 
 # %% ../../nbs/models/forwards.ipynb #be5a9fc5
-def every_logit(model: nn.Module, part: Part) -> Tensor:
+def all_logits(model: nn.Module, part: Part) -> Tensor:
     "fp32 logits `[rows, length, vocabulary]`, padding included."
     return model(input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False).logits.float()
 
-def without_first(part: Part, n: int) -> Part:
+def without_first_tokens(part: Part, n: int) -> Part:
     "The part with the first `n` labelled tokens of each row unlabelled."
     labelled = part["labels"] != -100
     return {**part, "labels": part["labels"].masked_fill(labelled & (labelled.cumsum(1) <= n), -100)}

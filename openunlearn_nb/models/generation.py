@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.prompts import collate
-from ..internals.devices import free_memory, in_halves
+from ..internals.devices import free_memory, halve_until_it_fits
 from ..internals.processes import merged, own_share
 from .forwards import check_ids
 from .prefixes import (PrefixCache, can_share_prefixes, common_prefix_length, continuation_inputs,
@@ -131,7 +131,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
         groups = [[i] for i in range(len(prompts))]
     found: dict[int, str | None] = {}
     for group in groups if temperature else own_share(groups):
-        found |= in_halves(continuations, group)
+        found |= halve_until_it_fits(continuations, group)
     texts = found if temperature else merged(found)
     return [_before_stop(text, stop) for _, text in sorted(texts.items())]
 

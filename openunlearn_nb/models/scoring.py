@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..data.prompts import collate
-from ..internals.devices import free_memory, in_halves
+from ..internals.devices import free_memory, halve_until_it_fits
 from ..internals.processes import merged, own_share
 from .forwards import answer_logits, check_ids, logits_at
 from .prefixes import (MAX_PADDING, PrefixCache, can_share_prefixes, common_prefix_length,
@@ -124,7 +124,7 @@ def group_scores(model: PreTrainedModel, groups: Sequence[PrefixGroup], shared: 
     found: dict[int, TokenScores] = {}
     longest = max(len(group.prefix) for group in groups)
     for batch in token_batches([len(ids) for _, _, ids, _ in rows], tokens, before=longest, padding=MAX_PADDING):
-        found |= in_halves(scores_of, batch)
+        found |= halve_until_it_fits(scores_of, batch)
     return found
 
 # %% ../../nbs/models/scoring.ipynb #4f9c4722
@@ -144,7 +144,7 @@ def score(model: PreTrainedModel, examples: Sequence[dict], pad_id: int, tokens:
         return group_scores(model, [groups[k] for k in numbers], shared, pad_id, tokens, moments)
     found: dict[int, TokenScores] = {}
     for batch in own_share(token_batches([group.size for group in groups], tokens, padding=MAX_PADDING)):
-        found |= in_halves(scores_of, batch)
+        found |= halve_until_it_fits(scores_of, batch)
     found = merged(found)
     return [found.get(i, NOTHING) for i in range(len(examples))]
 
