@@ -9,8 +9,9 @@ __all__ = ['OF_BENCHMARK', 'FIRST', 'TRAINS', 'TOOLS', 'AT_ONCE', 'NO_MODEL', 'T
 # %% ../../nbs/commands/grammar.ipynb #a75bb09f
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import __version__
@@ -51,7 +52,7 @@ def _of_benchmark(name: str) -> list[Command]:
                    (GridSettings, ModelSettings, TrainingSettings, EvaluationSettings, ComparisonSettings),
                    ("device_map", *without, *([] if of.studies else ["study"])), changes, name)
     return [grid, Command(EvalOptions, f"evaluate a model on {about}", of.eval_example,
-                          (ModelSettings, EvaluationSettings), tuple(without), changes, name)]
+                          (ModelSettings, EvaluationSettings), (*without, "seed"), changes, name)]
 
 
 # %% ../../nbs/commands/grammar.ipynb #c166c5f1
@@ -64,12 +65,13 @@ TOOLS = {
         ("shots", "device_map", "batch_size"), OF_BENCHMARK),
     "eval lm": Command(
         LMOptions, "evaluate general ability with lm-eval",
-        "--model runs/new --tasks mmlu --output runs/new-lm", (ModelSettings,), ("shots", "device_map"),
+        "--model runs/new --tasks mmlu --output runs/new-lm", (ModelSettings,),
+        ("shots", "device_map", "max_length", "compat"),
         OF_BENCHMARK),
     "alternates": Command(
         AlternatesOptions, "generate alternate answers for a method that prefers them",
         f"--model DIR --data {BENCHMARKS[DEFAULT_BENCHMARK].hub_id} --output alternates.jsonl",
-        (ModelSettings,), ("shots", "device_map")),
+        (ModelSettings,), ("shots", "device_map", "batch_size")),
     "report": Command(ReportOptions, "write what a folder of runs shows into one HTML page",
                       f"runs/{FIRST} --output report.html"),
     "configs": Command(ConfigsOptions, "list the configurations for several GPUs, and a batch script", "zero3"),
@@ -78,7 +80,7 @@ TOOLS = {
     "bench": Command(
         BenchOptions, "measure speed: seconds and tokens of each phase, against the least",
         f"--method {DEFAULT_METHOD} --split forget01 --metrics all --classifier characters",
-        (*TRAINS, EvaluationSettings), ("device_map",), OF_BENCHMARK),
+        (*TRAINS, EvaluationSettings), ("device_map", "reuse"), OF_BENCHMARK),
     "table": Command(TableOptions, "rebuild a table from records or published logs", f"runs/{FIRST} --markdown"),
 }
 AT_ONCE = ("configs", "plan", "table")  # need no progress bar
@@ -195,12 +197,39 @@ def import_new_command(words: Sequence[str]) -> None:
     for file in _imports_in(words):
         import_file(file)
 
+# %% ../../nbs/commands/grammar.ipynb #def83feb
+def _names_given(given: argparse.Namespace, training: Mapping[str, Any]) -> set[str]:
+    "Names of the settings in a namespace; those of a method and of training with the dictionary before them."
+    own = {f"method_args.{name}" for name in read_pairs(getattr(given, "set", ()))}
+    return {*vars(given), *own, *(f"training_args.{name}" for name in training)}
+
+def _origins(p: Parser, given: argparse.Namespace, more: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    "Where each setting that was given comes from: `command line`, or the name of the file of `--config`."
+    names = _names_given(given, more["training_args"])
+    if not getattr(given, "config", None):
+        return dict.fromkeys(names, "command line")
+    of_file = _names_given(p.of_config, _training_arguments(p, p.words_of_config))
+    unknown = set(more["training_args"]) - {name.split(".")[1] for name in of_file if name.startswith("training_args.")}
+    of_line = _names_given(p.of_line, dict.fromkeys(unknown))
+    file = Path(given.config).name
+    return {name: file if name in of_file and name not in of_line else "command line" for name in names}
+
+# %% ../../nbs/commands/grammar.ipynb #ee412543
+def _check_use(p: Parser, words: Sequence[str]) -> None:
+    "End where a word that is no option of the command is a setting that other commands have."
+    settings = {f.metadata.get("flag") or f.name for of in (RunSettings, GridSettings) for f in fields(of)}
+    for word in words:
+        name = word.partition("=")[0]
+        if name.startswith("--") and (name[2:] in settings or name[2:].replace("-", "_") in settings):
+            p.error(f"there is no option {name} here, as this command has no use for it")
+
 # %% ../../nbs/commands/grammar.ipynb #09e4f42d
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """What a command line says: the command's `full_name`, `benchmark` and own options, and in `settings` those of a
-    run that were given: of `method_args` and `training_args` each name with a list of its values.
+    """What a command line says: the command's `full_name`, `benchmark` and own options, `settings` and `origins`.
 
-    Ends with a sentence and exit code 2 where the line cannot be understood, and raises where a value is wrong."""
+    `settings` are those of a run that were given; `method_args` and `training_args` hold a list of values for each
+    name. `origins` says of each whether the command line or which file gave it. Ends with a sentence and exit code 2
+    where the line cannot be understood, and raises where a value is wrong."""
     import_new_command(sys.argv[1:] if argv is None else argv)
     top = parser()
     given, unknown = top.parse_known_args(argv)
@@ -211,6 +240,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         print(help_training())
         raise SystemExit(0)
     more: dict[str, Any] = {"method_args": read_pairs(getattr(given, "set", ()))}
+    _check_use(p, unknown)
     try:
         if unknown and not trains:
             p.unknown_option(unknown[0])
@@ -222,4 +252,5 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     values = defaults | {"benchmark": command.benchmark} | vars(given)
     values["benchmark"] = BENCHMARKS.spelled(values["benchmark"])
     settings = {**_fields_given(given, command), "benchmark": values["benchmark"]}
-    return argparse.Namespace(**values, settings=settings | {name: of for name, of in more.items() if of})
+    settings |= {name: of for name, of in more.items() if of}
+    return argparse.Namespace(**values, settings=settings, origins=_origins(p, given, more))

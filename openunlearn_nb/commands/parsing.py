@@ -170,6 +170,8 @@ class Parser(_Sentences):
         self.other_names: dict[str, str] = {}  # an option's alias: the option
         self.required: list[str] = []  # names that must be given, on the command line or in a file
         self.seen: list[str] = []  # names of the fields so far
+        self.of_line = self.of_config = argparse.Namespace()  # what the line gave, and what its file of settings gave
+        self.words_of_config: list[str] = []  # in the file, and not known here
 
     def spelled(self, word: str) -> str:
         "A word of the command line, an option's name written as it is known here."
@@ -188,6 +190,7 @@ class Parser(_Sentences):
         if not file or "config" not in self.seen:  # of a command's own parser alone
             return found, unknown
         of_file, more = self.of_file(file)
+        self.of_line, self.of_config, self.words_of_config = found, of_file, more
         both = vars(of_file) | vars(found)
         if "set" in of_file and "set" in found:  # name by name; the last one counts
             both["set"] = [*of_file.set, *found.set]
