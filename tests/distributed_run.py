@@ -59,11 +59,11 @@ def main(out: Path, whats: list[str]) -> None:
                                   examples[80:120], recipe, settings, alternates=[e + e for e in alternates], **how)
         if option == "interrupted":
             try:
-                run(keep=out / f"{what}-kept", look=cut)
+                run(checkpoints=out / f"{what}-kept", after_epoch=cut)
             except PowerCut:
                 pass
             wait_for_all()
-            trained = run(keep=out / f"{what}-kept")
+            trained = run(checkpoints=out / f"{what}-kept")
         else:
             trained = run()
         if is_main():

@@ -88,7 +88,7 @@ def test_an_interrupted_run_ends_like_a_whole_one(both):
         assert_same(folder, folder, "NPO")
         losses = [json.loads((folder / f"{what}.json").read_text()) for what in ("NPO", "NPO-interrupted")]
         assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-        assert [f.name for f in (folder / "NPO-interrupted-kept").iterdir()] == ["step-10"]
+        assert [f.name for f in (folder / "NPO-interrupted-kept").iterdir()] == ["checkpoint-10"]
 
 
 @pytest.mark.slow
@@ -192,7 +192,7 @@ def cut(epoch, model):
 recipe = TrainConfig(learning_rate=1e-3, epochs=2, effective_batch=16, batch_size=4, gradient_checkpointing=False)
 size = 4 * sum(p.ds_numel for p in load_model(str(start), sharded=True).parameters())
 try:
-    train(load_model(str(start), sharded=True), tokenizer.pad_token_id, "RMU", examples[:16], examples[80:120], recipe, settings, look=cut)
+    train(load_model(str(start), sharded=True), tokenizer.pad_token_id, "RMU", examples[:16], examples[80:120], recipe, settings, after_epoch=cut)
 except KeyError:
     pass
 found.append({"held": 0.5, "living": living() / size})

@@ -10,7 +10,7 @@ import pytest
 from openunlearn_nb.evaluation import records, retain_logs
 from openunlearn_nb.experiments import embedded, provenance, runs
 from openunlearn_nb.evaluation.cache import ResultCache, cached_texts
-from openunlearn_nb.training.checkpoints import last_checkpoint, save_checkpoint
+from openunlearn_nb.training.checkpoints import SafeCheckpoints
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.reporting.collect import find_runs, measured
 from openunlearn_nb.internals.hashes import file_hash
@@ -166,10 +166,11 @@ def test_a_checkpoint_of_another_model_or_other_rows(place, monkeypatch, what):
         pass
 
     def stopped(*args):
-        save_checkpoint(*args)
+        save(*args)
         raise Stop
 
-    monkeypatch.setattr("openunlearn_nb.training.trainer.save_checkpoint", stopped)
+    save = SafeCheckpoints._save_checkpoint
+    monkeypatch.setattr(SafeCheckpoints, "_save_checkpoint", stopped)
     config = runs.RunConfig(benchmark="OWN", model=str(place / "model"), data=str(place / "data"), save_each="epoch", epochs=2)
     with pytest.raises(Stop):
         runs.train_model(config, "GradAscent", "own", None, {}, place / "out")
@@ -180,19 +181,6 @@ def test_a_checkpoint_of_another_model_or_other_rows(place, monkeypatch, what):
         load_own.cache_clear()  # as a new process would
     with pytest.raises(OpenUnlearnError, match=f"of a run with another {what}"):
         runs.train_model(config, "GradAscent", "own", None, {}, place / "out")
-
-
-@pytest.mark.checks(area="Identity", given="a checkpoint of version 0.1, which did not note its model and training set", then="the training goes on, with a note")
-def test_a_checkpoint_that_knows_less(tmp_path, monkeypatch):
-    step = tmp_path / "step-1"
-    step.mkdir()
-    (step / "run.json").write_text(json.dumps({"what": {"method": "NPO"}, "scheduler": {"_last_lr": [0.1]}, "settings": {}}))
-    monkeypatch.setattr("openunlearn_nb.training.checkpoints.TrainerState.load_from_json", lambda path: None)
-    monkeypatch.setattr("openunlearn_nb.training.checkpoints.load_file", lambda path: None)
-    with pytest.warns(UserWarning, match="did not note its model"):
-        assert last_checkpoint(tmp_path, {"method": "NPO", "model": {"identity": "x"}}) == step
-    with pytest.raises(OpenUnlearnError, match="of a run with another method"):
-        last_checkpoint(tmp_path, {"method": "RMU"})
 
 
 @pytest.mark.checks(area="Identity", given="an eos that was corrected in generation_config.json between two evaluations", then="the answers are generated anew")

@@ -142,8 +142,8 @@ if c["phase"] == "load":
     training.MethodTrainer.train = stop
     del model
 how = TrainConfig(epochs=2, effective_batch=2, batch_size=2, warmup_epochs=0, lora=c.get("rank"))
-run = lambda model: training.train(model, 0, c["method"], examples[:2], examples[:2], how, c.get("settings"), look=lambda epoch, model: ask(model))
-training._finish, training._look_at = during("merge", training._finish), during("eval-each", training._look_at)
+run = lambda model: training.train(model, 0, c["method"], examples[:2], examples[:2], how, c.get("settings"), after_epoch=lambda epoch, model: ask(model))
+training.finished_model, training.call_after_epoch = during("merge", training.finished_model), during("eval-each", training.call_after_epoch)
 with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
     began = time.time_ns()
     if c["phase"] == "load":

@@ -89,7 +89,7 @@ def test_a_method_may_answer_with_another_model():
     recipe = TrainConfig(epochs=2, effective_batch=4, batch_size=4, gradient_checkpointing=False)
     rows = [example(i, 3) for i in range(4)]
     try:
-        trained = train(model, 0, "Other", rows, rows, recipe, look=lambda epoch, model: seen.append(type(model))).model
+        trained = train(model, 0, "Other", rows, rows, recipe, after_epoch=lambda epoch, model: seen.append(type(model))).model
         assert isinstance(trained, Wrapped) and seen == [Wrapped]
         with pytest.raises(OpenUnlearnError, match="no one model to save"):
             train(model, 0, "Other", rows, rows, recipe, for_saving=True)

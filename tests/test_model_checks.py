@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from openunlearn_nb.models.adapters import AdapterOff, adapted_layers, merge_adapter, with_adapter
-from openunlearn_nb.training.checkpoints import whole_model
+from openunlearn_nb.training.deepspeed_state import whole_model
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.models.forwards import sequence_nll
 from openunlearn_nb.models.generation import end_ids, generate

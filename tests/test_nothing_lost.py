@@ -66,7 +66,7 @@ def test_a_grid_killed_twenty_times(tmp_path):
         assert records(folder) == records(tmp_path / "whole") and models(cache) == models(tmp_path / "whole-cache")
         rounds += 1
     print(f"{kills} kills in {rounds} grids of {length:.0f} s")
-    assert not list(tmp_path.rglob("step-*"))  # checkpoints go when their run is done
+    assert not list(tmp_path.rglob("checkpoint-*"))  # checkpoints go when their run is done
 
 
 @pytest.fixture(scope="module")
@@ -247,8 +247,8 @@ def test_a_damaged_training_checkpoint(tmp_path, capsys):
     finally:
         runs._discard = discard
     shutil.rmtree(tmp_path / "out")
-    checkpoint, = (tmp_path / "out.checkpoint").glob("step-*")
-    for name in ("state.safetensors", "run.json", "trainer_state.json"):
+    checkpoint, = (tmp_path / "out.checkpoint").glob("checkpoint-*")
+    for name in ("model.safetensors", "optimizer.pt", "method.safetensors", "run.json", "trainer_state.json"):
         data = (checkpoint / name).read_bytes()
         (checkpoint / name).write_bytes(data[:len(data) // 2])
         said = refused(capsys, *command)

@@ -77,7 +77,7 @@ def test_an_epoch_is_evaluated_in_the_precision_of_the_last(tiny, monkeypatch):
     def look(epoch, shown):
         seen[epoch] = [s.logps for s in score(shown, examples[:8], tokenizer.pad_token_id)], next(shown.parameters()).dtype
     run = lambda epochs, look: train(copy.deepcopy(model), tokenizer.pad_token_id, "NPO", examples[:16], examples[16:], TrainConfig(epochs=epochs, **recipe),
-                                     look=look).model
+                                     after_epoch=look).model
     after_two = run(2, look)
     last = [s.logps for s in score(in_evaluation_dtype(run(1, None)), examples[:8], tokenizer.pad_token_id)]
     values, dtype = seen[1]

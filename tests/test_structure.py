@@ -25,17 +25,15 @@ LONG_LINES = {
     "evaluation/gibberish", "evaluation/membership", "evaluation/metrics", "experiments/alternates",
     "experiments/bench", "experiments/config", "experiments/embedded", "experiments/general",
     "experiments/grid", "experiments/provenance", "experiments/runs", "experiments/workers", "methods/losses",
-    "training/checkpoints",
-    "training/memory", "training/pairs", "training/phases", "training/trainer",
+    "training/memory", "training/pairs", "training/phases",
 }
 LONG_CELLS = {
     "data/custom", "data/muse", "data/sources", "data/tofu", "data/wmdp",
     "evaluation/metrics", "experiments/config", "experiments/grid", "experiments/provenance",
     "experiments/runs", "experiments/workers", "training/pairs", "training/phases",
-    "training/trainer",
 }
 LONG_MODULES = {
-    "data/prompts", "experiments/runs", "training/trainer",
+    "data/prompts", "experiments/runs",
 }
 
 

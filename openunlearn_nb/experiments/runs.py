@@ -322,7 +322,7 @@ def history_of(config: RunConfig, folder: Path) -> EvaluationHistory | None:
     "The evaluations after each epoch of a cell, where they are asked for; those of an interrupted run, where it goes on."
     if not (config.eval_each or config.best):
         return None
-    resume = bool(config.save_each) and any((folder / "checkpoint").glob("step-*"))
+    resume = bool(config.save_each) and any((folder / "checkpoint").glob("checkpoint-*"))
     return EvaluationHistory(config.kind, config.best_weights, folder / "epochs.json", folder / "checkpoint/best", resume)
 
 # %% ../../nbs/experiments/runs.ipynb #50ba54e1
