@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['A', 'ATTACKS', 'Summary', 'AttackData', 'Attacked', 'Attack', 'attack', 'Relearn', 'relearning_robustness',
-           'knowledge_metrics', 'robustness', 'evaluate_attacked']
+           'symmetric_robustness', 'knowledge_metrics', 'robustness', 'evaluate_attacked']
 
 # %% ../../nbs/evaluation/attacks.ipynb #b7d8a230
 from collections.abc import Callable, Mapping, Sequence
@@ -134,6 +134,14 @@ def relearning_robustness(before: float, after: float, retain_before: float, ret
     rise = after - before
     return 1.0 if rise <= 0 else min(1.0, (retain_after - retain_before) / rise)
 
+# %% ../../nbs/evaluation/attacks.ipynb #eb8f870c
+def symmetric_robustness(before: float, after: float, retain_before: float, retain_after: float) -> float:
+    "How alike the rises of an unlearned and a retain model are, 0 to 1 for rises of one sign; 1 where neither moves."
+    rise, retain_rise = after - before, retain_after - retain_before
+    size = abs(rise) + abs(retain_rise)
+    return 1 - abs(rise - retain_rise) / size if size else 1.0
+
+# %% ../../nbs/evaluation/attacks.ipynb #7f2b5ac2
 def knowledge_metrics(benchmark: HasMetrics, names: Sequence[str]) -> list[str]:
     "Those of some metrics that read the forget set and are the higher, the more is known of it."
     table = metric_table(benchmark)

@@ -34,12 +34,14 @@ class ResultCache:
 
     def __init__(self, folder: Path, origin: dict[str, Any], model: PreTrainedModel):
         self.folder = folder
-        self.of = [origin, str(model.dtype), model.device.type, model.config._attn_implementation, __version__, transformers_version]
+        arithmetic = [str(model.dtype), model.device.type, model.config._attn_implementation]
+        self.of = [origin, *arithmetic, __version__, transformers_version]
 
     def file(self, inputs: Any) -> Path:
         "The file with the results of some inputs (anything JSON can hold)."
         return self.folder / content_hash([self.of, inputs])
 
+# %% ../../nbs/evaluation/cache.ipynb #18d22e5c
 CHECKSUM = 32  # bytes
 
 def _checksum(data: bytes) -> bytes:
@@ -62,21 +64,32 @@ def _write(file: Path, data: bytes) -> None:
 FIELDS = TokenScores._fields
 
 def _pack(scores: list[TokenScores], moments: bool) -> bytes:
+    "Scores as the bytes of a safetensors file: every field one array, and the number of tokens of each row."
     names = FIELDS if moments else FIELDS[:2]
     columns = {name: np.concatenate([getattr(s, name) for s in scores]) for name in names}
     return save(columns | {"lengths": np.array([len(s.logps) for s in scores])})
 
 def _unpack(data: bytes) -> list[TokenScores]:
+    "The scores in the bytes that `_pack` made, row by row."
     columns = load(data)
     ends = np.cumsum(columns.pop("lengths"))[:-1]
     return [TokenScores(*row) for row in zip(*(np.split(columns[name], ends) for name in FIELDS if name in columns))]
 
+# %% ../../nbs/evaluation/cache.ipynb #66614337
 Scores = dict[str, list[TokenScores]]
 
-def cached_scores(parts: dict[str, list[dict]], compute: Callable[[list[dict]], list[TokenScores]], cache: ResultCache | None,
-                  moments: bool) -> Scores:
-    "Scores of the examples of each part: from the cache, or, where it lacks one of the parts, all computed together."
-    files = {part: cache.file(["scores", moments, examples]) for part, examples in parts.items() if examples} if cache else {}
+def _score_files(parts: dict[str, list[dict]], cache: ResultCache | None, moments: bool) -> dict[str, Path]:
+    "The file of each part that has examples; none without a cache."
+    if not cache:
+        return {}
+    return {part: cache.file(["scores", moments, examples]) for part, examples in parts.items() if examples}
+
+def cached_scores(parts: dict[str, list[dict]], compute: Callable[[list[dict]], list[TokenScores]],
+                  cache: ResultCache | None, moments: bool) -> Scores:
+    """Token scores of the examples of each part, from the cache where it holds all of the parts.
+
+    Where it lacks one, `compute` scores all examples together. `moments`: means and variances are scored too."""
+    files = _score_files(parts, cache, moments)
     known = {part: _read(file, _unpack) for part, file in files.items()}
     if cache and None not in known.values():
         return {part: known.get(part, []) for part in parts}
@@ -86,6 +99,7 @@ def cached_scores(parts: dict[str, list[dict]], compute: Callable[[list[dict]], 
         _write(file, _pack(found[part], moments))
     return found
 
+# %% ../../nbs/evaluation/cache.ipynb #f491660c
 def cached_texts(inputs: Any, compute: Callable[[], list[str | None]], cache: ResultCache | None) -> list[str | None]:
     "Generations: from the cache, or computed now."
     file = cache.file(["generations", inputs]) if cache else None

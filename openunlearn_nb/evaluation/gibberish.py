@@ -60,17 +60,21 @@ def distinct(text: str) -> float:
     parts = [text[i:i + STRETCH] for i in range(len(text) - STRETCH + 1)]
     return len(set(parts)) / len(parts) if parts else 1.0
 
+# %% ../../nbs/evaluation/gibberish.ipynb #e299ec39
 class Characters:
     "Judges texts by how the texts that it knows are written."
 
     def __init__(self, known: Sequence[str]):
         known = [t for t in known if t.strip()]
         if len(known) < 2 * FOLDS:
-            raise OpenUnlearnError(f"{len(known)} true answers are too few to judge generations by; {2 * FOLDS} are needed.")
+            raise OpenUnlearnError(f"{len(known)} true answers are too few to judge generations by; {2 * FOLDS} are "
+                                   "needed.")
         models = [CharacterModel([t for i, t in enumerate(known) if i % FOLDS != k]) for k in range(FOLDS)]
         held = [models[i % FOLDS].surprise(t) for i, t in enumerate(known)]
-        self.model, self.mean, self.within = CharacterModel(known), np.mean([b.mean() for b in held]), np.concatenate(held).var()
-        self.between = max(0.0, np.var([b.mean() for b in held]) - np.mean([self.within / len(b) for b in held]))
+        means = [bits.mean() for bits in held]
+        self.model, self.mean = CharacterModel(known), np.mean(means)
+        self.within = np.concatenate(held).var()  # of a character's bits
+        self.between = max(0.0, np.var(means) - np.mean([self.within / len(bits) for bits in held]))  # of a text's mean
 
     def __call__(self, texts: Sequence[str]) -> list[float]:
         "1.0 for each text that is gibberish, 0.0 for each other."
@@ -85,13 +89,15 @@ class Characters:
 def _reachable(path: str) -> bool:
     "Whether loading `path` has a chance: a folder, or a Hub whose name resolves (else every try takes half a minute)."
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
-    if Path(path).expanduser().is_dir() or HF_HUB_OFFLINE or os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
+    if Path(path).expanduser().is_dir() or HF_HUB_OFFLINE or proxy:
         return True
     try:
         return bool(socket.getaddrinfo(urlparse(ENDPOINT).hostname, 443))
     except OSError:
         return False
 
+# %% ../../nbs/evaluation/gibberish.ipynb #a9405a12
 class Classifier:
     "Judges texts by a sequence classifier: a folder or a Hub id, safetensors only."
 
@@ -99,7 +105,8 @@ class Classifier:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         here = not _reachable(path)
         self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=here)
-        self.model = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True, local_files_only=here).eval()
+        load = AutoModelForSequenceClassification.from_pretrained
+        self.model = load(path, use_safetensors=True, local_files_only=here).eval()
         labels = {label.lower(): i for i, label in self.model.config.id2label.items()}
         if "clean" not in labels:
             raise OpenUnlearnError(f"The classifier {path} has no class 'clean'; it has {', '.join(labels)}.")
@@ -111,25 +118,32 @@ class Classifier:
         out: list[float] = []
         with torch.no_grad():
             for k in range(0, len(texts), batch_size):
-                batch = self.tokenizer(list(texts[k:k + batch_size]), return_tensors="pt", padding=True, truncation=True, max_length=512)
+                part = list(texts[k:k + batch_size])
+                batch = self.tokenizer(part, return_tensors="pt", padding=True, truncation=True, max_length=512)
                 out += (1 - self.model(**batch).logits.float().softmax(-1)[:, self.clean]).tolist()
         return out
 
 # %% ../../nbs/evaluation/gibberish.ipynb #2d792ae1
 @lru_cache(maxsize=2)
 def load_judge(path: str) -> Classifier | None:
-    "The classifier, once a process; None, with a warning, where the default one cannot be loaded. `characters` needs none."
+    """The classifier at a path, loaded once a process; None for `characters`, which needs none.
+
+    The default one that cannot be loaded is None too, with a warning; another one raises."""
     if path == "characters":
         return None
     try:
         return Classifier(path)
     except Exception as e:  # whatever the Hub, safetensors or a configuration raise: there is another judge
         if path != CLASSIFIER:
-            raise OpenUnlearnError(f"Cannot load the gibberish classifier {path}: {' '.join(str(e).split())[:200]}") from e
-        warnings.warn(f"The gibberish classifier {path} cannot be loaded ({type(e).__name__}); generations are judged by their characters.")
+            why = " ".join(str(e).split())[:200]
+            raise OpenUnlearnError(f"Cannot load the gibberish classifier {path}: {why}") from e
+        warnings.warn(f"The gibberish classifier {path} cannot be loaded ({type(e).__name__}); generations are judged "
+                      "by their characters.")
         return None
 
-def gibberish_rows(generations: Sequence[str | None], references: Sequence[str], path: str = CLASSIFIER) -> tuple[list[Row], str]:
+# %% ../../nbs/evaluation/gibberish.ipynb #46cb9815
+def gibberish_rows(generations: Sequence[str | None], references: Sequence[str],
+                   path: str = CLASSIFIER) -> tuple[list[Row], str]:
     "`{score, generation}` of every row, 1 for gibberish, None where there is no generation; and who judged."
     texts = [text for text in generations if text is not None]
     judge = load_judge(path)
@@ -137,13 +151,15 @@ def gibberish_rows(generations: Sequence[str | None], references: Sequence[str],
     rows = [{"score": None if text is None else next(scores), "generation": text} for text in generations]
     return rows, path if judge else "characters"
 
+# %% ../../nbs/evaluation/gibberish.ipynb #c5f6d8c2
 def _published_rows(rows: list[Row], entry: Entry) -> list[Row]:
     "Rows of a log. OpenUnlearning's, which name no judge, hold the probability of being clean."
     if "judge" in entry:
         return rows
     return [{**row, "score": None if row["score"] is None else 1 - row["score"]} for row in rows]
 
-@metric("gibberish", reads="generation", takes="rows", paper="https://arxiv.org/abs/2506.12618", from_log=_published_rows)
+@metric("gibberish", reads="generation", takes="rows", paper="https://arxiv.org/abs/2506.12618",
+        from_log=_published_rows)
 def gibberish(rows: Sequence[Row], context: Context) -> tuple[list[Row], dict[str, Any]]:
     "Share of generations that are no language."
     path = context.classifier or CLASSIFIER

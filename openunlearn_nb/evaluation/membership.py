@@ -50,6 +50,7 @@ def mia_min_k(row: Row, k: float = 0.4) -> float | None:
     "Membership attack: mean negative log-likelihood of the share `k` of tokens that are the least likely."
     return _lowest(row["logps"][:-1], k) if is_finite(row) else None
 
+# %% ../../nbs/evaluation/membership.ipynb #29e8e743
 @metric("mia_min_k_plus_plus", reads="moments", paper="https://arxiv.org/abs/2404.02936", better=GUESSING)
 def mia_min_k_plus_plus(row: Row, k: float = 0.4) -> float | None:
     "Membership attack: the same of log-probabilities that are standardised by the model's own distribution."
@@ -64,6 +65,7 @@ def attack_auc(forget: Sequence[Row], holdout: Sequence[Row]) -> float | None:
     a, b = ([row["score"] for row in side if row["score"] is not None] for side in (holdout, forget))
     return float(stats.mannwhitneyu(a, b).statistic / (len(a) * len(b))) if a and b else None
 
+# %% ../../nbs/evaluation/membership.ipynb #315f1b7a
 def attack_entry(sides: dict[str, Entry]) -> Entry:
     "An attack's entry from those of its two sides, the forget set first; null without a second one."
     auc = attack_auc(*map(rows_of, sides.values())) if len(sides) == 2 else None
@@ -75,19 +77,23 @@ SIDES = {"forget", "holdout"}
 def reference_rows(rows: Sequence[Row], reference: Sequence[Row]) -> list[Row]:
     "`{score}` of each row: its mean negative log-likelihood less that of the same row under a reference model."
     if len(rows) != len(reference):
-        raise OpenUnlearnError(f"The reference model's log has {len(reference)} rows and this evaluation {len(rows)}: they must be the same.")
+        raise OpenUnlearnError(f"The reference model's log has {len(reference)} rows and this evaluation {len(rows)}: "
+                               "they must be the same.")
     found: list[Row] = []
     for one, other in zip(rows, reference):
         known = None not in (one["score"], other["score"])
         found.append({"score": one["score"] - other["score"] if known else None})
     return found
 
-@metric("mia_reference", takes="entries", paper="https://arxiv.org/abs/2012.07805", keeps_rows=True, needs_retain=True, better=GUESSING)
+# %% ../../nbs/evaluation/membership.ipynb #47afe84d
+@metric("mia_reference", takes="entries", paper="https://arxiv.org/abs/2012.07805", keeps_rows=True,
+        needs_retain=True, better=GUESSING)
 def mia_reference(loss: Entry, context: Context) -> Entry:
     "Membership attack: mean negative log-likelihood less that under the retain model."
     reference = context.retain_entry or {}
     if not SIDES <= reference.keys() or not SIDES <= loss.keys():
-        warnings.warn("mia_reference is null: its reference is the retain model, and no retain log with mia_loss (or no holdout) is given.")
+        warnings.warn("mia_reference is null: its reference is the retain model, and no retain log with mia_loss (or "
+                      "no holdout) is given.")
         return {"agg_value": None}
     return attack_entry({side: make_entry(reference_rows(rows_of(loss[side]), rows_of(reference[side])))
                          for side in ("forget", "holdout")})
@@ -99,7 +105,9 @@ def leakage(auc: float | None, retain_auc: float | None) -> float | None:
         return None
     return ((1 - auc) - (1 - retain_auc)) / ((1 - retain_auc) + 1e-10) * 100
 
-@metric("privleak", takes="entries", range=(-100, float("inf")), better="nearest 0", paper=MUSE_PAPER, needs_retain=True)
+# %% ../../nbs/evaluation/membership.ipynb #715264b8
+@metric("privleak", takes="entries", range=(-100, float("inf")), better="nearest 0", paper=MUSE_PAPER,
+        needs_retain=True)
 def privleak(attack: Entry, context: Context) -> float | None:
     "Percent by which a membership attack's error differs from its error on the retain model."
     if attack["agg_value"] is None:
@@ -110,6 +118,6 @@ def privleak(attack: Entry, context: Context) -> float | None:
         warnings.warn(f"No retain log with {context.inputs[0]} given: privleak is taken against an AUC of 0.5.")
     auc = attack_entry({side: reference[side] for side in ("forget", "holdout")})["auc"] if known else 0.5
     if auc is not None and auc > 0.99:
-        warnings.warn(f"The attack tells the retain log's forget rows from its holdout rows (AUC {auc:.3f}), as if it had been trained on them: "
-                      "privleak against it says nothing. Is it of a retain model?")
+        warnings.warn(f"The attack tells the retain log's forget rows from its holdout rows (AUC {auc:.3f}), as if it "
+                      "had been trained on them: privleak against it says nothing. Is it of a retain model?")
     return leakage(attack["agg_value"], auc)

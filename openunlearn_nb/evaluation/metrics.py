@@ -28,9 +28,9 @@ def is_finite(row: Row) -> bool:
 
 @metric("probability", reads="answer", on_retain="higher", paper=TOFU_PAPER, aggregate="prob")
 def probability(row: Row) -> Row:
-    """Probability of an answer, by its mean log-probability a token.
+    """Probability of an answer, by its mean log-probability a token: `{prob, avg_loss}`, the loss in nats a token.
 
-    `{prob, avg_loss}`; lists of both for a row of several answers. `None` where an answer has no token or no finite likelihood."""
+    Lists of both for a row of several answers. `None` where an answer has no token or no finite likelihood."""
     if "answers" in row:
         rows = [probability(answer) for answer in row["answers"]]
         return {key: [one[key] for one in rows] for key in ("prob", "avg_loss")}
@@ -39,6 +39,7 @@ def probability(row: Row) -> Row:
     loss = -float(row["logps"].mean(dtype=np.float32))
     return {"prob": float(np.exp(np.float32(-loss))), "avg_loss": loss}
 
+# %% ../../nbs/evaluation/metrics.ipynb #f0ffa43b
 def losses(row: Row) -> np.ndarray:
     """`avg_loss` of a row as an array.
 
@@ -57,7 +58,8 @@ def truth_ratios(correct: Sequence[Row], wrong: Sequence[Row], share: bool = Fal
 
     `share`: correct / (correct + wrong) in place of wrong / correct."""
     if len(correct) != len(wrong):
-        raise OpenUnlearnError(f"{len(correct)} correct answers but {len(wrong)} rows of wrong ones: they must be of the same rows.")
+        raise OpenUnlearnError(f"{len(correct)} correct answers but {len(wrong)} rows of wrong ones: they must be of "
+                               "the same rows.")
     rows = []
     for one, others in zip(correct, wrong):
         right, false = np.exp(-losses(one)[0]), np.exp(-losses(others).mean())
@@ -65,6 +67,7 @@ def truth_ratios(correct: Sequence[Row], wrong: Sequence[Row], share: bool = Fal
         rows.append({"score": None if np.isnan(ratio) else float(ratio)})
     return rows
 
+# %% ../../nbs/evaluation/metrics.ipynb #30f298f8
 def closer_to_1_better(rows: Sequence[Row]) -> float | None:
     "Mean of min(tr, 1/tr), in 0..1."
     ratios = [row["score"] for row in rows if row["score"] is not None]
@@ -76,7 +79,8 @@ def true_better(rows: Sequence[Row]) -> float | None:
     return float(np.mean([max(0, 1 - tr) for tr in ratios])) if ratios else None
 
 # %% ../../nbs/evaluation/metrics.ipynb #7599785b
-@metric("truth_ratio", takes="entries", better="higher", on_retain="lower", aggregate=closer_to_1_better, paper=TOFU_PAPER)
+@metric("truth_ratio", takes="entries", better="higher", on_retain="lower", aggregate=closer_to_1_better,
+        paper=TOFU_PAPER)
 def truth_ratio(correct: Entry, wrong: Entry) -> list[Row]:
     "Truth ratio, by its distance from 1."
     return truth_ratios(rows_of(correct), rows_of(wrong))
@@ -91,6 +95,7 @@ def truth_ratio_prob_mean(correct: Entry, wrong: Entry) -> list[Row]:
     "The correct answer's share of its own and the wrong answers' probability."
     return truth_ratios(rows_of(correct), rows_of(wrong), share=True)
 
+# %% ../../nbs/evaluation/metrics.ipynb #fdf38ade
 @metric("normalised_probability", takes="entries", on_retain="higher", paper=TOFU_PAPER, aggregate="prob")
 def normalised_probability(correct: Entry, wrong: Entry) -> list[Row]:
     "Probability of the correct answer among all answers that are offered: `{prob: p / (p + sum of the wrong ones)}`."
@@ -104,14 +109,15 @@ def normalised_probability(correct: Entry, wrong: Entry) -> list[Row]:
 def ks_test(rows: Sequence[Row], retain_rows: Sequence[Row]) -> tuple[float | None, float | None]:
     "p-value and distance of the KS test between two models' truth ratios on the same rows; `None`s if one has none."
     if len(rows) != len(retain_rows):
-        raise OpenUnlearnError(f"The retain log has {len(retain_rows)} truth ratios and this evaluation {len(rows)}: they must "
-                               "be of the same forget split.")
+        raise OpenUnlearnError(f"The retain log has {len(retain_rows)} truth ratios and this evaluation {len(rows)}: "
+                               "they must be of the same forget split.")
     a, b = ([row["score"] for row in side if row["score"] is not None] for side in (rows, retain_rows))
     if not a or not b:
         return None, None
     test = stats.ks_2samp(a, b)
     return float(test.pvalue), float(test.statistic)
 
+# %% ../../nbs/evaluation/metrics.ipynb #8750b7db
 @metric("forget_quality", takes="entries", better="higher", paper=TOFU_PAPER, needs_retain=True, p_value=True)
 def forget_quality(truth_ratios: Entry, context: Context) -> Entry:
     "p-value of the KS test between the truth ratios of this model and of the retain model; the distance beside it."
@@ -119,12 +125,14 @@ def forget_quality(truth_ratios: Entry, context: Context) -> Entry:
         warnings.warn("No retain log given: forget_quality is null. Give the retain model's evaluation.")
         return {"agg_value": None}
     if context.retain_entry is None:
-        raise OpenUnlearnError(f"The retain log has no {context.inputs[0]}, so forget_quality cannot be computed from it.")
+        raise OpenUnlearnError(f"The retain log has no {context.inputs[0]}, so forget_quality cannot be computed "
+                               "from it.")
     p, distance = ks_test(rows_of(truth_ratios), rows_of(context.retain_entry))
     return {"agg_value": p, "ks_distance": distance}
 
 # %% ../../nbs/evaluation/metrics.ipynb #592c2234
-def ks_interval(rows: Sequence[Row], retain_rows: Sequence[Row], level: float = 0.95, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+def ks_interval(rows: Sequence[Row], retain_rows: Sequence[Row], level: float = 0.95, draws: int = 1000,
+                seed: int = 0) -> tuple[float, float]:
     """Bootstrap interval of the KS distance between two models' truth ratios on the same rows.
 
     Percentiles of `draws` draws of rows, the bootstrap's bias taken off."""
@@ -159,6 +167,7 @@ def greedy_hits(row: Row) -> np.ndarray:
     "Whether each token of an answer but the last was the greedy choice, bool `[n - 1]`; empty where nothing is known."
     return row["hits"][:-1] if is_finite(row) else row["hits"][:0]
 
+# %% ../../nbs/evaluation/metrics.ipynb #f998ca73
 @metric("extraction_strength", reads="answer", on_retain="higher", paper="https://arxiv.org/abs/2012.07805")
 def extraction_strength(row: Row) -> float | None:
     "Share of an answer that the model says by itself once the beginning is given."
