@@ -137,6 +137,7 @@ def compute_entries(
             _warn_if_null(line, out[line.name], sets)
     return dict(sorted(out.items()))
 
+# %% ../../nbs/evaluation/entries.ipynb #ca92399a
 def summarise(entries: Mapping[str, Entry], metrics: Sequence[str]) -> dict[str, float]:
     "The aggregates of some metrics, as in a SUMMARY file; what has no value is left out, as in the published ones."
     values = {name: entries[name]["agg_value"] for name in sorted(metrics) if name in entries}

@@ -115,6 +115,7 @@ def encoder_of(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return Encoder(fit_tokenizer(copy.deepcopy(tokenizer), model), prompt, max_length, positions)
 
+# %% ../../nbs/evaluation/evaluate.ipynb #3a3ad5ca
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     "The model in evaluation mode, and afterwards in the mode that it was in."

@@ -74,6 +74,7 @@ class ScoredRow(dict):
         self[key] = self._tokenizer.decode(ids, skip_special_tokens=True)
         return self[key]
 
+# %% ../../nbs/evaluation/model_results.ipynb #5dea0bb6
 def is_broken(row: Row) -> bool:
     "Whether the model answered a row with what is no finite number."
     if "generation" in row:
@@ -196,6 +197,7 @@ def compute_parts(results: ModelResults, parts: Iterable[tuple[str, str]], progr
         results.compute(where, names)
         progress(done / len(by_set))
 
+# %% ../../nbs/evaluation/model_results.ipynb #2229c437
 def warn_if_broken(results: ModelResults) -> bool:
     "Whether there are rows that the model answered with what is no finite number; a warning counts them."
     broken: dict[str, set[int]] = {}  # by data set

@@ -162,6 +162,7 @@ def peak_memory() -> dict[str, float]:
     gpu = {"gpu": round(torch.cuda.max_memory_allocated() / 1e9, 3)} if torch.cuda.is_available() else {}
     return {"host": round(most, 3), **gpu}
 
+# %% ../../nbs/evaluation/records.ipynb #aea22149
 def run_record(started: float, **what: Any) -> dict[str, Any]:
     "`what` was run, plus when, how long (seconds since `started`, a `time.time()`), and in which environment."
     return {
@@ -172,6 +173,7 @@ def run_record(started: float, **what: Any) -> dict[str, Any]:
         "environment": environment(),
     }
 
+# %% ../../nbs/evaluation/records.ipynb #a180fc55
 def log_file(benchmark: Any, kind: str) -> str:
     "The name of a benchmark's file of a kind, such as `TOFU_EVAL.json`; `benchmark`: the benchmark or its name."
     return f"{benchmark if isinstance(benchmark, str) else benchmark.name}_{kind}.json"
