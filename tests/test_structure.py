@@ -24,7 +24,7 @@ LONG_LINES = {
     "data/muse", "data/prompts", "data/sources", "data/tofu", "data/wmdp",
     "experiments/alternates",
     "experiments/bench", "experiments/config", "experiments/embedded", "experiments/general",
-    "experiments/grid", "experiments/provenance", "experiments/runs", "experiments/workers", "methods/losses",
+    "experiments/grid", "experiments/provenance", "experiments/runs", "experiments/workers",
     "training/memory", "training/pairs", "training/phases",
 }
 LONG_CELLS = {
