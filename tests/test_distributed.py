@@ -92,6 +92,16 @@ def test_an_interrupted_run_ends_like_a_whole_one(both):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_unlearn_trainer_under_deepspeed_goes_on_from_its_newest_whole_checkpoint(config, tmp_path):
+    """As after an interruption: the saved weights are those of the whole run, bit for bit. No file is a pickle of DeepSpeed's."""
+    done = accelerate(str(Path(SCRIPT).with_name("unlearn_run.py")), str(tmp_path), config=config)
+    difference, files = (tmp_path / "found.txt").read_text().splitlines()
+    assert float(difference) == 0 and "checkpoint-6 is not complete; it is passed over" in done.stderr
+    assert files == "method.safetensors rng_state_0.pth rng_state_1.pth scheduler.pt state.safetensors trainer_state.json"
+
+
+@pytest.mark.slow
 def test_zero2_equals_one_process(alone, tmp_path):
     what = ["NPO", "RMU", "UNDIAL", "NPO-LoRA", "PDU-interrupted"]
     accelerate(SCRIPT, str(tmp_path), *what, config="zero2")

@@ -25,12 +25,12 @@ LONG_LINES = {
     "experiments/alternates",
     "experiments/bench", "experiments/config", "experiments/embedded", "experiments/general",
     "experiments/grid", "experiments/provenance", "experiments/runs", "experiments/workers",
-    "training/memory", "training/pairs", "training/phases",
+    "training/memory", "training/phases",
 }
 LONG_CELLS = {
     "data/custom", "data/muse", "data/sources", "data/tofu", "data/wmdp",
     "experiments/config", "experiments/grid", "experiments/provenance",
-    "experiments/runs", "experiments/workers", "training/pairs", "training/phases",
+    "experiments/runs", "experiments/workers", "training/phases",
 }
 LONG_MODULES = {
     "data/prompts", "experiments/runs",

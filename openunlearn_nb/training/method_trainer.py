@@ -23,7 +23,7 @@ from ..methods.method import Method, MethodHooks
 from ..models.adapters import AdapterOff
 from .checkpoints import ResumedTraining
 from .deepspeed_state import sharded_reference
-from .pairs import PairDataset, with_ref_nll
+from .pairs import PairDataset, set_reference, with_ref_nll
 
 # %% ../../nbs/training/method_trainer.ipynb #be4911d4
 def reference_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -183,7 +183,7 @@ def prepare_reference(trainer: MethodTrainer) -> None:
     if "ref_nll" in trainer.method.needs and is_sharded(trainer.model):
         pad_id, compat = trainer.data_collator.keywords["pad_id"], trainer.method.compat
         data: PairDataset = trainer.train_dataset
-        data.set_reference(partial(with_ref_nll, trainer.model_wrapped, pad_id=pad_id, compat=compat))
+        set_reference(data, partial(with_ref_nll, trainer.model_wrapped, pad_id=pad_id, compat=compat))
 
 def own_gradients(trainer: MethodTrainer, model: nn.Module, inputs: dict) -> torch.Tensor:
     "Gather the step's forwards; with the last, let the method make the gradient, and put it where the optimizer looks."
