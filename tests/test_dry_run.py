@@ -64,6 +64,14 @@ def test_what_the_run_would_refuse_is_refused(empty, capsys):
     assert list(empty.iterdir()) == []
 
 
+def test_fields_of_training_arguments_that_no_command_reads_are_refused(capsys):
+    for name, instead in (("eval_accumulation_steps 2", "--batch-size"), ("bf16_full_eval", "--dtype"), ("save_on_each_node", "--save-each"),
+                          ("hub_token x", "openunlearn train --push-to-hub")):
+        with pytest.raises(SystemExit):
+            main(["tofu", *f"--{name}".split()])
+        assert f"is set by the command itself; give {instead}." in capsys.readouterr().err
+
+
 TRAIN = "train --method NPO --output x"
 
 

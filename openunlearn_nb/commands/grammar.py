@@ -39,6 +39,7 @@ class Command(NamedTuple):
     changes: dict[str, dict[str, Any]] = {}  # what some settings say of themselves here
     benchmark: str = DEFAULT_BENCHMARK  # where no option says which
 
+# %% ../../nbs/commands/grammar.ipynb #df13294f
 OF_BENCHMARK = {"benchmark": {"flag": "benchmark", "metavar": "NAME", "help": "the benchmark"}}
 
 def _of_benchmark(name: str) -> list[Command]:
@@ -53,7 +54,6 @@ def _of_benchmark(name: str) -> list[Command]:
                    ("device_map", *without, *([] if of.studies else ["study"])), changes, name)
     return [grid, Command(EvalOptions, f"evaluate a model on {about}", of.eval_example,
                           (ModelSettings, EvaluationSettings), (*without, "seed"), changes, name)]
-
 
 # %% ../../nbs/commands/grammar.ipynb #c166c5f1
 FIRST = DEFAULT_BENCHMARK.lower()  # of the examples
@@ -86,13 +86,13 @@ TOOLS = {
 AT_ONCE = ("configs", "plan", "table")  # need no progress bar
 NO_MODEL = ("configs", "report", "table")  # read files alone, and import neither torch nor transformers
 
+# %% ../../nbs/commands/grammar.ipynb #0371e72d
 def commands() -> dict[str, Command]:
     "All commands by their names: those of the benchmarks, with a file of `--import` also of one's own, and the tools."
     pairs = {name.lower(): _of_benchmark(name) for name, of in BENCHMARKS.items() if of.has_grid}
     grids = {name: pair[0] for name, pair in pairs.items()}
     evaluations = {f"eval {name}": pair[1] for name, pair in pairs.items()}
     return grids | {"train": TOOLS["train"]} | evaluations | TOOLS
-
 
 # %% ../../nbs/commands/grammar.ipynb #67e8916c
 TITLES = {ModelSettings: "model and data", TrainingSettings: "training", EvaluationSettings: "evaluation",
@@ -105,6 +105,7 @@ class TrainingHelp:
     help_training: bool = setting(False, "list the fields of transformers' TrainingArguments, each of which is an "
                                   "option too")
 
+# %% ../../nbs/commands/grammar.ipynb #d7b760d7
 def _fill(p: Parser, name: str, command: Command) -> None:
     "Give a command's parser its options."
     p.description = f"{command.help[0].upper()}{command.help[1:]}."
@@ -171,6 +172,7 @@ def _training_arguments(p: Parser, words: Sequence[str]) -> dict[str, list[Any]]
             found.setdefault(field, []).append(value)
     return found
 
+# %% ../../nbs/commands/grammar.ipynb #ae422c4f
 def _fields_given(given: argparse.Namespace, command: Command) -> dict[str, Any]:
     "The settings of a run among what was given; of several values a tuple."
     own = {f.name for f in fields(command.options)}

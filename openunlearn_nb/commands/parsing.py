@@ -39,6 +39,7 @@ def _one_of(choices: Iterable[str], what: str) -> Callable[[str], str]:
             raise argparse.ArgumentTypeError(str(e)) from None
     return read
 
+# %% ../../nbs/commands/parsing.ipynb #9af27f21
 class _Several(argparse.Action):
     "Collects a list from spaces, repeated options and (where `commas` says so) commas; `read` reads a word."
 
@@ -76,6 +77,7 @@ def values_of(text: str) -> list[Any]:
         return [value for part in parts for value in values_of(part)]
     return [text]
 
+# %% ../../nbs/commands/parsing.ipynb #cb655981
 def read_pairs(words: Sequence[str]) -> dict[str, list[Any]]:
     "The values of each name in `NAME=VALUE` words; a word without `=` is another value of the name before it."
     found: dict[str, list[Any]] = {}
@@ -111,6 +113,7 @@ def _text(value: Any) -> str:
     "A value of a file as one writes it on a command line."
     return value if isinstance(value, str) else json.dumps(value)
 
+# %% ../../nbs/commands/parsing.ipynb #d65cc53a
 def read_settings(file: str) -> dict[str, Any]:
     "The settings in a YAML file. Raises where it is none, or no mapping."
     import yaml
@@ -223,6 +226,7 @@ def _reading(kind: type, several: bool, about: dict[str, Any], name: str) -> dic
         return {"nargs": "?", "const": about["const"], "type": read}
     return {"type": read}
 
+# %% ../../nbs/commands/parsing.ipynb #6f59e065
 def _help(about: dict[str, Any]) -> str:
     "The help text, with the default where it is not told yet."
     text = about["help"].replace("%", "%%")
@@ -249,6 +253,7 @@ def _add_field(parser: Parser, group: Any, of: Field, annotation: Any, sweeps: b
     if about["default"] is MISSING:
         parser.required.append(of.name)
 
+# %% ../../nbs/commands/parsing.ipynb #7a7ab7f7
 def add_fields(parser: Parser, of: type, title: str, without: Sequence[str] = (), sweeps: bool = False,
                changes: Mapping[str, dict[str, Any]] | None = None) -> None:
     """Add the fields of a dataclass as a group of options of that title, but for those that the parser has already.

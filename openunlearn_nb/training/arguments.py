@@ -20,12 +20,16 @@ _LAUNCH = "accelerate launch with a file of openunlearn configs"
 _INSTEAD = {  # what to give in place of a field; empty: nothing, the command decides
     "--output": "output_dir", "--seed": "seed data_seed", "--learning-rate": "learning_rate", "--optim": "optim",
     "--epochs": "num_train_epochs", "--per-device-batch": "per_device_train_batch_size auto_find_batch_size",
-    "--batch-size": "per_device_eval_batch_size", "--quiet": "disable_tqdm",
+    "--batch-size": "per_device_eval_batch_size eval_accumulation_steps eval_do_concat_batches eval_use_gather_object "
+                    "include_for_metrics batch_eval_metrics",
+    "--dtype": "bf16_full_eval fp16_full_eval", "--quiet": "disable_tqdm",
     "--gradient-checkpointing": "gradient_checkpointing activation_checkpointing",
-    "--save-each": "save_strategy save_steps save_total_limit save_only_model resume_from_checkpoint",
+    "--save-each": "save_strategy save_steps save_total_limit save_only_model resume_from_checkpoint save_on_each_node "
+                   "enable_jit_checkpoint restore_callback_states_from_checkpoint",
     "--eval-each": "eval_strategy eval_steps eval_delay eval_on_start",
     "--best": "load_best_model_at_end metric_for_best_model greater_is_better",
-    "openunlearn train --push-to-hub": "push_to_hub hub_model_id", _LAUNCH: "deepspeed fsdp fsdp_config",
+    "openunlearn train --push-to-hub": "push_to_hub hub_model_id hub_token hub_private_repo hub_strategy "
+                                       "hub_always_push hub_revision", _LAUNCH: "deepspeed fsdp fsdp_config",
     "CUDA_VISIBLE_DEVICES= before the command": "use_cpu",
     "": "do_train do_eval do_predict remove_unused_columns label_names local_rank average_tokens_across_devices "
         "use_cache label_smoothing_factor ignore_data_skip train_sampling_strategy length_column_name "
