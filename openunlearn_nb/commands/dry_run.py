@@ -40,6 +40,7 @@ def _time(seconds: float) -> str:
     from openunlearn_nb.experiments.display import duration
     return duration(max(1.0, seconds))
 
+# %% ../../nbs/commands/dry_run.ipynb #56c13bef
 def print_plan(args: argparse.Namespace, tables: Mapping[str, Mapping[str, Resolved]], to_make: list[str], output: str,
                seconds: float, disk: float, during: float = 0) -> int:
     """Print what a command would do; returns the exit code 0.
@@ -69,6 +70,7 @@ def _models_kept(grid: "GridConfig", tasks: "list[Task]") -> int:
     starts = {grid.source.starts_from(split) for split in grid.splits}
     return sum(not task.row or task.row in grid.variants and task.split in starts for task in tasks)
 
+# %% ../../nbs/commands/dry_run.ipynb #ed22e11c
 def _needs_work(grid: "GridConfig", task: "Task") -> bool:
     "Whether a task of a grid is more than a look into the cache, where a model trained beforehand may be."
     from openunlearn_nb.experiments.embedded import embedded_folder, is_whole
@@ -120,6 +122,7 @@ def dry_train(args: argparse.Namespace, config: "RunConfig", settings: dict[str,
     return print_plan(args, tables, to_make, args.output, seconds_of(work, parameters_of(config)),
                       disk_of(config, Work(), len(to_make)), checkpoint_bytes(config))
 
+# %% ../../nbs/commands/dry_run.ipynb #46123dbe
 def dry_eval(args: argparse.Namespace, config: "RunConfig", split: str, output: str) -> int:
     "Print what `eval` would do on a benchmark; returns the exit code."
     from openunlearn_nb.experiments.config import check_config, check_split

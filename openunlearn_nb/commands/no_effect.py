@@ -55,6 +55,7 @@ def _kinds(args: argparse.Namespace) -> list[Any]:
     table, names = metric_table(of), wanted(of, args.settings.get("metrics"))
     return [table[name].metric for name in needed(of, names)]
 
+# %% ../../nbs/commands/no_effect.ipynb #e18b95c5
 def evaluation_options(args: argparse.Namespace) -> Iterator[str]:
     "Sentences about options that do nothing for an evaluation."
     classifier, log = "classifier" in args.settings, getattr(args, "retain_log", None)
@@ -92,6 +93,7 @@ def _lm_options(args: argparse.Namespace) -> Iterator[str]:
     if not args.chat and (args.settings.get("template_args") or "prompt" in args.settings):
         yield "--template-arg and --prompt are about the chat template, which lm-eval uses only with --chat."
 
+# %% ../../nbs/commands/no_effect.ipynb #0e20bbcc
 CHECKS: tuple[Callable[[argparse.Namespace], Iterator[str]], ...] = (
     model_options, training_options, evaluation_options, command_options)
 

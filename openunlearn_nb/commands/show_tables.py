@@ -35,6 +35,7 @@ def _print_readable(suite: str, tables: dict[str, dict], style: str, made: str) 
         if suite in t.BENCHMARKS:
             _print_published(suite, model, values, form, columns)
 
+# %% ../../nbs/commands/show_tables.ipynb #9ca8ff1f
 def print_tables(suites: dict[str, dict], style: str = "text",
                  made: str = "recomputed from per-example values") -> None:
     """Print `{benchmark: {model: {split: {row: {metric: value}}}}}` in a style of `STYLES`, or as text.
@@ -89,6 +90,7 @@ def _print_check(folder: str) -> int:
         say(f"{run}: {'; '.join(problems) or 'matches'}")
     return 1 if any(found.values()) else 0
 
+# %% ../../nbs/commands/show_tables.ipynb #eeea9df1
 def table_command(args: argparse.Namespace) -> int:
     "Print the tables of a folder, or check its records; returns the exit code."
     from openunlearn_nb.reporting.collect import find_runs
