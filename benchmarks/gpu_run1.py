@@ -132,7 +132,7 @@ class Bench:
     """One model of random weights and its rows, for all blocks."""
 
     def __init__(self, args: Namespace, config: dict | None = None):
-        from openunlearn_nb.training.memory import SHAPES
+        from openunlearn_nb.training.sizes import SHAPES
 
         self.scale: Scale = SCALES[args.shape]
         self.config = config or self.scale.config or SHAPES["meta-llama/Llama-3.2-1B-Instruct"]
@@ -176,7 +176,7 @@ class Bench:
 
     @cached_property
     def sizes(self):
-        from openunlearn_nb.training.memory import model_sizes
+        from openunlearn_nb.training.sizes import model_sizes
 
         return model_sizes(self.model.config)
 

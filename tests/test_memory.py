@@ -16,7 +16,8 @@ import pytest
 from transformers import LlamaConfig
 
 from openunlearn_nb.internals.errors import OpenUnlearnError
-from openunlearn_nb.training.memory import GB, LAYOUTS, Plan, check_plan, memory_parts, model_config, model_sizes
+from openunlearn_nb.training.memory import GB, LAYOUTS, Plan, check_plan, memory_parts
+from openunlearn_nb.training.sizes import model_config, model_sizes
 from openunlearn_nb.training.phases import (fitting_rows, generating, largest_batch, nearest, phase_parts, plan_table, plan_text, recommend, scoring,
                                    shell_lines, verdict, whole_load_note)
 

@@ -25,7 +25,7 @@ LONG_LINES = {
     "experiments/alternates",
     "experiments/bench", "experiments/config", "experiments/embedded", "experiments/general",
     "experiments/grid", "experiments/provenance", "experiments/runs", "experiments/workers",
-    "training/memory", "training/phases",
+    "training/phases",
 }
 LONG_CELLS = {
     "data/custom", "data/muse", "data/sources", "data/tofu", "data/wmdp",

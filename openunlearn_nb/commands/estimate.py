@@ -83,7 +83,7 @@ def device_rate() -> float:
 def parameters_of(config: "RunConfig") -> float:
     "Parameters of a run's model, from its configuration alone; of the embedded one about."
     from openunlearn_nb.experiments.embedded import embedded_config
-    from openunlearn_nb.training.memory import model_config, model_sizes
+    from openunlearn_nb.training.sizes import model_config, model_sizes
     if config.model != "embedded":
         return model_sizes(model_config(config.model)).parameters
     of = embedded_config(config.kind)

@@ -25,8 +25,9 @@ def _given(value: Any, default: Any) -> Any:
 def plan_of(args: argparse.Namespace) -> "Plan":
     "The plan that the options of `openunlearn plan` describe, checked."
     from openunlearn_nb.methods.method import METHODS
-    from openunlearn_nb.training.memory import Plan, check_plan, model_config, model_sizes
+    from openunlearn_nb.training.memory import Plan, check_plan
     from openunlearn_nb.training.pairs import published_recipe
+    from openunlearn_nb.training.sizes import model_config, model_sizes
     method = METHODS.find(args.method).name
     recipe = published_recipe(args.benchmark, method)
     rows = _given(args.per_device_batch, recipe.batch_size)

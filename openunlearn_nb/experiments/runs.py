@@ -38,12 +38,13 @@ from ..evaluation.callback import EvaluationHistory, add_evaluation, finish_hist
 from ..evaluation.evaluate import Evaluation, architecture, evaluate
 from ..evaluation.metric import data_sets, metric_table
 from ..methods.names import FINETUNE
-from ..training.memory import GB, OPTIMIZERS, Plan, model_sizes
+from ..training.memory import GB, OPTIMIZERS, Plan
 from ..models.loading import PRESETS
 from ..models.saving import cache_dir, save_model
 from ..methods.method import METHODS
 from ..training.pairs import TrainConfig, alternate_examples, published_recipe
 from ..training.phases import fitting_rows
+from ..training.sizes import model_sizes
 from ..internals.files import output_path, to_json
 from ..internals.launch import launched_processes
 from ..internals.locks import output_lock
