@@ -199,7 +199,7 @@ def fine_tunes(args: Namespace) -> Iterator[Found]:
 def cells(args: Namespace) -> Found:
     """The finished rows of the table."""
     from openunlearn_nb.evaluation.records import read_json
-    from openunlearn_nb.experiments.runs import cell_folder, finished
+    from openunlearn_nb.experiments.cells import cell_folder, finished
 
     rows: Found = {}
     for row in ("Retain", "Finetuned", *args.methods.split(",")):
@@ -252,7 +252,8 @@ def asked(args: Namespace, name: str, half: bool, retain: dict | None) -> dict[s
     """A model's evaluation in bf16 or fp32, from weights that are the same (rounded to bf16 as it was saved)."""
     import torch
 
-    from openunlearn_nb.experiments.config import RunConfig, prompt_of
+    from openunlearn_nb.experiments.config import RunConfig
+    from openunlearn_nb.experiments.run_models import prompt_of
     from openunlearn_nb.models.loading import load_model, load_tokenizer
     from openunlearn_nb.evaluation.evaluate import evaluate
     from openunlearn_nb.data.prompts import Encoder
@@ -295,7 +296,8 @@ def four_bits(args: Namespace) -> Found:
     forgotten."""
     import torch
 
-    from openunlearn_nb.experiments.config import RunConfig, prompt_of
+    from openunlearn_nb.experiments.config import RunConfig
+    from openunlearn_nb.experiments.run_models import prompt_of
     from openunlearn_nb.models.loading import load_model, load_tokenizer
     from openunlearn_nb.data.prompts import Encoder
     from openunlearn_nb.models.scoring import score

@@ -50,8 +50,9 @@ def run(job: tuple[str, str, float, dict]) -> dict:
     import torch
 
     from openunlearn_nb.models.loading import quiet
-    from openunlearn_nb.experiments.config import RunConfig, model_path, open_model
-    from openunlearn_nb.experiments.runs import unlearn
+    from openunlearn_nb.experiments.config import RunConfig
+    from openunlearn_nb.experiments.run_models import model_path, open_model
+    from openunlearn_nb.experiments.unlearning import unlearn
     from openunlearn_nb.evaluation.evaluate import evaluate
 
     torch.set_num_threads(1)

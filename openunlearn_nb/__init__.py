@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import Evaluation, evaluate
     from .evaluation.metric import METRICS, metric
     from .experiments.config import RunConfig
-    from .experiments.grid import GridConfig, run_grid
+    from .experiments.grid import run_grid
+    from .experiments.grid_config import GridConfig
     from .methods.method import METHODS, Method, method, method_loss
     from .training.config import UnlearnConfig
     from .training.unlearn import UnlearnTrainer
@@ -24,7 +25,8 @@ _MODULES = {  # where each name stands: it is imported when it is first asked fo
     "evaluation.evaluate": ("Evaluation", "evaluate"),
     "evaluation.metric": ("METRICS", "metric"),
     "experiments.config": ("RunConfig",),
-    "experiments.grid": ("GridConfig", "run_grid"),
+    "experiments.grid": ("run_grid",),
+    "experiments.grid_config": ("GridConfig",),
     "methods.method": ("METHODS", "Method", "method", "method_loss"),
     "training.config": ("UnlearnConfig",),
     "training.unlearn": ("UnlearnTrainer",),

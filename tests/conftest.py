@@ -44,7 +44,8 @@ def real_muse() -> str:
 @pytest.fixture(scope="session")
 def muse_grid(tmp_path_factory):
     """A finished MUSE grid of a small model that was taught few texts: its folder, and its configuration."""
-    from openunlearn_nb.experiments.grid import GridConfig, run_grid
+    from openunlearn_nb.experiments.grid_config import GridConfig
+    from openunlearn_nb.experiments.grid import run_grid
 
     grid = GridConfig(benchmark="MUSE", train_rows=16, splits=("News",), methods=("GradAscent", "NPO"), epochs=3)
     folder = tmp_path_factory.mktemp("muse")
@@ -55,7 +56,8 @@ def muse_grid(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_grid(tmp_path_factory):
     """A finished grid of a small model: its folder, and its configuration."""
-    from openunlearn_nb.experiments.grid import GridConfig, run_grid
+    from openunlearn_nb.experiments.grid_config import GridConfig
+    from openunlearn_nb.experiments.grid import run_grid
 
     grid = GridConfig(train_rows=TRAIN_ROWS, splits=("forget01",), methods=("NPO", "IdkDPO"), epochs=2)
     folder = tmp_path_factory.mktemp("grid")

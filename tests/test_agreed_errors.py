@@ -77,7 +77,7 @@ from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.models.loading import quiet
 from openunlearn_nb.models.saving import save_model
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
-from openunlearn_nb.experiments.grid import copy_cell
+from openunlearn_nb.experiments.seeds import copy_cell
 from openunlearn_nb.internals.files import write_json
 
 quiet()

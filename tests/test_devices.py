@@ -20,10 +20,11 @@ from openunlearn_nb.methods.method import METHODS
 from openunlearn_nb.reporting.collect import find_runs, measured
 from openunlearn_nb.reporting.seeds import by_seed
 from openunlearn_nb.internals.errors import OpenUnlearnError
-from openunlearn_nb.experiments.grid import GridConfig, default_jobs, run_grid
+from openunlearn_nb.experiments.grid_config import GridConfig
+from openunlearn_nb.experiments.grid import default_jobs, run_grid
 from openunlearn_nb.internals.launch import config_file, only_device, own_device, visible_devices
 from openunlearn_nb.evaluation.records import read_json
-from openunlearn_nb.experiments.runs import cell_folder
+from openunlearn_nb.experiments.cells import cell_folder
 from openunlearn_nb.experiments.workers import Task, run_all
 
 TWO = ("fake0", "fake1")

@@ -14,7 +14,8 @@ from openunlearn_nb.reporting.collect import find_runs, measured
 from openunlearn_nb.experiments.config import RunConfig
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.models.generation import _by_transformers, generate
-from openunlearn_nb.experiments.grid import GridConfig, plan, run_grid
+from openunlearn_nb.experiments.grid_config import GridConfig
+from openunlearn_nb.experiments.grid import plan, run_grid
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.data.custom import Own
 from openunlearn_nb.training.pairs import TrainConfig

@@ -1,5 +1,6 @@
 """One file for a metric or an attack of one's own: it appears in evaluations, tables, plots and reports by itself."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from openunlearn_nb.evaluation.attacks import ATTACKS
 from openunlearn_nb.evaluation.metric import METRICS
 from openunlearn_nb.evaluation.records import read_json
 from openunlearn_nb.experiments.grid import plan, run_grid
+from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.internals.registry import import_file
 from openunlearn_nb.reporting.collect import find_runs, measured
 from openunlearn_nb.reporting.report import write_report
@@ -62,5 +64,29 @@ def test_relearning_is_a_row_of_its_own_after_unlearning(small_grid, tmp_path, i
     assert record["attack"]["before"]["forget_Q_A_Prob"] == rows["NPO"]["forget_Q_A_Prob"]
     assert set(record["attack"]["robustness"]) == {"forget_Q_A_Prob", "exact_memorization"}
     assert record["attack"]["declared_in"] == ATTACKS.files["relearn"]
-    assert "NPO + relearn" in write_report(tmp_path, tmp_path / "report.html").read_text()
-    assert plan(grid, str(tmp_path)) == []
+    column = "robustness_forget_Q_A_Prob"
+    assert abs(rows["NPO + relearn"][column] - record["attack"]["robustness"]["forget_Q_A_Prob"]) < 1e-9
+    assert column in columns_of("TOFU", {"embedded": {"forget01": rows}}) and column not in rows["NPO"]
+    report = write_report(tmp_path, tmp_path / "report.html").read_text()
+    assert "NPO + relearn" in report and "robustness" in report
+    assert plan(grid, str(tmp_path)) == [] and not list(tmp_path.rglob("model"))
+
+
+def test_an_attack_on_a_finished_cell_trains_nothing(small_grid, tmp_path, monkeypatch):
+    """The cell kept its model; what the attack leaves is the same as when it came right after the training."""
+    folder, small = small_grid
+    grid = replace(small, methods=("NPO",), attacks=("relearning",), metrics=("forget_Q_A_Prob",), keep_models=True)
+    assert run_grid(grid, tmp_path, jobs=1, show=False) == []
+    summary = tmp_path / "forget01/NPO+relearning/TOFU_SUMMARY.json"
+    before = summary.read_bytes()
+    shutil.rmtree(summary.parent)
+    monkeypatch.setattr("openunlearn_nb.experiments.cells.unlearn", lambda *_, **__: pytest.fail("a cell was trained again"))
+    assert run_grid(grid, tmp_path, jobs=1, show=False) == [] and plan(grid, str(tmp_path)) == []
+    assert summary.read_bytes() == before
+
+
+def test_a_finished_cell_without_its_model_is_not_attacked(small_grid):
+    folder, small = small_grid
+    with pytest.raises(OpenUnlearnError, match="NPO on forget01 cannot be attacked by relearning: .* --keep-models"):
+        run_grid(replace(small, attacks=("relearning",)), folder, jobs=1, show=False)
+    assert not list(folder.rglob("*+relearning"))

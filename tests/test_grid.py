@@ -13,10 +13,12 @@ import pytest
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.data.sources import _stored_rows
 from openunlearn_nb.internals.errors import OpenUnlearnError
-from openunlearn_nb.experiments.grid import GridConfig, claim, plan, run_grid
+from openunlearn_nb.experiments.grid_config import GridConfig
+from openunlearn_nb.experiments.claims import claim
+from openunlearn_nb.experiments.grid import plan, run_grid
 from openunlearn_nb.data.miniature_tofu import make_tofu
 from openunlearn_nb.evaluation.records import read_json
-from openunlearn_nb.experiments.runs import cell_folder, finished
+from openunlearn_nb.experiments.cells import cell_folder, finished
 from openunlearn_nb.data.tofu import UTILITY, Tofu
 from openunlearn_nb.evaluation.entries import recompute
 from openunlearn_nb.reporting.collect import find_runs, measured

@@ -8,14 +8,15 @@ import warnings
 import pytest
 
 from openunlearn_nb.evaluation import records, retain_logs
-from openunlearn_nb.experiments import embedded, provenance, runs
+from openunlearn_nb.experiments import embedded, provenance, runs, verify
 from openunlearn_nb.evaluation.cache import ResultCache, cached_texts
 from openunlearn_nb.training.checkpoints import SafeCheckpoints
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.reporting.collect import find_runs, measured
 from openunlearn_nb.internals.hashes import file_hash
 from openunlearn_nb.internals.errors import OpenUnlearnError
-from openunlearn_nb.experiments.grid import GridConfig, claim
+from openunlearn_nb.experiments.grid_config import GridConfig
+from openunlearn_nb.experiments.claims import claim
 from openunlearn_nb.models.saving import save_model
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.data.custom import Own, load_own
@@ -341,6 +342,6 @@ def test_check_of_older_records(place):
                                                    "start": {"content": records.text_hash(known)}, "config": {"benchmark": "OWN"}})
     (place / "runs/x/a.json").write_text("{}")
     with pytest.warns(UserWarning, match="1 of 1 records are of an earlier version"):
-        assert runs.check_runs(place / "runs") == {"x": []}
+        assert verify.check_runs(place / "runs") == {"x": []}
     another_seed(place / "model")
     assert "weights, config.json or tokenizer.json" in changes(records.read_json(place / "runs/x/run.json"), place / "runs/x")[0]

@@ -269,16 +269,16 @@ def test_less_memory_means_checkpointing_before_it_means_few_rows():
 
 def test_a_run_on_one_gpu_takes_the_rows_that_fit(monkeypatch):
     """The GPU's memory is faked; the recipe that is trained by, and recorded, is the one that was chosen."""
-    from openunlearn_nb.experiments import runs
+    from openunlearn_nb.experiments import recipes
     from openunlearn_nb.experiments.config import RunConfig
     from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
     from openunlearn_nb.training.pairs import TrainConfig
 
     model = tiny_llama(train_tokenizer(["some text"], 300), hidden=32, layers=1)
     examples = [{"input_ids": [5] * 20, "labels": [-100] * 10 + [5] * 10}]
-    chosen = lambda **config: runs.for_this_gpu(RunConfig(model="own", **config), TrainConfig(), "NPO", {}, model, examples)
+    chosen = lambda **config: recipes.fit_to_memory(RunConfig(model="own", **config), TrainConfig(), "NPO", {}, model, examples)
     assert chosen() == TrainConfig()
-    monkeypatch.setattr(runs, "usable_memory", lambda device: int(40 * GB))
+    monkeypatch.setattr(recipes, "usable_memory", lambda device: int(40 * GB))
     assert (chosen().batch_size, chosen().gradient_checkpointing) == (32, False)
     assert chosen(gradient_checkpointing=True).gradient_checkpointing and chosen(per_device_batch=2) == TrainConfig() == chosen(compat="open-unlearning")
 

@@ -10,14 +10,15 @@ import pytest
 from openunlearn_nb.commands.cli import main
 from openunlearn_nb.data.sources import _stored_rows, write_folder
 from openunlearn_nb.internals.errors import OpenUnlearnError
-from openunlearn_nb.experiments.grid import GridConfig, plan, run_grid
+from openunlearn_nb.experiments.grid_config import GridConfig
+from openunlearn_nb.experiments.grid import plan, run_grid
 from openunlearn_nb.data.miniature_muse import make_muse
 from openunlearn_nb.models.saving import save_model
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.data.muse import STUDIES, Muse
 from openunlearn_nb.evaluation.records import read_json
 from openunlearn_nb.internals.files import write_json
-from openunlearn_nb.experiments.runs import cell_folder, finished
+from openunlearn_nb.experiments.cells import cell_folder, finished
 from openunlearn_nb.reporting.collect import find_runs, measured
 
 

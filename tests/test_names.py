@@ -11,13 +11,15 @@ from openunlearn_nb.commands.cli import main
 from openunlearn_nb.reporting.collect import find_runs
 from openunlearn_nb.experiments.config import BENCHMARKS, RunConfig
 from openunlearn_nb.internals.errors import OpenUnlearnError
-from openunlearn_nb.experiments.grid import GridConfig, run_grid, run_seeds
+from openunlearn_nb.experiments.grid_config import GridConfig
+from openunlearn_nb.experiments.grid import run_grid
+from openunlearn_nb.experiments.seeds import run_seeds
 from openunlearn_nb.models.tiny import train_tokenizer
 from openunlearn_nb.internals.registry import import_file
 from openunlearn_nb.methods.method import METHODS, method
 from openunlearn_nb.data.prompts import PROMPTS, Encoder
 from openunlearn_nb.internals.files import write_json
-from openunlearn_nb.experiments.runs import count_overlap
+from openunlearn_nb.experiments.unlearning import count_overlap
 
 BAD_NAMES = [
     "Retain",
@@ -156,8 +158,8 @@ def test_folders_beside_seeds(two_seeds, tmp_path, capsys, monkeypatch):
     )
     assert len(find_runs(two_seeds / "seed0.bak")) == 2  # asked for by its name, it is a folder like others
     calls = []
-    monkeypatch.setattr("openunlearn_nb.experiments.grid.claim", lambda grid, output: calls.append((grid.seed, Path(output).name)))
-    monkeypatch.setattr("openunlearn_nb.experiments.grid.run_grid", lambda grid, output, *_: calls.append(Path(output).name) or [])
+    monkeypatch.setattr("openunlearn_nb.experiments.seeds.claim", lambda grid, output: calls.append((grid.seed, Path(output).name)))
+    monkeypatch.setattr("openunlearn_nb.experiments.seeds.run_grid", lambda grid, output, *_: calls.append(Path(output).name) or [])
     with pytest.warns(UserWarning, match="is ignored"):
         run_seeds(GridConfig(train_rows=250, splits=("forget01",)), [0, 1], two_seeds, show=False)
     assert calls == [(0, "seed0"), (1, "seed1"), (0, "seed0"), "seed0", (1, "seed1"), "seed1"]

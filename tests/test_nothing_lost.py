@@ -241,11 +241,11 @@ def test_a_damaged_training_checkpoint(tmp_path, capsys):
 
     command = ["train", "--method", "NPO", "--split", "forget01", "--train-rows", "250", "--epochs", "2", "--save-each", "epoch",
                "--output", str(tmp_path / "out")]
-    discard, runs._discard = runs._discard, lambda folder: None  # as if killed before the checkpoint was deleted
+    discard, runs.discard = runs.discard, lambda folder: None  # as if killed before the checkpoint was deleted
     try:
         assert main(command) == 0
     finally:
-        runs._discard = discard
+        runs.discard = discard
     shutil.rmtree(tmp_path / "out")
     checkpoint, = (tmp_path / "out.checkpoint").glob("checkpoint-*")
     for name in ("model.safetensors", "optimizer.pt", "method.safetensors", "run.json", "trainer_state.json"):
@@ -281,17 +281,17 @@ def test_no_refusals(tmp_path, capsys):
 
 def test_a_broken_cell_is_recorded_and_the_others_go_on(tmp_path, capsys, monkeypatch):
     """The others are made all the same, the exit code is 1, the table says it; made at the next call, nothing is left of the failure."""
-    from openunlearn_nb.experiments import runs
+    from openunlearn_nb.experiments import cells
 
     def breaks(config, method, *args, **how):
         if method == "IdkDPO":
             raise RuntimeError("no memory left")
         return whole(config, method, *args, **how)
 
-    whole, grid = runs.unlearn, tmp_path / "grid"
+    whole, grid = cells.unlearn, tmp_path / "grid"
     command = ["tofu", "--train-rows", "250", "--splits", "forget01", "--methods", "NPO,IdkDPO", "--epochs", "1", "--jobs", "1", "--output", str(grid)]
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "unlearn", breaks)
+        patch.setattr(cells, "unlearn", breaks)
         assert main(command) == 1
     said, failed = capsys.readouterr(), read_json(grid / "forget01/IdkDPO/failed.json")
     assert "IdkDPO forget01: failed. RuntimeError: no memory left" in said.err and "measured" in said.out

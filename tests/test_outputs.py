@@ -18,12 +18,14 @@ from openunlearn_nb.models import loading as models, saving
 from openunlearn_nb.models import tiny as tiny_model
 from openunlearn_nb.internals import files, launch, processes
 from openunlearn_nb.commands.cli import main
-from openunlearn_nb.experiments.config import RunConfig, check_config
+from openunlearn_nb.experiments.config import RunConfig
+from openunlearn_nb.experiments.checks import check_config
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.internals.files import output_path, write_bytes
 from openunlearn_nb.internals.locks import output_lock
 from openunlearn_nb.internals.files import write_json
-from openunlearn_nb.experiments.runs import cell_folder, train_model
+from openunlearn_nb.experiments.cells import cell_folder
+from openunlearn_nb.experiments.runs import train_model
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +141,16 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_empty_output_is_refused(command, tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("openunlearn_nb.experiments.config.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("openunlearn_nb.experiments.run_models.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     line = [word.format(data=tiny[1]) for word in COMMANDS[command]]
     assert "has no name" in said_by(capsys, *line, "--output", "")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_python_entries_refuse_an_empty_output(tiny):
-    from openunlearn_nb.experiments.grid import GridConfig, run_grid, run_seeds
+    from openunlearn_nb.experiments.grid_config import GridConfig
+    from openunlearn_nb.experiments.grid import run_grid
+    from openunlearn_nb.experiments.seeds import run_seeds
 
     grid = GridConfig(benchmark="OWN", model=tiny[0], data=tiny[1])
     for call in (

@@ -10,7 +10,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from openunlearn_nb.data import prompts as p
-from openunlearn_nb.experiments.config import RunConfig, check_config, prompt_of
+from openunlearn_nb.experiments.config import RunConfig
+from openunlearn_nb.experiments.checks import check_config
+from openunlearn_nb.experiments.run_models import prompt_of
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.models.generation import generate
 from openunlearn_nb.data.miniature_tofu import make_tofu

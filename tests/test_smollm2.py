@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from openunlearn_nb.models import smollm2
-from openunlearn_nb.experiments.config import RunConfig, model_path, prompt_of
+from openunlearn_nb.experiments.config import RunConfig
+from openunlearn_nb.experiments.run_models import model_path, prompt_of
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.models.loading import PRESETS, load_model, load_tokenizer
 from openunlearn_nb.data.prompts import PROMPTS, Encoder, conversation_ids, encode_all

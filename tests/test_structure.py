@@ -22,18 +22,14 @@ BY_HAND = {"__init__.py", "__main__.py", "_modidx.py"}  # written by hand, or an
 LONG_LINES = {
     "data/custom", "data/miniature_muse", "data/miniature_tofu",
     "data/muse", "data/prompts", "data/sources", "data/tofu", "data/wmdp",
-    "experiments/alternates",
-    "experiments/bench", "experiments/config", "experiments/embedded", "experiments/general",
-    "experiments/grid", "experiments/provenance", "experiments/runs", "experiments/workers",
     "training/phases",
 }
 LONG_CELLS = {
     "data/custom", "data/muse", "data/sources", "data/tofu", "data/wmdp",
-    "experiments/config", "experiments/grid", "experiments/provenance",
-    "experiments/runs", "experiments/workers", "training/phases",
+    "training/phases",
 }
 LONG_MODULES = {
-    "data/prompts", "experiments/runs",
+    "data/prompts",
 }
 
 

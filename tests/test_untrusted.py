@@ -79,7 +79,7 @@ def test_a_table_of_others_prints_no_escape(evaluated, capsys):
 def test_errors_and_notes_print_no_escape(tmp_path, capsys):
     assert main(["table", str(tmp_path / f"no{ESCAPES}where")]) == 2
     assert "\x1b" not in capsys.readouterr().err
-    from openunlearn_nb.experiments.grid import Display
+    from openunlearn_nb.experiments.display import Display
 
     display = Display([], [], show=False)
     display.note(f"an answer: {ESCAPES}")
@@ -107,7 +107,7 @@ def test_markdown_tables_hold_no_markup():
 @pytest.mark.checks(area="Untrusted text", given="markup in what a model card says",
                     then="the card shows it as it is")
 def test_a_model_card_holds_no_markup():
-    from openunlearn_nb.experiments.provenance import model_card
+    from openunlearn_nb.experiments.cards import model_card
 
     record = {
         "method": MARKED,

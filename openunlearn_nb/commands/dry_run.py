@@ -20,7 +20,7 @@ from ..methods.names import FINETUNE
 
 if TYPE_CHECKING:
     from openunlearn_nb.experiments.config import RunConfig
-    from openunlearn_nb.experiments.grid import GridConfig
+    from openunlearn_nb.experiments.grid_config import GridConfig
     from openunlearn_nb.experiments.workers import Task
 
 # %% ../../nbs/commands/dry_run.ipynb #039e9c68
@@ -78,7 +78,8 @@ def _needs_work(grid: "GridConfig", task: "Task") -> bool:
 
 def dry_grid(args: argparse.Namespace, grid: "GridConfig", output: Path) -> int:
     "Print what a grid would do; returns the exit code."
-    from openunlearn_nb.experiments.grid import check_grid, default_jobs, plan
+    from openunlearn_nb.experiments.grid_config import check_grid
+    from openunlearn_nb.experiments.grid import default_jobs, plan
     grid = check_grid(grid)
     places = {output / f"seed{seed}": replace(grid, seed=seed) for seed in args.seeds} or {output: grid}
     found = [(place, task) for place, of in places.items()
@@ -100,8 +101,8 @@ def dry_grid(args: argparse.Namespace, grid: "GridConfig", output: Path) -> int:
 # %% ../../nbs/commands/dry_run.ipynb #57089e5e
 def dry_train(args: argparse.Namespace, config: "RunConfig", settings: dict[str, Any], split: str) -> int:
     "Print what `train` would do; `settings`: those of the method. Returns the exit code."
-    from openunlearn_nb.experiments.config import check_config, check_split
-    from openunlearn_nb.experiments.runs import check_alternates, check_method
+    from openunlearn_nb.experiments.checks import check_config, check_split
+    from openunlearn_nb.experiments.checks import check_alternates, check_method
     from openunlearn_nb.methods.method import METHODS
     method, names = METHODS.find(args.method).name, args.on or []
     check_config(config)
@@ -125,11 +126,11 @@ def dry_train(args: argparse.Namespace, config: "RunConfig", settings: dict[str,
 # %% ../../nbs/commands/dry_run.ipynb #46123dbe
 def dry_eval(args: argparse.Namespace, config: "RunConfig", split: str, output: str) -> int:
     "Print what `eval` would do on a benchmark; returns the exit code."
-    from openunlearn_nb.experiments.config import check_config, check_split
-    from openunlearn_nb.experiments.runs import check_asked
+    from openunlearn_nb.experiments.checks import check_config, check_split
+    from openunlearn_nb.experiments.checks import check_measurable
     check_config(config)
     check_split(config, split)
-    check_asked(config, split)
+    check_measurable(config, split)
     work = evaluation_work(config, split)
     tables = {"Settings": resolved_run(config, RUN[:2], args.origins)}
     return print_plan(args, tables, [f"{name} on {split}" for name in config.wanted], output,

@@ -44,7 +44,7 @@ class Work(NamedTuple):
 
 def training_work(config: "RunConfig", method: str, split: str) -> Work:
     "The work of training by a method: each row to forget with a row to retain, which is taken to be as long."
-    from openunlearn_nb.experiments.config import recipe_of
+    from openunlearn_nb.experiments.recipes import recipe_of
     recipe, rows = recipe_of(config, method)[0], config.source.forget_rows(split)
     seen = recipe.max_steps * recipe.effective_batch if recipe.max_steps else recipe.epochs * len(rows)
     return Work(trained=2 * seen * tokens_in(rows) / max(1, len(rows)))

@@ -52,7 +52,7 @@ def resolved_training(config: "RunConfig", method: str, origins: Mapping[str, st
     """The fields of a method's training recipe that have a value.
 
     `origins`: where each setting that was given comes from, as `parse` returns it."""
-    from openunlearn_nb.experiments.config import LORA_RATE, recipe_of
+    from openunlearn_nb.experiments.recipes import LORA_RATE, recipe_of
     from openunlearn_nb.methods.method import METHODS
     method = METHODS.find(method).name
     recipe, layers = recipe_of(config, method)[0], recipe_layers(config, method)
@@ -68,7 +68,7 @@ def resolved_training(config: "RunConfig", method: str, origins: Mapping[str, st
 
 def resolved_method(config: "RunConfig", method: str, origins: Mapping[str, str]) -> dict[str, Resolved]:
     "The settings of a method."
-    from openunlearn_nb.experiments.config import recipe_of
+    from openunlearn_nb.experiments.recipes import recipe_of
     from openunlearn_nb.methods.method import METHODS
     chosen = METHODS.find(method)
     layers = recipe_layers(config, chosen.name)[:1]

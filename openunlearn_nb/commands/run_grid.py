@@ -30,7 +30,9 @@ def check_options(args: argparse.Namespace) -> None:
 # %% ../../nbs/commands/run_grid.ipynb #c06bbec9
 def grid_command(args: argparse.Namespace) -> int:
     "Run a benchmark's grid and print its table, or with `--dry-run` what it would do; returns the exit code."
-    from openunlearn_nb.experiments.grid import GridConfig, grid_folder, run_grid, run_seeds
+    from openunlearn_nb.experiments.grid_config import GridConfig
+    from openunlearn_nb.experiments.grid import grid_folder, run_grid
+    from openunlearn_nb.experiments.seeds import run_seeds
     from openunlearn_nb.reporting.collect import find_runs
     check_options(args)
     grid = config_of(GridConfig, args)

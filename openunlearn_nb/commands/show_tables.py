@@ -84,7 +84,7 @@ def print_runs(runs: list, style: str = "text") -> None:
 # %% ../../nbs/commands/show_tables.ipynb #11779229
 def _print_check(folder: str) -> int:
     "Print how each record below a folder differs from what is there now; returns the exit code."
-    from openunlearn_nb.experiments.runs import check_runs
+    from openunlearn_nb.experiments.verify import check_runs
     found = check_runs(folder)
     for run, problems in found.items():
         say(f"{run}: {'; '.join(problems) or 'matches'}")

@@ -21,7 +21,9 @@ from ..internals.processes import join_group
 def alternates_command(args: argparse.Namespace) -> int:
     "Generate alternate answers and write them, a JSON object a line; returns the exit code."
     from openunlearn_nb.experiments.alternates import make_alternates, write_alternates
-    from openunlearn_nb.experiments.config import RunConfig, check_config, check_split, model_path, open_model
+    from openunlearn_nb.experiments.config import RunConfig
+    from openunlearn_nb.experiments.checks import check_config, check_split
+    from openunlearn_nb.experiments.run_models import model_path, open_model
     from openunlearn_nb.models.loading import quiet
     quiet()
     config, repeats, temperature = config_of(RunConfig, args), args.repeats, args.temperature

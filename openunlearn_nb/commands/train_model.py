@@ -56,7 +56,7 @@ def finished_training(config: "RunConfig", name: str, folder: Path) -> dict[str,
 def _train(args: argparse.Namespace, config: "RunConfig", settings: dict[str, Any], name: str | None,
            output: str) -> tuple[dict[str, Any], list[str]]:
     "Train a model and upload it where that is asked for; returns what to print of it, as JSON and as lines."
-    from openunlearn_nb.experiments.provenance import push_to_hub
+    from openunlearn_nb.experiments.cards import push_to_hub
     from openunlearn_nb.experiments.runs import train_model
     with progress_of(args.method, args.quiet) as progress:
         record = train_model(config, args.method, split_of(args), name, settings, output, progress)

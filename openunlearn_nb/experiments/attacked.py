@@ -8,7 +8,7 @@ __all__ = ['attacked_row', 'attacked_folder', 'run_attack', 'run_attacks']
 # %% ../../nbs/experiments/attacked.ipynb #48906e41
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,21 @@ def attacked_folder(folder: Path, attack: str) -> Path:
     return folder.with_name(f"{folder.name}+{attack}")
 
 # %% ../../nbs/experiments/attacked.ipynb #21718df8
-def _robustness(config: RunConfig, name: str, before: Evaluation, after: Evaluation, retain: Path) -> dict[str, float]:
+def _robustness(config: RunConfig, name: str, before: Mapping, after: Mapping, retain: Path) -> dict[str, float]:
     "How robust a model is, by metric; empty where Retain was not attacked."
     files = [folder / log_file(config.benchmark, "SUMMARY") for folder in (retain, attacked_folder(retain, name))]
     if not all(file.exists() for file in files):
         return {}
     known = [read_json(file, "summary") for file in files]
-    return robustness(config.kind, before.summary, after.summary, *known)
+    return robustness(config.kind, before, after, *known)
 
+# %% ../../nbs/experiments/attacked.ipynb #0ddf31fc
 def run_attack(config: RunConfig, name: str, split: str, row: str, folder: Path, retain: Path | None,
-               model: PreTrainedModel, enc: Encoder, before: Evaluation, record: dict[str, Any]) -> Evaluation:
+               model: PreTrainedModel, enc: Encoder, before: Mapping, record: dict[str, Any]) -> Evaluation:
     """Attack a model, evaluate what is left, and write it beside the cell. The model may be changed.
 
-    `folder`: of the cell; `retain`: of the Retain cell, if it is there; `record`: what the cell's record says."""
+    `folder`: of the cell; `retain`: of the Retain cell, if it is there; `before`: the cell's summary; `record`: what
+    the cell's record says."""
     started, attack = time.time(), ATTACKS.find(name)()
     source = config.source
     recipe = source.embedded_recipe if config.model == "embedded" else {}
@@ -52,17 +54,18 @@ def run_attack(config: RunConfig, name: str, split: str, row: str, folder: Path,
     how = {"metrics": config.wanted, "batch_size": config.batch_size, "classifier": config.classifier}
     found = evaluate_attacked(attack(model, data), data, retain=known, **how)
     about = {"name": name, "settings": attack.settings(data), "declared_in": ATTACKS.files.get(name),
-             "before": before.summary}
+             "before": dict(before)}
     place = attacked_folder(folder, name)
     if retain:
         record = record | {"measured_against": measured_against(retain_file(retain, config.kind), place)}
-        about["robustness"] = _robustness(config, name, before, found, retain) if folder != retain else {}
+        about["robustness"] = _robustness(config, name, before, found.summary, retain) if folder != retain else {}
     write_run(place, config.kind, found.entries, found.summary,
               run_record(started, **record | {"row": attacked_row(row, name), "attack": about}))
     return found
 
+# %% ../../nbs/experiments/attacked.ipynb #485938c9
 def run_attacks(config: RunConfig, names: Sequence[str], split: str, row: str, folder: Path, retain: Path | None,
-                model: PreTrainedModel, enc: Encoder, before: Evaluation, record: dict[str, Any]) -> None:
+                model: PreTrainedModel, enc: Encoder, before: Mapping, record: dict[str, Any]) -> None:
     "Run several attacks, each on the same model."
     for i, name in enumerate(names, start=1):
         attacked = model if i == len(names) else copy.deepcopy(model)

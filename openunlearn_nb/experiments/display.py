@@ -22,6 +22,7 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
+# %% ../../nbs/experiments/display.ipynb #f9194dbe
 class LogLines:
     "Says when another line is due: the first after `every` seconds, the next as long after it."
 

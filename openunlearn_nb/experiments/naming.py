@@ -30,6 +30,7 @@ def table_model(path: str) -> str:
         path = start
     return path if path in PRESETS else Path(path).name
 
+# %% ../../nbs/experiments/naming.ipynb #8981e251
 def row_name(config: RunConfig, split: str) -> str:
     "The row of an evaluated model: its method, Finetuned or Retain; Evaluated where no record says how it was made."
     record = training_record(config.model)

@@ -130,3 +130,4 @@ class GridSettings:
     sweep: tuple[Any, ...] = setting((), "several values of a setting, each a row", flag="")
     attacks: tuple[str, ...] = setting((), "attacks on each unlearned model, such as relearning (default: none)",
                                        metavar="NAME")
+    keep_models: bool = setting(False, "keep each unlearned model in its cell, for attacks in a later call")

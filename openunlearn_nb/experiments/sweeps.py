@@ -35,6 +35,7 @@ def value_text(value: Any) -> str:
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
 
+# %% ../../nbs/experiments/sweeps.ipynb #4cea8b3e
 def _with_values(config: RunConfig, chosen: Sequence[tuple[Sweep, Any]]) -> RunConfig:
     "The settings of a run with one value of each sweep."
     changes: dict[str, Any] = {sweep.name: value for sweep, value in chosen if not sweep.of}

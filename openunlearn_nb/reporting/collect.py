@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Values', 'REMARKS', 'log_benchmarks', 'find_runs', 'remarks_of', 'in_a_list', 'zero_because', 'retain_file_of',
-           'measured', 'epoch_values']
+           'robustness_of', 'measured', 'epoch_values']
 
 # %% ../../nbs/reporting/collect.ipynb #8b40b1dc
 import warnings
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..data.benchmark import BENCHMARKS, Benchmark
 from ..data.catalogue import DEFAULT_BENCHMARK
+from ..evaluation.attacks import robustness
 from ..evaluation.entries import recompute
 from ..evaluation.metric import Entry, metric_table
 from ..evaluation.records import read_json, seed_in_name
@@ -180,6 +181,21 @@ def retain_file_of(run: Run, beside: Run | None, benchmark: type[Benchmark]) -> 
                     "against which it is set here")
     return beside.file
 
+# %% ../../nbs/reporting/collect.ipynb #f34bc105
+def robustness_of(run: Run, benchmark: type[Benchmark], splits: Values) -> dict[str, float]:
+    """The robustness of an attacked run, as `robustness_METRIC`, from the rows of its table.
+
+    Empty for a run that was not attacked, for Retain, and where one of the four rows that it needs is missing."""
+    attack = run.record.get("attack")
+    if not isinstance(attack, dict) or run.row.startswith("Retain"):
+        return {}
+    end, measured = f" + {attack.get('name')}", attack.get("before")
+    rows, home = splits[run.split], splits.get(benchmark().home_split(run.split), {})
+    four = [rows.get(run.row.removesuffix(end)), rows[run.row], home.get("Retain"), home.get(f"Retain{end}")]
+    names = [name for name in measured or () if all(of and of.get(name) is not None for of in four)]
+    known = [{name: float(of[name] or 0.0) for name in names} for of in four if of]
+    return {f"robustness_{name}": value for name, value in robustness(benchmark, *known).items()} if names else {}
+
 # %% ../../nbs/reporting/collect.ipynb #f53f88bd
 def _general(runs: Iterable[Run]) -> dict[str, Values]:
     "The evaluations by lm-eval, all models in one table. Raises where a row has a task twice."
@@ -209,6 +225,8 @@ def measured(runs: Iterable[Run], suite: str = DEFAULT_BENCHMARK) -> dict[str, V
         reference = retain_file_of(run, retain.get((run.model, home(run.split))), benchmark)
         values = _values(run, read(reference) if reference else None)
         table.setdefault(run.model, {}).setdefault(run.split, {})[run.row] = values
+    for run in runs:
+        table[run.model][run.split][run.row] |= robustness_of(run, benchmark, table[run.model])
     for split, rows in (of_split for splits in table.values() for of_split in splits.items()):
         _note_zeros(benchmark, split, rows)
     return table
