@@ -6,6 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from openunlearn_nb.experiments.config import RunConfig
+from openunlearn_nb.experiments.run_models import open_model
+from openunlearn_nb.experiments.unlearning import unlearn
 from openunlearn_nb.internals import devices
 from openunlearn_nb.models import generation, scoring
 from openunlearn_nb.training import trainer as training
@@ -90,7 +93,7 @@ def test_an_epoch_is_evaluated_in_the_precision_of_the_last(tiny, monkeypatch):
 def test_the_reference_is_kept_in_the_precision_of_evaluation(tiny, monkeypatch):
     model = tiny[2]
     monkeypatch.setattr(training, "evaluation_dtype", lambda: torch.bfloat16)
-    _, reference, _ = training._equipped(copy.deepcopy(model), METHODS["UNDIAL"](), TrainConfig())
+    _, reference, _ = training.with_reference(copy.deepcopy(model), METHODS["UNDIAL"](), TrainConfig())
     assert {p.dtype for p in reference.parameters()} == {torch.bfloat16} and not any(p.requires_grad for p in reference.parameters())
 
 
@@ -172,3 +175,13 @@ def test_a_training_that_does_not_fit_says_what_would(tiny, monkeypatch):
     monkeypatch.setattr(Method, "loss", never)
     with pytest.raises(OpenUnlearnError, match="Memory ran out in training, with 4 rows a forward: give a smaller --per-device-batch"):
         train(copy.deepcopy(model), tokenizer.pad_token_id, "NPO", examples[:16], examples[16:], TrainConfig(epochs=1))
+
+
+@pytest.mark.checks(area="Models", given="--dtype on a grid", then="Unlearned rows are measured in that precision, as Finetuned and Retain are.")
+def test_an_unlearned_model_is_evaluated_in_the_precision_that_was_asked_for(tiny, tmp_path):
+    tokenizer, _, model = tiny
+    path = str(save_model(copy.deepcopy(model), tokenizer, tmp_path / "model"))
+    config, seen = RunConfig(model=path, dtype="bfloat16", epochs=2, lora=0), []
+    start = open_model(config, path, for_training=True)
+    unlearned, _ = unlearn(config, "GradDiff", "forget01", *start, after_epoch=lambda epoch, model: seen.append(model.dtype))
+    assert {unlearned.dtype, *seen, open_model(config, path, for_training=False)[0].dtype} == {torch.bfloat16}

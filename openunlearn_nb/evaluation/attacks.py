@@ -125,8 +125,9 @@ class Relearn(Attack):
             else data.benchmark.retain_examples(data.split, data.enc)
         )
         config = TrainConfig(**settings, seed=data.seed, warmup_epochs=0, weight_decay=0)
+        dtype = model.dtype  # in which it was evaluated
         trained = train(model.float(), data.enc.tokenizer.pad_token_id, FINETUNE, [], examples, config)
-        return in_evaluation_dtype(trained.model)
+        return in_evaluation_dtype(trained.model, dtype)
 
 # %% ../../nbs/evaluation/attacks.ipynb #b3bad850
 def relearning_robustness(before: float, after: float, retain_before: float, retain_after: float) -> float:

@@ -18,6 +18,7 @@ from ..data.prompts import Encoder
 from .alternates import make_alternates, read_alternates
 from .config import Progress, RunConfig
 from .recipes import fit_to_memory, recipe_of
+from .run_models import evaluation_precision
 from ..internals.errors import OpenUnlearnError
 from ..internals.hashes import content_hash
 from ..internals.processes import gathered
@@ -118,8 +119,9 @@ def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, 
     identity = {"config": config.fingerprint(), "method": method, "split": split, "on": on,
                 "settings": _as_json(settings), **declared, "model": start or {}, "training set": noted["examples"]}
     model, losses = train(model, enc.tokenizer.pad_token_id, method, forget, retain, recipe, settings, alternates,
-                          progress, config.compat, after_epoch, checkpoint, identity, for_saving)
-    model = in_evaluation_dtype(model)
+                          progress, config.compat, after_epoch, checkpoint, identity, for_saving,
+                          evaluation_precision(config))
+    model = in_evaluation_dtype(model, evaluation_precision(config))  # as Finetuned and Retain are loaded
     if step := diverged_at(model, losses):
         noted |= {"diverged": True, "diverged_at": step}
     return model, {"training": recipe.as_dict(), "settings": _as_json(settings), "losses": losses,

@@ -88,21 +88,23 @@ def diverged_at(model: nn.Module, losses: list[float]) -> int | None:
     return None if all(gathered(finite_weights(model))) else len(losses)
 
 # %% ../../nbs/training/trainer.ipynb #869fe923
-def in_evaluation_dtype(model: nn.Module) -> nn.Module:
-    "The model itself, its fp32 weights rounded to the dtype of evaluation. Buffers stay: rotary frequencies need fp32."
-    dtype = evaluation_dtype()
+def in_evaluation_dtype(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model itself, its fp32 weights rounded to the dtype of evaluation (default: the device's).
+
+    Buffers stay: rotary frequencies need fp32."""
+    dtype = dtype or evaluation_dtype()
     for p in model.parameters():
         if p.dtype == torch.float32 and dtype != torch.float32:
             p.data = p.data.to(dtype)
     return model
 
 @contextmanager
-def as_evaluated(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+def as_evaluated(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[PreTrainedModel]:
     "A context in which a model is as it will be evaluated: rounded, no autocast, in evaluation mode."
     masters = {name: p.data for name, p in model.named_parameters()}
     autocast = model.__dict__.pop("forward", None)
     try:
-        yield in_evaluation_dtype(model).eval()
+        yield in_evaluation_dtype(model, dtype).eval()
     finally:
         for name, p in model.named_parameters():
             p.data = masters[name]
@@ -112,12 +114,12 @@ def as_evaluated(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 AfterEpoch = Callable[[int, PreTrainedModel], None]  # called with the epochs done and an ordinary model
 
-def call_after_epoch(trainer: MethodTrainer, call: AfterEpoch, epoch: int) -> None:
+def call_after_epoch(trainer: MethodTrainer, call: AfterEpoch, epoch: int, dtype: torch.dtype | None = None) -> None:
     "Call a function with the model of this moment, in the precision of the final evaluation."
     adapted, quantized = hasattr(trainer.model, "get_base_model"), getattr(trainer.model, "is_quantized", False)
     with torch.random.fork_rng(), unsharded():
         if quantized or not (trainer.is_deepspeed_enabled or adapted):
-            with as_evaluated(trainer.model) as model:
+            with as_evaluated(trainer.model, dtype) as model:
                 call(epoch, model)
         else:
             call(epoch, whole_model(trainer.model, trainer.args.device))
@@ -243,11 +245,13 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
           config: TrainConfig = TrainConfig(), settings: dict | None = None, alternates: list[list[dict]] | None = None,
           progress: Callable[[float], None] = lambda share: None, compat: str | None = None,
           after_epoch: AfterEpoch | None = None, checkpoints: Path | None = None,
-          identity: Mapping[str, Any] | None = None, for_saving: bool = False) -> Trained:
+          identity: Mapping[str, Any] | None = None, for_saving: bool = False,
+          dtype: torch.dtype | None = None) -> Trained:
     """Train on encoded examples (`input_ids`, `labels`); `Finetune` trains on `retain` alone.
 
     `alternates`: for each epoch, another response to each example to forget. `for_saving`: under DeepSpeed the main
-    process alone gets the trained model, in the host's memory, and the others an empty one."""
+    process alone gets the trained model, in the host's memory, and the others an empty one. `dtype`: the precision in
+    which `after_epoch` gets the model (default: the device's)."""
     chosen = started_method(method, settings or {}, compat, config)
     if for_saving and chosen.answers_otherwise:
         raise OpenUnlearnError(f"{method} answers with another model than the one it trains, so there is no one model "
@@ -267,7 +271,7 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
         collate = partial(collate_parts, pad_id=pad_id, compat=compat, side=side)
         trainer = MethodTrainer(chosen, reference, model=model, args=args, train_dataset=data, data_collator=collate,
                                 callbacks=[_Progress(data, progress)])
-        follow(trainer, after_epoch, checkpoints, identity or {})
+        follow(trainer, after_epoch, checkpoints, identity or {}, dtype)
         _run(trainer, last_checkpoint(checkpoints, identity or {}) if checkpoints else None)
         model = finished_model(trainer, for_saving)
         model = chosen.for_generation(chosen.after(model, data) or model)
@@ -277,12 +281,12 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
 
 # %% ../../nbs/training/trainer.ipynb #24427cce
 def follow(trainer: MethodTrainer, after_epoch: AfterEpoch | None, checkpoints: Path | None,
-           identity: Mapping[str, Any]) -> None:
+           identity: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
     "Let a trainer call `after_epoch` and write checkpoints after each epoch but the last, and print nothing."
     def call(epoch: int) -> None:
         if after_epoch is not None:
             evaluated = trainer.method.for_generation
-            call_after_epoch(trainer, lambda epoch, model: after_epoch(epoch, evaluated(model)), epoch)
+            call_after_epoch(trainer, lambda epoch, model: after_epoch(epoch, evaluated(model)), epoch, dtype)
 
     trainer.remove_callback(PrinterCallback)
     trainer.checkpoint_folder, trainer.identity = checkpoints, identity
