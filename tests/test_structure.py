@@ -171,3 +171,13 @@ def test_a_notebook_finds_the_folder_beside_the_checkout():
              for path in re.findall(r"(?:\.\./)+shared", file.read_text(encoding="utf-8"))
              if (file.parent / path).resolve() != (ROOT.parent / "shared").resolve()]
     assert wrong == []
+
+
+def test_no_stored_output_is_an_error_or_a_progress_bar():
+    """A cell that failed when it was run last shows its traceback to every reader."""
+    wrong = []
+    for file in (file for file in NOTEBOOKS.rglob("*.ipynb") if ".ipynb_checkpoints" not in file.parts):
+        outputs = [output for cell in json.loads(file.read_text(encoding="utf-8"))["cells"] for output in cell.get("outputs", [])]
+        if any(output["output_type"] == "error" or "it/s]" in "".join(output.get("text", "")) for output in outputs):
+            wrong.append(name_of(file, NOTEBOOKS))
+    assert wrong == []
