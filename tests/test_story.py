@@ -15,14 +15,14 @@ GRID = ("tofu --model {0}/tuned/full --retain-model {0}/tuned/{{retain}} --split
         "--learning-rate 1e-3 --max_steps 5 --max_grad_norm 0.3 --output {0}/grid --jobs 1 --quiet")
 
 
-def tiny_qwen2(folder: Path) -> None:
-    """A Qwen2 of two layers with a tokenizer that knows the miniature's words."""
+def qwen2_for(texts: list[str], folder: Path) -> None:
+    """A Qwen2 of two layers with a tokenizer made for some texts, saved in a folder."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from openunlearn_nb.models.tiny import train_tokenizer
 
-    tokenizer = train_tokenizer([question + answer for question, answer in question_pairs("forget01", "miniature")], 400)
+    tokenizer = train_tokenizer(texts, 400)
     torch.manual_seed(0)
     config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                          num_key_value_heads=1, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
@@ -34,7 +34,7 @@ def tiny_qwen2(folder: Path) -> None:
 def story(tmp_path_factory) -> Path:
     """The folder of the whole story: the base model, the fine-tuned ones, and the grid."""
     folder = tmp_path_factory.mktemp("story")
-    tiny_qwen2(folder / "tiny-qwen2")
+    qwen2_for([question + answer for question, answer in question_pairs("forget01", "miniature")], folder / "tiny-qwen2")
     tune = f"train --model {folder}/tiny-qwen2 --method Finetune --on full,retain99 --learning-rate 3e-3 --max_steps 20 --output {folder}/tuned --quiet"
     assert main(tune.split()) == 0
     assert main(GRID.format(folder).split()) == 0
