@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 
@@ -19,7 +20,7 @@ from openunlearn_nb.experiments.grid_config import GridConfig
 from openunlearn_nb.experiments.claims import claim
 from openunlearn_nb.models.saving import save_model
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
-from openunlearn_nb.data.custom import Own, load_own
+from openunlearn_nb.data.custom import Own
 from openunlearn_nb.experiments.provenance import changes, difference, model_identity
 from openunlearn_nb.data.tofu import Tofu
 from openunlearn_nb.evaluation.entries import recompute
@@ -179,9 +180,27 @@ def test_a_checkpoint_of_another_model_or_other_rows(place, monkeypatch, what):
         another_seed(place / "model")
     else:
         (place / "data/forget.jsonl").write_text(json.dumps({"question": "Who wrote it?", "answer": "Somebody else."}))
-        load_own.cache_clear()  # as a new process would
     with pytest.raises(OpenUnlearnError, match=f"of a run with another {what}"):
         runs.train_model(config, "GradAscent", "own", None, {}, place / "out")
+
+
+def test_a_checkpoint_is_of_the_same_data_by_another_path(place, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stopped(*args):
+        save(*args)
+        raise Stop
+
+    save = SafeCheckpoints._save_checkpoint
+    monkeypatch.setattr(SafeCheckpoints, "_save_checkpoint", stopped)
+    monkeypatch.chdir(place)
+    (place / "link").symlink_to(place / "data")
+    config = runs.RunConfig(benchmark="OWN", model=str(place / "model"), data="data", save_each="epoch", epochs=2)
+    with pytest.raises(Stop):
+        runs.train_model(config, "GradAscent", "own", None, {}, place / "out")
+    monkeypatch.setattr(SafeCheckpoints, "_save_checkpoint", save)
+    assert runs.train_model(replace(config, data="link"), "GradAscent", "own", None, {}, place / "out")["losses"]
 
 
 @pytest.mark.checks(area="Identity", given="an eos that was corrected in generation_config.json between two evaluations", then="the answers are generated anew")

@@ -26,7 +26,6 @@ def own(tmp_path):
     def read(**files: str) -> list[dict]:
         for name, text in {"retain_txt": "The bridge stands.", **files}.items():
             (tmp_path / name.replace("_", ".")).write_text(text, encoding="utf-8")
-        load_own.cache_clear()
         return load_own(str(tmp_path), "forget")
 
     return read

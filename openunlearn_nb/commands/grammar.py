@@ -47,7 +47,7 @@ def _of_benchmark(name: str) -> list[Command]:
     of = BENCHMARKS[name]
     data = {"help": of.data_help + (", 'miniature', or a Hub id" if of.miniature else "")}
     changes = {"data": data if of.miniature else data | {"default": MISSING}}
-    without = [*([] if hasattr(of, "shots") else ["shots"]), *([] if len(of.splits) > 1 else ["splits", "split"])]
+    without = [*([] if hasattr(of, "shots") else ["shots"]), *(["splits", "split"] if len(of.splits) == 1 else [])]
     about = of.about or name
     grid = Command(GridOptions, f"unlearn {about} by several methods, and print the table", of.grid_example,
                    (GridSettings, ModelSettings, TrainingSettings, EvaluationSettings, ComparisonSettings),

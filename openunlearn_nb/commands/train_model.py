@@ -42,11 +42,12 @@ def finished_training(config: "RunConfig", name: str, folder: Path) -> dict[str,
     """The record of the model in a folder, empty where there is none.
 
     Raises where it was trained on something other than `name`, or with other settings."""
+    from openunlearn_nb.data.sources import same_place
     from openunlearn_nb.experiments.naming import training_record
     record = training_record(str(folder))
     if not record:
         return {}
-    before, now = record.get("config") or {}, json.loads(json.dumps(config.fingerprint()))
+    before, now = same_place(record.get("config") or {}), same_place(json.loads(json.dumps(config.fingerprint())))
     if record.get("split") != name or before != now:
         what = next((key for key in now if before.get(key) != now[key]), "training set")
         raise OpenUnlearnError(f"{folder} holds a model of another {what}; give another --output.")

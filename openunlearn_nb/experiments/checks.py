@@ -107,7 +107,7 @@ def check_placeholders(config: RunConfig) -> None:
     for name in ("retain_model", "model", "data"):
         allowed = BENCHMARKS.find(config.benchmark).placeholders.get(name)
         value = getattr(config, name)
-        unknown = set(re.findall("{.*?}", value or "")) - {allowed}
+        unknown = set(re.findall("{.*?}", value)) - {allowed} if isinstance(value, str) else set()
         if unknown:
             raise OpenUnlearnError(f"{name} {value!r} may hold {allowed or 'nothing'} in braces, not {unknown.pop()}.")
 

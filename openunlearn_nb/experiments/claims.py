@@ -93,4 +93,4 @@ def claim(grid: GridConfig, output: str | Path) -> None:
         )
     joined = {kind: known[kind] | now[kind] for kind in now}
     if not file.exists() or joined != known:
-        write_json(file, settings | joined)
+        write_json(file, same_place(settings) | joined)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..data.sources import data_name
 from ..data.benchmark import BENCHMARKS, Benchmark, made_benchmark
 from ..evaluation.callback import best_weights
 from ..evaluation.metric import METRICS, own_metrics, wanted
@@ -111,6 +112,7 @@ class RunConfig(_Named):
             value = getattr(self, f.name)
             if f.name not in WITHOUT_EFFECT and (value or not f.metadata.get("late")):
                 given[f.name] = value
+        given["data"] = data_name(self.data)
         if decides := identity_of(given.pop("training_args", {})):
             given["training_args"] = decides
         declared = {name: METRICS.files.get(name) for name in own_metrics(BENCHMARKS[self.benchmark])}

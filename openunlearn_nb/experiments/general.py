@@ -161,13 +161,13 @@ def evaluate_general(config: RunConfig, tasks: Sequence[str], output: str | Path
     join_group()
     _check_general(config, output, limit, num_fewshot, include)
     disable_progress_bar()  # of datasets; lm-eval has its own
-    data = config.data if miniature_seed(config.data) is not None else "miniature"
+    data = str(config.data) if miniature_seed(config.data) is not None else "miniature"
     manager = _tasks(tasks, include, data)
     what = {"config": config.fingerprint(), "tasks": sorted(tasks), "limit": limit, "num_fewshot": num_fewshot,
             "chat_template": chat, "trained_on": split, "include": include}
     with output_lock(output) as folder:
         check_output(folder, what)
-        path = model_path(config, split or config.source.splits[0])
+        path = model_path(config, split or config.source.available_splits()[0])
         model, enc = open_model(config, path, for_training=False)
         if chat and not enc.tokenizer.chat_template:
             raise OpenUnlearnError(

@@ -7,6 +7,7 @@ __all__ = ['WITHOUT_EFFECT', 'LATE', 'setting', 'ModelSettings', 'TrainingSettin
            'RunSettings', 'GridSettings']
 
 # %% ../../nbs/experiments/settings.ipynb #e64d88fe
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -30,7 +31,8 @@ class ModelSettings:
     benchmark: str = setting(DEFAULT_BENCHMARK, "the benchmark", flag="")
     model: str = setting("embedded", "'embedded', a preset, a model folder or a Hub id",
                          aliases=("pretrained_model_name_or_path",))
-    data: str = setting("miniature", "'miniature', a folder shaped like the benchmark's data set, or a Hub id")
+    data: str | Mapping[str, Any] = setting("miniature", "'miniature', a folder shaped like the benchmark's "
+                                            "data set, or a Hub id")
     seed: int = setting(0, "seed of unlearning")
     prompt: str | None = setting(None, "chat, llama-2, llama-3 or plain (default: the preset's; chat where the "
                                  "tokenizer has a template)")

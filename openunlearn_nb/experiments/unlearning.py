@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..data.sources import same_place
 from ..data.prompts import Encoder
 from .alternates import make_alternates, read_alternates
 from .config import Progress, RunConfig
@@ -116,7 +117,7 @@ def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, 
     alternates, about = _alternates(config, method, split, model, enc, recipe)
     noted |= about
     declared = declared_in(method)
-    identity = {"config": config.fingerprint(), "method": method, "split": split, "on": on,
+    identity = {"config": same_place(config.fingerprint()), "method": method, "split": split, "on": on,
                 "settings": _as_json(settings), **declared, "model": start or {}, "training set": noted["examples"]}
     model, losses = train(model, enc.tokenizer.pad_token_id, method, forget, retain, recipe, settings, alternates,
                           progress, config.compat, after_epoch, checkpoint, identity, for_saving,

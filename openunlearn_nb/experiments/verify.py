@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..data.sources import IN_MEMORY
 from ..evaluation.records import read_json
 from ..evaluation.retain_logs import record_beside
 from .config import RunConfig
@@ -31,7 +32,8 @@ def _config_of(record: dict[str, Any]) -> RunConfig:
 def _changed_rows(record: dict[str, Any]) -> list[str]:
     "Which data sets of a record hold other rows now, each as a sentence."
     try:
-        config, data = _config_of(record), record.get("data") or {}
+        config = _config_of(record)
+        data = {} if str(config.data).startswith(IN_MEMORY) else record.get("data") or {}  # rows in memory are gone
         now = config.source.hashes(record["split"]) if data else {}
         return [f"the rows of {name} have changed" for name, digest in data.items() if now.get(name) != digest]
     except OpenUnlearnError as e:

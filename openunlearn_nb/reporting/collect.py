@@ -217,7 +217,8 @@ def measured(runs: Iterable[Run], suite: str = DEFAULT_BENCHMARK) -> dict[str, V
         return _general(run for run in runs if run.suite == suite)
     benchmark, home = BENCHMARKS[suite], BENCHMARKS[suite]().home_split
     runs = [run for run in runs if run.suite == suite]
-    runs.sort(key=lambda run: (run.model, benchmark.splits.index(run.split), row_order(run.row)))
+    order = list(benchmark.splits) or sorted({run.split for run in runs})
+    runs.sort(key=lambda run: (run.model, order.index(run.split), row_order(run.row)))
     retain = {(run.model, run.split): run for run in runs if run.row == "Retain"}
     read = lru_cache(partial(read_retain_log, benchmark=benchmark))
     table: dict[str, Values] = {}

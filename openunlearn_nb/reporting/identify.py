@@ -77,6 +77,6 @@ def identify(file: Path) -> Run | None:
     missing = [key for key in ("model", "split", "row") if not isinstance(record.get(key), str)]
     if missing:
         raise OpenUnlearnError(f"The run record {file.parent / 'run.json'} does not say its {missing[0]}.")
-    if suite in BENCHMARKS:
+    if suite in BENCHMARKS and BENCHMARKS[suite].splits:  # none: the data say which there are
         check_choice(record["split"], BENCHMARKS[suite].splits, f"split in {file.parent / 'run.json'}")
     return Run(suite, record["model"], record["split"], record["row"], file, seed_of(file, record), record)
