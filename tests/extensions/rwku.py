@@ -42,3 +42,6 @@ class Rwku(Benchmark):
 
     def retain_rows(self, split):
         return [row for other in self.available_splits() if other != split for row in self.rows(f"forget_target/{other}")]
+
+    def reference_answers(self, split):
+        return [row["answer"] for row in self.rows(f"forget_level2/{split}")]
