@@ -160,10 +160,8 @@ def test_an_older_grid_is_compared_by_its_records(place):
     assert "models" in json.loads((place / "runs/grid.json").read_text())
 
 
-@pytest.mark.checks(area="Identity", given="a training that was interrupted, when its model or its rows have changed since",
-                    then="it does not go on from the checkpoint: one sentence says what is another")
-@pytest.mark.parametrize("what", ["model", "training set"])
-def test_a_checkpoint_of_another_model_or_other_rows(place, monkeypatch, what):
+def train_until_first_checkpoint(config, output, monkeypatch):
+    """Interrupt a training as soon as it has written a checkpoint."""
     class Stop(Exception):
         pass
 
@@ -172,10 +170,17 @@ def test_a_checkpoint_of_another_model_or_other_rows(place, monkeypatch, what):
         raise Stop
 
     save = SafeCheckpoints._save_checkpoint
-    monkeypatch.setattr(SafeCheckpoints, "_save_checkpoint", stopped)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(SafeCheckpoints, "_save_checkpoint", stopped)
+        runs.train_model(config, "GradAscent", "own", None, {}, output)
+
+
+@pytest.mark.checks(area="Identity", given="a training that was interrupted, when its model or its rows have changed since",
+                    then="it does not go on from the checkpoint: one sentence says what is another")
+@pytest.mark.parametrize("what", ["model", "training set"])
+def test_a_checkpoint_of_another_model_or_other_rows(place, monkeypatch, what):
     config = runs.RunConfig(benchmark="OWN", model=str(place / "model"), data=str(place / "data"), save_each="epoch", epochs=2)
-    with pytest.raises(Stop):
-        runs.train_model(config, "GradAscent", "own", None, {}, place / "out")
+    train_until_first_checkpoint(config, place / "out", monkeypatch)
     if what == "model":
         another_seed(place / "model")
     else:
@@ -185,21 +190,10 @@ def test_a_checkpoint_of_another_model_or_other_rows(place, monkeypatch, what):
 
 
 def test_a_checkpoint_is_of_the_same_data_by_another_path(place, monkeypatch):
-    class Stop(Exception):
-        pass
-
-    def stopped(*args):
-        save(*args)
-        raise Stop
-
-    save = SafeCheckpoints._save_checkpoint
-    monkeypatch.setattr(SafeCheckpoints, "_save_checkpoint", stopped)
     monkeypatch.chdir(place)
     (place / "link").symlink_to(place / "data")
     config = runs.RunConfig(benchmark="OWN", model=str(place / "model"), data="data", save_each="epoch", epochs=2)
-    with pytest.raises(Stop):
-        runs.train_model(config, "GradAscent", "own", None, {}, place / "out")
-    monkeypatch.setattr(SafeCheckpoints, "_save_checkpoint", save)
+    train_until_first_checkpoint(config, place / "out", monkeypatch)
     assert runs.train_model(replace(config, data="link"), "GradAscent", "own", None, {}, place / "out")["losses"]
 
 
