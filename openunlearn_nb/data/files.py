@@ -136,7 +136,7 @@ def read_table(file: Path, any_columns: bool = False) -> list[dict]:
 
     `any_columns`: a CSV file may have others than question and answer, or text."""
     try:
-        return _table(file, any_columns, *file_state(file))
+        return [dict(row) for row in _table(file, any_columns, *file_state(file))]  # the caller's to change
     except OSError as e:
         raise OpenUnlearnError(f"Cannot read {file}: {e.strerror or e}.") from e
 
