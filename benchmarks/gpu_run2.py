@@ -358,7 +358,7 @@ def blocks(args: Namespace) -> list[Block]:
         block("model and data", 21, unpack),
         block("fine-tuning", 90, fine_tunes),
         block("methods", 70, grid),
-        block("fp32 and bf16", 30, arithmetic),
         block("four bits", 20, four_bits),
         block("ZeRO-3", 60, zero3),
+        block("fp32 and bf16", 30, arithmetic),
     ]

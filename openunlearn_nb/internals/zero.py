@@ -111,5 +111,6 @@ def release(engine: Any, keep: nn.Module | None = None) -> None:
     for tensor in _tensors_of(engine):
         storage = tensor.untyped_storage()
         if storage.nbytes() and storage.data_ptr() not in needed:
-            storage.resize_(0)
+            if storage.resizable():  # a paged optimizer's state lies in a buffer that torch does not own
+                storage.resize_(0)
             tensor.data = tensor.new_empty(0)  # so that who uses it all the same gets an error, not memory that is gone
