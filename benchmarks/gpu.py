@@ -12,12 +12,15 @@ run1 (330 s): ceilings of copy and matrix product; a short training, scoring, ge
 forward and 128,256 tokens of vocabulary (tokens a second, model FLOPs utilisation, peak memory beside `plan`'s
 figure); NPO at 4, 8 and 32 rows, with checkpointing and without; the usual way (benchmarks/plain.py, weights in bf16)
 for NPO, UNDIAL, RMU and an evaluation.
-run2 (300 s): Finetune on full and retain90, six methods on forget10, evaluated; three of the models scored in fp32
-and in bf16; four-bit loading and ZeRO-3 on one GPU where bitsandbytes and deepspeed are there.
+run2 (300 s): Finetune on full and retain90, six methods on forget10, evaluated; four-bit loading and ZeRO-3 on one
+GPU where bitsandbytes and deepspeed are there; three of the models scored in fp32 and in bf16.
 
 On an H100 run1 took 100 s without its last block, which needs another 135 (200 tokens of generation take 16 s, however
 many the rows). Of run2, six epochs on full and on retain90, side by side, took 127 s (0.15 s a step of 32 rows, nearly
-all of it the launching of kernels), and an evaluation 65 s; the default is four epochs.
+all of it the launching of kernels) with torch's AdamW, five epochs 172 s (0.24 s a step) with bitsandbytes' paged one,
+which waits for the GPU after each parameter; an evaluation 65 s. Seven cells at once (--jobs 7) took 150 to 170 s each,
+and the whole table with its fine-tuning, two programs and all, about 700 s. The default is four epochs. Importing what
+a program needs takes 20 s on such a machine.
 
 What the machine needs: Python 3.12 with torch, accelerate 1.15, peft, pandas, scipy and what these need; transformers
 5.17 is too old (its TrainingArguments have no `activation_checkpointing`). benchmarks/wheels.py gathers the rest, 150

@@ -54,6 +54,12 @@ def results(record: dict) -> dict[str, dict]:
     return {name: entry["result"] for name, entry in record["blocks"].items() if "result" in entry}
 
 
+def label(record: dict) -> str:
+    """The card, and of run2 for how many epochs the models were fine-tuned: what tells its records apart."""
+    epochs = record.get("finetune_epochs")
+    return record["card"] + (f", {epochs} epochs" if epochs else "")
+
+
 def named(values: dict, names: dict[str, str]) -> dict:
     return {new: values.get(old) for old, new in names.items()}
 
@@ -99,10 +105,16 @@ def ratios(record: dict) -> Rows:
 def fine_tunes(record: dict) -> Rows:
     names = {"steps": "steps", "first_loss": "first loss", "last_loss": "last loss", "seconds": "seconds"}
     return [
-        {"taught": name, **named(of, names)}
+        {"trained on": name, **named(of, names)}
         for name, of in results(record).get("fine-tuning", {}).items()
         if isinstance(of, dict)
     ]
+
+
+def optimizers(record: dict) -> Rows:
+    names = {"first_loss": "first loss", "last_loss": "last loss", "seconds": "seconds"}
+    found = results(record).get("IdkDPO by two optimizers", {})
+    return [{"optimizer": name, **named(of, names)} for name, of in found.items()]
 
 
 def methods(record: dict) -> Rows:
@@ -141,6 +153,7 @@ TABLES = {
     "run2": {
         "Fine-tuning": fine_tunes,
         "Methods": methods,
+        "IdkDPO by two optimizers": optimizers,
         "The same weights, scored in fp32 and in bf16": arithmetic,
         "In four bits": four_bits,
         "Not measured": missing,
@@ -157,10 +170,10 @@ def shown(name: str, value: Any) -> str:
 
 
 def gpu_tables(folder: str | Path, run: str) -> dict[str, pd.DataFrame]:
-    """By title, the tables of a run's records in a folder, each row with its card; none where there is no record."""
+    """By title, the tables of a run's records in a folder, each row with its `label`; none where there is no record."""
     tables: dict[str, pd.DataFrame] = {}
     for title, rows_of in TABLES[run].items():
-        if rows := [{"card": record["card"], **row} for record in records(folder, run) for row in rows_of(record)]:
+        if rows := [{"card": label(record), **row} for record in records(folder, run) for row in rows_of(record)]:
             tables[title] = (
                 pd.DataFrame([{name: shown(name, value) for name, value in row.items()} for row in rows])
                 .fillna("")
