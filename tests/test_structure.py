@@ -20,7 +20,6 @@ BY_HAND = {"__init__.py", "__main__.py", "_modidx.py"}  # written by hand, or an
 
 # What is not rewritten yet. Whoever rewrites a chapter takes its name away; none is added.
 LONG_LINES = {
-    "data/miniature_muse",
     "data/muse", "data/prompts", "data/tofu", "data/wmdp",
     "training/phases",
 }
