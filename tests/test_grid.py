@@ -19,7 +19,8 @@ from openunlearn_nb.experiments.grid import plan, run_grid
 from openunlearn_nb.data.miniature_tofu import make_tofu
 from openunlearn_nb.evaluation.records import read_json
 from openunlearn_nb.experiments.cells import cell_folder, finished
-from openunlearn_nb.data.tofu import UTILITY, Tofu
+from openunlearn_nb.data.tofu import Tofu
+from openunlearn_nb.data.tofu_metrics import UTILITY
 from openunlearn_nb.evaluation.entries import recompute
 from openunlearn_nb.reporting.collect import find_runs, measured
 from openunlearn_nb.data.tofu import write_tofu
