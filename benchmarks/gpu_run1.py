@@ -392,7 +392,8 @@ def evaluation(bench: Bench, usual: bool) -> Found:
 
     from openunlearn_nb.evaluation.evaluate import evaluate
     from openunlearn_nb.evaluation.model_results import Usage
-    from openunlearn_nb.data.prompts import PROMPTS, Encoder
+    from openunlearn_nb.data.encoding import Encoder
+    from openunlearn_nb.data.prompts import PROMPTS
     from openunlearn_nb.data.tofu import Tofu
 
     model, enc = bench.fresh(half=True), Encoder(bench.tokenizer, PROMPTS["chat"], 512)

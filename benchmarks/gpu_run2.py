@@ -270,7 +270,7 @@ def asked(args: Namespace, name: str, half: bool, retain: dict | None) -> dict[s
     from openunlearn_nb.experiments.run_models import prompt_of
     from openunlearn_nb.models.loading import load_model, load_tokenizer
     from openunlearn_nb.evaluation.evaluate import evaluate
-    from openunlearn_nb.data.prompts import Encoder
+    from openunlearn_nb.data.encoding import Encoder
     from openunlearn_nb.experiments.runs import result_cache
 
     path = str(models(args) / name)
@@ -313,7 +313,7 @@ def four_bits(args: Namespace) -> Found:
     from openunlearn_nb.experiments.config import RunConfig
     from openunlearn_nb.experiments.run_models import prompt_of
     from openunlearn_nb.models.loading import load_model, load_tokenizer
-    from openunlearn_nb.data.prompts import Encoder
+    from openunlearn_nb.data.encoding import Encoder
     from openunlearn_nb.models.scoring import score
 
     need_package("bitsandbytes")

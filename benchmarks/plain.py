@@ -20,7 +20,7 @@ from openunlearn_nb.evaluation.entries import combined_entry, compute_entries
 from openunlearn_nb.evaluation.metric import Context, metric_table, needed, wanted
 from openunlearn_nb.evaluation.model_results import ModelResults, ScoredRow, Usage
 from openunlearn_nb.methods.method import TERMS, Method, MethodLoss
-from openunlearn_nb.data.prompts import collate, encode
+from openunlearn_nb.data.encoding import collate, encode
 from openunlearn_nb.models.scoring import NOTHING, TokenScores
 
 ROWS = 32  # a batch of evaluation, as in the reference code

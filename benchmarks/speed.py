@@ -36,7 +36,8 @@ def middle(data: str, epochs: int = 3):
     from openunlearn_nb.models.saving import cache_dir, save_model
     from openunlearn_nb.models.tiny import train_tokenizer
     from openunlearn_nb.training.pairs import TrainConfig
-    from openunlearn_nb.data.prompts import PROMPTS, Encoder
+    from openunlearn_nb.data.encoding import Encoder
+    from openunlearn_nb.data.prompts import PROMPTS
     from openunlearn_nb.data.tofu import Tofu
     from openunlearn_nb.training.trainer import train
 
@@ -76,7 +77,8 @@ def train_child(args, method: str, mode: str, rows: int = 40, words: int | None 
 
     from openunlearn_nb.models.loading import load_model, load_tokenizer
     from openunlearn_nb.training.pairs import TrainConfig
-    from openunlearn_nb.data.prompts import PROMPTS, Encoder, encode_all
+    from openunlearn_nb.data.encoding import Encoder, encode_all
+    from openunlearn_nb.data.prompts import PROMPTS
     from openunlearn_nb.evaluation.records import peak_memory
     from openunlearn_nb.data.tofu import load_refusals, question_pairs
     from openunlearn_nb.training.trainer import train
@@ -105,7 +107,8 @@ def evaluate_child(args, name: str, mode: str, split: str = "forget10", count: i
     from openunlearn_nb.data.muse import Muse
     from openunlearn_nb.evaluation.evaluate import evaluate
     from openunlearn_nb.evaluation.model_results import Usage
-    from openunlearn_nb.data.prompts import Encoder, prompt_format
+    from openunlearn_nb.data.encoding import Encoder
+    from openunlearn_nb.data.prompts import prompt_format
     from openunlearn_nb.evaluation.records import peak_memory
     from openunlearn_nb.internals.files import finite
     from openunlearn_nb.data.tofu import Tofu

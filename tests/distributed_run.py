@@ -16,7 +16,8 @@ from openunlearn_nb.models.saving import save_model
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.training.pairs import TrainConfig
 from openunlearn_nb.internals.processes import is_main, join_group, leave_group, wait_for_all, world_size
-from openunlearn_nb.data.prompts import PROMPTS, Encoder, encode_all
+from openunlearn_nb.data.encoding import Encoder, encode_all
+from openunlearn_nb.data.prompts import PROMPTS
 from openunlearn_nb.training.trainer import train
 
 SETTINGS = {"RMU": {"module_regex": r"model\.layers\.1"}, "NPO-KL": {"retain_loss_type": "KL"},

@@ -22,7 +22,8 @@ from openunlearn_nb.training.pairs import TrainConfig
 from openunlearn_nb.evaluation.entries import compute_entries, recompute, summarise
 from openunlearn_nb.evaluation.metric import Context
 from openunlearn_nb.evaluation.model_results import ModelResults
-from openunlearn_nb.data.prompts import PROMPTS, Encoder
+from openunlearn_nb.data.encoding import Encoder
+from openunlearn_nb.data.prompts import PROMPTS
 from openunlearn_nb.evaluation.records import read_json
 from openunlearn_nb.internals.files import to_json
 from openunlearn_nb.reporting.report import write_report

@@ -8,7 +8,8 @@ import pytest
 
 import openunlearn_nb
 from openunlearn_nb.data.benchmark import Benchmark
-from openunlearn_nb.data.prompts import PROMPTS, Encoder, collate
+from openunlearn_nb.data.encoding import Encoder, collate
+from openunlearn_nb.data.prompts import PROMPTS
 from openunlearn_nb.data.sources import write_folder
 from openunlearn_nb.evaluation.callback import EvaluateCallback
 from openunlearn_nb.evaluation.evaluate import Evaluation, evaluate

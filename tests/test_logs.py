@@ -11,7 +11,8 @@ from openunlearn_nb.evaluation.metric import rows_of
 from openunlearn_nb.evaluation.rouge import rouge_row
 from openunlearn_nb.models.tiny import train_tokenizer
 from openunlearn_nb.data.muse import Muse
-from openunlearn_nb.data.prompts import PROMPTS, Encoder
+from openunlearn_nb.data.encoding import Encoder
+from openunlearn_nb.data.prompts import PROMPTS
 from openunlearn_nb.evaluation.records import read_json
 from openunlearn_nb.reporting.collect import find_runs, measured
 from openunlearn_nb.reporting.tables import digits, published

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.methods.method import METHODS, method_loss
-from openunlearn_nb.data.prompts import collate
+from openunlearn_nb.data.encoding import collate
 
 TWELVE = ["GradAscent", "GradDiff", "IdkDPO", "NPO", "SimNPO", "RMU", "UNDIAL", "AltPO", "SatImp", "WGA", "CEU", "PDU"]
 LAYER = {"module_regex": r"model\.layers\.1"}

@@ -22,7 +22,7 @@ from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.models.tokenizers import fit_tokenizer
 from openunlearn_nb.training.pairs import TrainConfig
 from openunlearn_nb.models.prefixes import can_share_prefixes, respects_padding_mask
-from openunlearn_nb.data.prompts import collate
+from openunlearn_nb.data.encoding import collate
 from openunlearn_nb.models.scoring import score
 from openunlearn_nb.training.trainer import train
 

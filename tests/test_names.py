@@ -17,7 +17,8 @@ from openunlearn_nb.experiments.seeds import run_seeds
 from openunlearn_nb.models.tiny import train_tokenizer
 from openunlearn_nb.internals.registry import import_file
 from openunlearn_nb.methods.method import METHODS, method
-from openunlearn_nb.data.prompts import PROMPTS, Encoder
+from openunlearn_nb.data.encoding import Encoder
+from openunlearn_nb.data.prompts import PROMPTS
 from openunlearn_nb.internals.files import write_json
 from openunlearn_nb.experiments.unlearning import count_overlap
 

@@ -19,7 +19,8 @@ from openunlearn_nb.models.loading import load_model, quiet
 from openunlearn_nb.models.saving import save_model
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.training.pairs import TrainConfig
-from openunlearn_nb.data.prompts import PROMPTS, Encoder, encode_all
+from openunlearn_nb.data.encoding import Encoder, encode_all
+from openunlearn_nb.data.prompts import PROMPTS
 from openunlearn_nb.models.scoring import score
 from openunlearn_nb.training.memory import OPTIMIZERS
 from openunlearn_nb.methods.method import METHODS, Method

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from openunlearn_nb.data import prompts as p
+from openunlearn_nb.data import prompts
 from openunlearn_nb.experiments.config import RunConfig
 from openunlearn_nb.experiments.checks import check_config
 from openunlearn_nb.experiments.run_models import prompt_of
@@ -20,7 +20,9 @@ from openunlearn_nb.models.saving import save_model
 from openunlearn_nb.models.tiny import tiny_llama
 from openunlearn_nb.data.muse import few_shot
 from openunlearn_nb.training.pairs import TrainConfig
-from openunlearn_nb.data.prompts import PROMPTS, Encoder, PromptFormat, all_prompts, encode, encode_all, prompt_format
+from openunlearn_nb.data.encoding import (Encoder, all_prompts, collate, encode, encode_all, encode_passage, encode_questions,
+                                          example_prompt)
+from openunlearn_nb.data.prompts import PROMPTS, PromptFormat, prompt_format
 from openunlearn_nb.data.tofu import COMMON, Tofu, load_tofu
 from openunlearn_nb.training.trainer import train
 
@@ -96,7 +98,7 @@ def test_an_added_eos_moves_no_border(adds_bos):
     plain = PROMPTS["plain"]
     assert answer_in(tokenizer, encode(tokenizer, *QUESTIONS[0], plain)) == " Paris<eos>"
     assert tokenizer.decode(all_prompts(tokenizer, ["Who?"], plain)[0], skip_special_tokens=False).endswith("Answer:")
-    passage = p.encode_passage(tokenizer, "the town", "of rivers")
+    passage = encode_passage(tokenizer, "the town", "of rivers")
     assert answer_in(tokenizer, passage) == " of rivers"
     icl = few_shot(Encoder(tokenizer, plain), [{"question": "Who?"}], [{"question": "It?", "answer": "Yes"}], "a test")
     assert tokenizer.decode(icl[0], skip_special_tokens=True) == "Question: It?\nAnswer: Yes\n\nQuestion: Who?\nAnswer: "
@@ -183,9 +185,9 @@ def test_the_published_models_read_what_they_read_before(make, name, data, reque
                     then="it is not asked; its generation is null and counted in a warning")
 def test_a_question_longer_than_the_positions_is_not_asked():
     enc = Encoder(byte_level(), PROMPTS["plain"], 512, positions=250)
-    with pytest.warns(UserWarning, match="1 of 2 questions have up to .* they are not asked"):
-        prompts = p.ask_all(enc, [("Who? " * 50, "Mara"), ("Who?", "Mara")])
-    assert [ids is None for ids in prompts.ids] == [True, False]
+    with pytest.warns(UserWarning, match="1 of 2 questions have up to .* no answer is generated for them"):
+        questions = encode_questions(enc, [("Who? " * 50, "Mara"), ("Who?", "Mara")])
+    assert [ids is None for ids in questions.ids] == [True, False]
 
 
 # Which prompt it was
@@ -199,7 +201,7 @@ def test_the_clock_stands_still_in_templates_and_runs_elsewhere():
     from transformers.utils import chat_template_utils
 
     tokenizer = byte_level(DATED)
-    assert "10 Apr 2025 00:00:00" in p.example_prompt(Encoder(tokenizer, PROMPTS["chat"]))
+    assert "10 Apr 2025 00:00:00" in example_prompt(Encoder(tokenizer, PROMPTS["chat"]))
     assert chat_template_utils.datetime.now().year > 2025
 
 
@@ -253,7 +255,7 @@ def test_a_template_that_raises_is_one_sentence():
 
 @pytest.mark.checks(area="Untrusted text", given="a chat template that never ends", then="it is stopped after a time limit")
 def test_a_template_that_never_ends_is_given_up(monkeypatch):
-    monkeypatch.setattr(p, "TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 0.3)
     tokenizer = byte_level("{% for i in range(9999) %}{% for j in range(999) %}{% for k in range(9) %}{% endfor %}{% endfor %}{% endfor %}")
     with pytest.raises(OpenUnlearnError, match="not done after"):
         encode(tokenizer, *QUESTIONS[0], PROMPTS["chat"])
@@ -265,5 +267,5 @@ def test_padding_and_order_change_no_labels():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert together == [encode(tokenizer, q, a, PROMPTS["chat"]) for q, a in QUESTIONS]
-    batch = p.collate(together, 0)
+    batch = collate(together, 0)
     assert torch.equal((batch["labels"] != -100).sum(1), torch.tensor([sum(label != -100 for label in e["labels"]) for e in together]))

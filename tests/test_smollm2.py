@@ -10,7 +10,8 @@ from openunlearn_nb.experiments.config import RunConfig
 from openunlearn_nb.experiments.run_models import model_path, prompt_of
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.models.loading import PRESETS, load_model, load_tokenizer
-from openunlearn_nb.data.prompts import PROMPTS, Encoder, conversation_ids, encode_all
+from openunlearn_nb.data.encoding import Encoder, conversation_ids, encode_all
+from openunlearn_nb.data.prompts import PROMPTS
 from openunlearn_nb.experiments.runs import start_of
 
 NAME = "SmolLM2-135M-Instruct"

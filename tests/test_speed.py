@@ -18,7 +18,8 @@ from openunlearn_nb.data.muse import Muse  # noqa: E402
 from openunlearn_nb.training.pairs import TrainConfig  # noqa: E402
 from openunlearn_nb.evaluation.evaluate import evaluate  # noqa: E402
 from openunlearn_nb.evaluation.model_results import Usage  # noqa: E402
-from openunlearn_nb.data.prompts import Encoder, encode_all, prompt_format  # noqa: E402
+from openunlearn_nb.data.encoding import Encoder, encode_all  # noqa: E402
+from openunlearn_nb.data.prompts import prompt_format  # noqa: E402
 from openunlearn_nb.evaluation.records import read_json  # noqa: E402
 from openunlearn_nb.internals.files import finite  # noqa: E402
 from openunlearn_nb.data.tofu import Tofu  # noqa: E402

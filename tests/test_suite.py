@@ -17,7 +17,8 @@ from openunlearn_nb.training.pairs import TrainConfig
 from openunlearn_nb.evaluation.entries import compute_entries
 from openunlearn_nb.evaluation.metric import Context
 from openunlearn_nb.evaluation.model_results import ModelResults
-from openunlearn_nb.data.prompts import PROMPTS, Encoder, encode_all
+from openunlearn_nb.data.encoding import Encoder, encode_all
+from openunlearn_nb.data.prompts import PROMPTS
 from openunlearn_nb.evaluation.records import read_json
 from openunlearn_nb.data.tofu import Tofu, load_tofu
 from openunlearn_nb.training.trainer import train

@@ -11,7 +11,8 @@ from openunlearn_nb.evaluation.rouge import rouge_row, unicode_words
 from openunlearn_nb.models.tiny import train_tokenizer
 from openunlearn_nb.data.passages import chunk
 from openunlearn_nb.data.custom import Own, load_own
-from openunlearn_nb.data.prompts import PROMPTS, Encoder
+from openunlearn_nb.data.encoding import Encoder
+from openunlearn_nb.data.prompts import PROMPTS
 
 ROUGE = ("rouge1_recall", "rougeL_f1", "rougeL_recall")
 JAPANESE = "川は海へ流れる。橋の上に魚🐟がいる。"

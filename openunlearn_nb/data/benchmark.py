@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 from ..internals.hashes import content_hash
 from .passages import chunk, continuations, row_examples
-from .prompts import Encoder, Prompts, ask_all, encode_all, encode_passages
+from .encoding import Encoder, Prompts, encode_questions, encode_all, encode_passages
 from .values import BenchmarkValues
 from .sources import Pairs, Row, load_rows, miniature_seed, pairs_in, texts_in
 from ..internals.errors import OpenUnlearnError, check_choice
@@ -143,7 +143,7 @@ class BenchmarkQuestions(BenchmarkTraining):
     def prompts(self, name: str, enc: Encoder) -> Prompts:
         "The questions of a data set, or the first halves of its pieces of text, with what should follow."
         if pairs := pairs_in(self.rows(name)):
-            return ask_all(enc, pairs, self.new_tokens)
+            return encode_questions(enc, pairs, self.new_tokens)
         return continuations(enc, self.pieces(name, enc), self.text_tokens, name)
 
     def reference_answers(self, split: str) -> list[str]:

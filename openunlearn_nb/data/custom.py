@@ -17,7 +17,7 @@ from .benchmark import REFUSALS, Benchmark, benchmark
 from .files import file_state, list_cells, read_table
 from .metric_tables import QUESTION_COLUMNS, QUESTION_TABLE
 from .passages import row_examples
-from .prompts import Encoder
+from .encoding import Encoder
 from openunlearn_nb.data.sources import (
     Row,
     check_rows,

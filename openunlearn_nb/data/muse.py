@@ -20,7 +20,7 @@ from .benchmark import Benchmark, benchmark
 from .miniature_muse import make_muse
 from .muse_metrics import MuseMetrics
 from .passages import beginnings, chunk_examples
-from .prompts import Encoder, Prompts, all_conversation_ids, encode_passages
+from .encoding import Encoder, Prompts, all_conversation_ids, encode_passages
 from .sources import check_rows, load_rows, miniature_seed, split_names
 from ..internals.errors import OpenUnlearnError, check_choice
 from ..internals.hashes import content_hash

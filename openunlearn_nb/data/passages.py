@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ..internals.errors import OpenUnlearnError
-from .prompts import PASSAGE_FORMAT, Encoder, Prompts, encode_all, encode_passage, without_added_eos
+from .encoding import PASSAGE_FORMAT, Encoder, Prompts, encode_all, encode_passage, without_added_eos
 from .sources import Row, pairs_in, texts_in
 
 if TYPE_CHECKING:

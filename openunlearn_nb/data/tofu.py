@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from .benchmark import REFUSALS, Benchmark, benchmark
 from .miniature_tofu import make_tofu
-from .prompts import Encoder, encode_all
+from .encoding import Encoder, encode_all
 from openunlearn_nb.data.sources import (
     Pairs,
     Row,

@@ -14,7 +14,7 @@ from typing import Any
 from .benchmark import Benchmark, benchmark
 from .muse import Muse, load_muse
 from .passages import chunk_examples
-from .prompts import Encoder
+from .encoding import Encoder
 from .sources import check_rows, load_rows, local_folder, miniature_seed, wrong_with
 from ..internals.errors import OpenUnlearnError, check_choice
 from ..internals.hashes import content_hash

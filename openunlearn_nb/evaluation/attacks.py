@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from openunlearn_nb.data.benchmark import Benchmark
-    from openunlearn_nb.data.prompts import Encoder
+    from openunlearn_nb.data.encoding import Encoder
 
 A = TypeVar("A")
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.benchmark import Benchmark, made_benchmark
-from ..data.prompts import Encoder, PromptFormat, prompt_format
+from ..data.encoding import Encoder
+from ..data.prompts import PromptFormat, prompt_format
 from .cache import ResultCache
 from .entries import compute_entries, summarise
 from .metric import Context, Entry, Row, rows_of, wanted

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.benchmark import Benchmark
-from ..data.prompts import Encoder, Prompts
+from ..data.encoding import Encoder, Prompts
 from .cache import ResultCache, cached_scores, cached_texts
 from .metric import Row
 from .metrics import is_finite

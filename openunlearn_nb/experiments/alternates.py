@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, set_seed
 
-from ..data.prompts import Encoder, all_conversation_ids
+from ..data.encoding import Encoder, all_conversation_ids
 from ..data.sources import wrong_with
 from ..internals.errors import OpenUnlearnError
 from ..internals.files import write_text

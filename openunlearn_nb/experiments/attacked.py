@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..data.prompts import Encoder
+from ..data.encoding import Encoder
 from ..evaluation.attacks import ATTACKS, AttackData, evaluate_attacked, robustness
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.records import log_file, read_json, run_record, write_run

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..data.benchmark import Benchmark
-from ..data.prompts import Encoder, common_beginning
+from ..data.encoding import Encoder, common_beginning
 from ..evaluation.evaluate import evaluate
 from ..evaluation.metric import metric_table, needed, wanted
 from ..evaluation.model_results import Usage

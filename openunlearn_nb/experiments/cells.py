@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..data.catalogue import DEFAULT_BENCHMARK
-from ..data.prompts import Encoder, example_prompt
+from ..data.encoding import Encoder, example_prompt
 from ..evaluation.cache import ResultCache
 from ..evaluation.callback import EvaluationHistory, add_evaluation, finish_history
 from ..evaluation.evaluate import Evaluation, architecture, evaluate

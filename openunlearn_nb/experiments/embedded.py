@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..data.benchmark import BENCHMARKS, Benchmark
 from ..data.catalogue import DEFAULT_BENCHMARK
-from ..data.prompts import Encoder, PROMPTS
+from ..data.encoding import Encoder
+from ..data.prompts import PROMPTS
 from ..data.values import method_recipe
 from ..internals.errors import OpenUnlearnError
 from ..internals.files import check_writable, write_bytes

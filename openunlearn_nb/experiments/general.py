@@ -18,7 +18,8 @@ from datasets.utils.logging import disable_progress_bar
 from transformers import PreTrainedModel
 
 from ..data.benchmark import BENCHMARKS
-from ..data.prompts import Encoder, pinned_clock
+from ..data.encoding import Encoder
+from ..data.prompts import pinned_clock
 from ..data.sources import miniature_seed
 from ..evaluation.records import run_record
 from .checks import check_config

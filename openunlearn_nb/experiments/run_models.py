@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.prompts import Encoder, PromptFormat, prompt_format
+from ..data.encoding import Encoder
+
+from ..data.prompts import PromptFormat, prompt_format
 from ..evaluation.records import read_json
 from .config import Progress, RunConfig, template_arguments
 from .embedded import embedded_model

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..data.prompts import example_prompt
+from ..data.encoding import example_prompt
 from ..data.sources import same_place
 from ..evaluation.cache import ResultCache
 from ..evaluation.evaluate import architecture, evaluate

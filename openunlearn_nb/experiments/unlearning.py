@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..data.sources import same_place
-from ..data.prompts import Encoder
+from ..data.encoding import Encoder
 from .alternates import make_alternates, read_alternates
 from .config import Progress, RunConfig
 from .recipes import fit_to_memory, recipe_of

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from ..data.prompts import PROMPTS, Encoder, collate, encode_all
+from ..data.encoding import Encoder, collate, encode_all
+
+from ..data.prompts import PROMPTS
 from .method import METHODS, Method
 from ..models.forwards import Batch, sequence_nll
 from ..models.tiny import tiny_llama, train_tokenizer

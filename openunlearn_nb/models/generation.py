@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.prompts import collate
+from ..data.encoding import collate
 from ..internals.devices import free_memory, halve_until_it_fits
 from ..internals.processes import merged, own_share
 from .forwards import check_ids

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from ..data.prompts import common_beginning
+from ..data.encoding import common_beginning
 from ..internals.zero import is_sharded
 from .forwards import bare, logits_at, model_inputs
 from .tokenizers import vocabulary_size

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..data.prompts import collate
+from ..data.encoding import collate
 from ..internals.devices import free_memory, halve_until_it_fits
 from ..internals.processes import merged, own_share
 from .forwards import answer_logits, check_ids, logits_at

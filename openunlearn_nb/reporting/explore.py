@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..internals.errors import OpenUnlearnError, printable
 from ..models.generation import generate
-from ..data.prompts import Encoder, conversation_ids, encode_all
+from ..data.encoding import Encoder, conversation_ids, encode_all
 from ..evaluation.records import read_json
 from ..models.scoring import score
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from ..data.benchmark import BENCHMARKS
-from ..data.prompts import Encoder, collate, encode_all
+from ..data.encoding import Encoder, collate, encode_all
 from ..internals.devices import computes_in_bf16
 from ..internals.errors import OpenUnlearnError
 from ..internals.processes import merged, rank, world_size

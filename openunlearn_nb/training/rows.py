@@ -11,7 +11,9 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.prompts import Encoder, encode_all, encode_passage, prompt_format
+from ..data.encoding import Encoder, encode_all, encode_passage
+
+from ..data.prompts import prompt_format
 from ..internals.errors import OpenUnlearnError
 
 # %% ../../nbs/training/rows.ipynb #89d54216
