@@ -24,7 +24,10 @@ ROOMS = {  # folder: title, question, and what a reader should know before the c
                  "The trainer is a `transformers.Trainer` over pairs of forget and retain rows. Two chapters compute what a run "
                  "needs of memory before it starts."),
     "evaluation": ("Evaluation", "Did it forget, does it stay forgotten, and what else was lost?",
-                   "A model is run twice over each data set; every metric is computed from those results without the model."),
+                   "A model scores the given answers of each data set and writes its own; every metric is computed from these "
+                   "two without the model. `Evaluate` is the call for a model in memory. To add a metric read `Metric`, to add "
+                   "an attack `Attacks`. `Metrics`, `ROUGE`, `Membership` and `Gibberish` define the numbers of the tables; "
+                   "the chapters after the catalogue show how they come about and how they are stored."),
     "experiments": ("Experiments", "How does one command become a table?",
                     "A run is one model, method and split. A grid is many runs, divided over GPUs and continued after an "
                     "interruption. Each leaves a record from which it can be repeated."),

@@ -59,17 +59,22 @@ def test_an_evaluation_survives_its_folder_and_serves_as_retain_evaluation(model
         evaluate(*model_and_tokenizer, Tales, data=other, metrics=QUICK, retain=tmp_path)
 
 
+def test_an_evaluation_without_rows_is_an_empty_table():
+    assert Evaluation({"model_utility": {"agg_value": 0.6}}, ("model_utility",), {}).to_pandas().empty
+
+
 def test_a_callback_keeps_the_best_model_by_a_weighted_sum_in_a_plain_trainer(model_and_tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
     model, tokenizer = tiny_llama(model_and_tokenizer[1], hidden=32, layers=2), model_and_tokenizer[1]
     examples = Tales(ROWS).forget_examples("tales", Encoder(tokenizer, PROMPTS["chat"]))
     best = {"forget_Q_A_Prob": 1, "retain_Q_A_Prob": 0.1}
-    callback = EvaluateCallback(Tales, data=ROWS, steps=2, best=best, metrics=QUICK)
+    callback = EvaluateCallback(Tales, data=ROWS, steps=2, best=best, metrics="extraction_strength")
     args = transformers.TrainingArguments(str(tmp_path), max_steps=6, learning_rate=1e-2, report_to=[], save_strategy="no",
                                           use_cpu=True, disable_tqdm=True, logging_strategy="no")
     transformers.Trainer(model, args, train_dataset=examples, processing_class=tokenizer, callbacks=[callback],
                          data_collator=lambda rows: collate(rows, tokenizer.pad_token_id)).train()
     assert list(callback.summaries) == ["2", "4", "6"] and model.training
+    assert set(callback.summaries["2"]) == set(QUICK)  # those of `best` are computed too
     sums = {step: -values["forget_Q_A_Prob"] + 0.1 * values["retain_Q_A_Prob"] for step, values in callback.summaries.items()}
     now = evaluate(model, tokenizer, Tales, data=ROWS, metrics=QUICK).summary
     assert -now["forget_Q_A_Prob"] + 0.1 * now["retain_Q_A_Prob"] == pytest.approx(max(sums.values()), rel=1e-5)

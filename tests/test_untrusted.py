@@ -220,7 +220,7 @@ WRONG = {
     ],
     "retain log": [{"mia_min_k": {"forget": {}}}, {"forget_truth_ratio": {"value_by_index": {"0": {}}}}, {"m": []}],
     "summary": [{"m": "0.5"}, {"m": True}],
-    "course of an evaluation": [{"first": {}}, {"1": 0.5}, {"1": {"m": "x"}}],
+    "evaluation history": [{"first": {}}, {"1": 0.5}, {"1": {"m": "x"}}],
     "run record": [
         {"model": 1},
         {"row": None},

@@ -41,12 +41,18 @@ class ResultCache:
         "The file with the results of some inputs (anything JSON can hold)."
         return self.folder / content_hash([self.of, inputs])
 
-# %% ../../nbs/evaluation/cache.ipynb #18d22e5c
+# %% ../../nbs/evaluation/cache.ipynb #238ce49b
 CHECKSUM = 32  # bytes
 
 def _checksum(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
+def _write(file: Path, data: bytes) -> None:
+    "Write a file with its checksum, or nothing where that is not possible."
+    with suppress(OpenUnlearnError):  # a full disk costs a later call its time, not this one its result
+        write_bytes(file, _checksum(data) + data)
+
+# %% ../../nbs/evaluation/cache.ipynb #752629bc
 def _read(file: Path, parse: Callable[[bytes], Any]) -> Any:
     "What a file holds; None where one of the processes cannot read it, or finds it damaged."
     try:
@@ -55,10 +61,6 @@ def _read(file: Path, parse: Callable[[bytes], Any]) -> Any:
     except (OSError, ValueError, KeyError, SafetensorError):
         found = None
     return found if all(gathered(found is not None)) else None
-
-def _write(file: Path, data: bytes) -> None:
-    with suppress(OpenUnlearnError):  # a full disk costs a later call its time, not this one its result
-        write_bytes(file, _checksum(data) + data)
 
 # %% ../../nbs/evaluation/cache.ipynb #f2d0bb56
 FIELDS = TokenScores._fields
@@ -99,9 +101,9 @@ def cached_scores(parts: dict[str, list[dict]], compute: Callable[[list[dict]], 
         _write(file, _pack(found[part], moments))
     return found
 
-# %% ../../nbs/evaluation/cache.ipynb #f491660c
+# %% ../../nbs/evaluation/cache.ipynb #6e483ce0
 def cached_texts(inputs: Any, compute: Callable[[], list[str | None]], cache: ResultCache | None) -> list[str | None]:
-    "Generations: from the cache, or computed now."
+    "Generations for `inputs` (prompt ids, limit and stops): from the cache, or computed now."
     file = cache.file(["generations", inputs]) if cache else None
     texts = _read(file, json.loads) if file else None
     if texts is None:

@@ -6,7 +6,7 @@
 __all__ = ['Best', 'best_weights', 'score_of', 'save_weights', 'load_weights', 'EvaluationHistory', 'add_evaluation',
            'finish_history', 'EvaluateCallback']
 
-# %% ../../nbs/evaluation/callback.ipynb #4f86cf5c
+# %% ../../nbs/evaluation/callback.ipynb #4c69ab55
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
 from ..data.benchmark import BENCHMARKS, Benchmark
 from .evaluate import Evaluation, evaluate
@@ -25,7 +25,7 @@ from ..internals.errors import OpenUnlearnError, check_choice
 from ..internals.files import write_json
 from ..internals.processes import on_main
 
-# %% ../../nbs/evaluation/callback.ipynb #34746de9
+# %% ../../nbs/evaluation/callback.ipynb #deb01b8e
 Best = str | Mapping[str, float] | None
 
 def best_weights(best: Best, benchmark: HasMetrics) -> dict[str, float]:
@@ -35,17 +35,18 @@ def best_weights(best: Best, benchmark: HasMetrics) -> dict[str, float]:
         check_choice(name, metric_table(benchmark), "metric of a best model")
     return weights
 
+# %% ../../nbs/evaluation/callback.ipynb #668b2616
 def score_of(summary: Mapping[str, float | None], weights: Mapping[str, float], benchmark: HasMetrics) -> float:
     "How good a model is by these weights, the larger the better; minus infinity where a value is missing."
     if any(summary.get(name) is None for name in weights):
         return float("-inf")
     return sum(weight * goodness(direction(benchmark, name), summary[name]) for name, weight in weights.items())
 
-# %% ../../nbs/evaluation/callback.ipynb #95eceafb
+# %% ../../nbs/evaluation/callback.ipynb #e5637955
 def save_weights(model: PreTrainedModel, folder: Path) -> None:
     """Write a model's weights into a folder, in place of what is there; of a PEFT model its adapter.
 
-    The main process writes."""
+    The main process writes. Raises where the folder cannot be written."""
     def save() -> None:
         try:
             shutil.rmtree(folder, ignore_errors=True)
@@ -58,8 +59,9 @@ def save_weights(model: PreTrainedModel, folder: Path) -> None:
 
     on_main(save)
 
+# %% ../../nbs/evaluation/callback.ipynb #f4a9150f
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    "Put the weights that `save_weights` wrote back into the same model."
+    "Put the weights that `save_weights` wrote back into the same model, in place. Raises for those of another model."
     state = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     if hasattr(model, "peft_config"):
         from peft import set_peft_model_state_dict
@@ -70,7 +72,7 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         if unknown:
             raise OpenUnlearnError(f"The weights in {folder} are not of this model: it has no {unknown[0]}.")
 
-# %% ../../nbs/evaluation/callback.ipynb #2223cd5a
+# %% ../../nbs/evaluation/callback.ipynb #08f37087
 class EvaluationHistory:
     """Summaries of a model in training by epoch (or step), and the best of them.
 
@@ -83,7 +85,7 @@ class EvaluationHistory:
         self.weights = best_weights(best, benchmark)
         self.summaries: dict[str, dict[str, float]] = {}
         if resume and file and file.exists():
-            self.summaries = read_json(file, "course of an evaluation")
+            self.summaries = read_json(file, "evaluation history")
 
     def score(self, summary: Mapping[str, float | None]) -> float:
         "How good a model with this summary is, the larger the better."
@@ -93,91 +95,91 @@ class EvaluationHistory:
         "The summaries of the epochs or steps before one."
         return {at: values for at, values in self.summaries.items() if int(at) < label}
 
-    def is_best(self, label: int, summary: Mapping[str, float | None]) -> bool:
-        "Whether a model is better than all before it, and the best is to be kept."
-        others = map(self.score, self.before(label).values())
-        return bool(self.weights and self.folder) and self.score(summary) > max(others, default=float("-inf"))
+    def best_before(self, label: int) -> float:
+        "The score of the best model before an epoch or step; minus infinity where there is none."
+        return max(map(self.score, self.before(label).values()), default=float("-inf"))
 
-    def note(self, label: int, summary: dict[str, float]) -> None:
+    def add(self, label: int, summary: dict[str, float]) -> None:
         "Add a summary; those of the same and of later labels, from an earlier attempt, go."
         self.summaries = self.before(label) | {str(label): summary}
         if self.file:
             write_json(self.file, self.summaries)
 
-# %% ../../nbs/evaluation/callback.ipynb #c21f747f
+# %% ../../nbs/evaluation/callback.ipynb #6f309fda
 def add_evaluation(history: EvaluationHistory, label: int, model: PreTrainedModel, evaluation: Evaluation) -> None:
-    "Note an evaluation, and keep its model if it is better than all before."
-    if history.folder and history.is_best(label, evaluation.summary):
+    "Add an evaluation, and save its model if it is better than all before and a best one is wanted."
+    better = history.score(evaluation.summary) > history.best_before(label)
+    if history.weights and history.folder and better:
         save_weights(model, history.folder)
         write_json(history.folder / "evaluation.json", evaluation.entries)
-    history.note(label, evaluation.summary)
+    history.add(label, evaluation.summary)
 
+# %% ../../nbs/evaluation/callback.ipynb #5378ef86
 def finish_history(history: EvaluationHistory, label: int, model: PreTrainedModel,
                    evaluation: Evaluation) -> Evaluation:
-    """Note the last evaluation; where an earlier model was better, put its weights back and return its evaluation."""
-    history.note(label, evaluation.summary)
-    best = max(map(history.score, history.before(label).values()), default=float("-inf"))
+    """Add the last evaluation; where an earlier model was better, put its weights back and return its evaluation."""
+    history.add(label, evaluation.summary)
+    best = history.best_before(label)
     if not history.weights or not history.folder or best <= history.score(evaluation.summary):
         return evaluation
     load_weights(model, history.folder)
     return replace(evaluation, entries=read_json(history.folder / "evaluation.json", "evaluation"))
 
-# %% ../../nbs/evaluation/callback.ipynb #11008747
-class _Evaluations(TrainerCallback):
-    "The evaluations of a model in training; `EvaluateCallback` says when."
-    benchmark: str | Benchmark | type[Benchmark]
-    options: dict[str, Any]  # of `evaluate`
-    tokenizer: Any
-    history: EvaluationHistory
-    evaluations: dict[int, Evaluation]
+# %% ../../nbs/evaluation/callback.ipynb #43b80372
+class EvaluateCallback(TrainerCallback):
+    """Evaluates a model in training after each epoch, or every `steps` steps, and at the end.
+
+    `benchmark`, `split` and the other `options` are those of `evaluate`; the tokenizer is the trainer's, unless one is
+    given. `best`: a metric, or weights by metric, which are computed in addition to `metrics`; the best model's weights
+    are in the model when training ends. `folder`: where they are stored meanwhile, by default `best` in the trainer's
+    output folder.
+
+    `evaluations` holds the results by epoch (or step), `summaries` their aggregates."""
+
+    def __init__(self, benchmark: str | Benchmark | type[Benchmark], split: str | None = None, tokenizer: Any = None,
+                 steps: int | None = None, best: Best = None, folder: str | Path | None = None, **options: Any):
+        self.benchmark, self.tokenizer = benchmark, tokenizer
+        self.steps, self.best, self.folder = steps, best, folder
+        self.kind = BENCHMARKS.find(benchmark) if isinstance(benchmark, str) else benchmark
+        self.history = EvaluationHistory(self.kind, best)  # raises for a metric that there is not
+        metrics = options.get("metrics") or "default"
+        named = [metrics] if isinstance(metrics, str) else metrics
+        self.options = {"split": split, **options, "metrics": [*named, *self.history.weights]}
+        self.evaluations: dict[int, Evaluation] = {}
 
     @property
     def summaries(self) -> dict[str, dict[str, float]]:
         "Aggregates by epoch, or step."
         return self.history.summaries
 
-    def _evaluate(self, label: int, state: Any, model: PreTrainedModel, tokenizer: Any) -> Evaluation:
-        "The evaluation of this moment, also in the trainer's log history."
-        if label not in self.evaluations:
-            found = evaluate(model, self.tokenizer or tokenizer, self.benchmark, **self.options)
-            self.evaluations[label] = found
-            logged = {f"eval_{name}": value for name, value in found.summary.items()}
-            state.log_history.append(logged | {"epoch": state.epoch, "step": state.global_step})
-        return self.evaluations[label]
-
-# %% ../../nbs/evaluation/callback.ipynb #a58047a0
-class EvaluateCallback(_Evaluations):
-    """Evaluates a model in training after each epoch, or every `steps` steps, and at the end.
-
-    `benchmark`, `split` and the other `options` are those of `evaluate`; the tokenizer is the trainer's, unless one is
-    given. `best`: a metric, or weights by metric; the best model's weights are in the model when training ends.
-    `folder`: where they are kept meanwhile, by default `best` in the trainer's output folder.
-
-    `evaluations` holds the results by epoch (or step), `summaries` their aggregates."""
-
-    def __init__(self, benchmark: str | Benchmark | type[Benchmark], split: str | None = None, tokenizer: Any = None,
-                 steps: int | None = None, best: Best = None, folder: str | Path | None = None, **options: Any):
-        self.benchmark, self.tokenizer, self.options = benchmark, tokenizer, {"split": split, **options}
-        self.steps, self.best, self.folder = steps, best, folder
-        self.kind = BENCHMARKS.find(benchmark) if isinstance(benchmark, str) else benchmark
-        self.history, self.evaluations = EvaluationHistory(self.kind, best), {}  # raises for a metric that there is not
-
-    def _label(self, state: Any) -> int:
-        return state.global_step if self.steps else round(state.epoch or 0)
-
     def on_train_begin(self, args, state, control, **kwargs):
         folder = Path(self.folder or Path(args.output_dir) / "best")
         self.history, self.evaluations = EvaluationHistory(self.kind, self.best, folder=folder), {}
 
-    def on_epoch_end(self, args, state, control, model=None, processing_class=None, steps=False, **kwargs):
-        due = state.global_step % self.steps == 0 if self.steps and steps else not self.steps and not steps
-        if due and state.global_step < state.max_steps:
-            label = self._label(state)
-            add_evaluation(self.history, label, model, self._evaluate(label, state, model, processing_class))
+    def on_epoch_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if not self.steps:
+            _add_moment(self, state, model, processing_class)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.on_epoch_end(args, state, control, steps=True, **kwargs)
+    def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if self.steps and state.global_step % self.steps == 0:
+            _add_moment(self, state, model, processing_class)
 
     def on_train_end(self, args, state, control, model=None, processing_class=None, **kwargs):
-        label = self._label(state)
-        finish_history(self.history, label, model, self._evaluate(label, state, model, processing_class))
+        finish_history(self.history, *_evaluated_now(self, state, model, processing_class))
+
+# %% ../../nbs/evaluation/callback.ipynb #507b8003
+def _evaluated_now(callback: EvaluateCallback, state: TrainerState, model: PreTrainedModel,
+                   tokenizer: Any) -> tuple[int, PreTrainedModel, Evaluation]:
+    "The epoch (or step) of this moment, the model and its evaluation, which is also put into the log history."
+    label = state.global_step if callback.steps else round(state.epoch or 0)
+    if label not in callback.evaluations:
+        found = evaluate(model, callback.tokenizer or tokenizer, callback.benchmark, **callback.options)
+        callback.evaluations[label] = found
+        logged = {f"eval_{name}": value for name, value in found.summary.items()}
+        state.log_history.append(logged | {"epoch": state.epoch, "step": state.global_step})
+    return label, model, callback.evaluations[label]
+
+def _add_moment(callback: EvaluateCallback, state: TrainerState, model: PreTrainedModel, tokenizer: Any) -> None:
+    "Evaluate a model in training and add it to the history, unless this is the end, which `on_train_end` evaluates."
+    if state.global_step < state.max_steps:
+        add_evaluation(callback.history, *_evaluated_now(callback, state, model, tokenizer))

@@ -30,9 +30,9 @@ from ..internals.errors import OpenUnlearnError
 if TYPE_CHECKING:
     from openunlearn_nb.evaluation.model_results import ModelResults
 
-# %% ../../nbs/evaluation/entries.ipynb #b3619899
+# %% ../../nbs/evaluation/entries.ipynb #c48a030a
 def log_row(line: TableMetric, value: Any) -> Row:
-    "What a metric's function returned for a row, as a row of the log."
+    "A row of the log from what a metric's function returned; raises unless that is a number, None or a dictionary."
     if isinstance(value, Mapping):
         return dict(value)
     if value is not None and not isinstance(value, int | float | np.generic):
@@ -41,6 +41,7 @@ def log_row(line: TableMetric, value: Any) -> Row:
         )
     return {"score": float(value) if value is not None and np.isfinite(value) else None}
 
+# %% ../../nbs/evaluation/entries.ipynb #ed78bd48
 def _call(line: TableMetric, what: str, *given: Any, context: Context) -> Any:
     "What a metric's function returns; an error of its own in one sentence."
     try:
@@ -50,6 +51,7 @@ def _call(line: TableMetric, what: str, *given: Any, context: Context) -> Any:
     except Exception as error:  # somebody's function: of any kind
         raise OpenUnlearnError(f"The metric {line.name} fails on {what}: {type(error).__name__}: {error}.") from error
 
+# %% ../../nbs/evaluation/entries.ipynb #57107054
 def _check_range(line: TableMetric, entry: Entry) -> Entry:
     "The entry itself; raises where its value lies outside the metric's range."
     (low, high), value = line.metric.range, entry["agg_value"]
@@ -57,9 +59,9 @@ def _check_range(line: TableMetric, entry: Entry) -> Entry:
         raise OpenUnlearnError(f"The metric {line.name} is {value:g}, outside its range of {low:g} to {high:g}.")
     return entry
 
-# %% ../../nbs/evaluation/entries.ipynb #9ff0aafe
+# %% ../../nbs/evaluation/entries.ipynb #1806acde
 def data_entry(line: TableMetric, rows: Sequence[Row], context: Context) -> Entry:
-    "The entry of a metric that reads rows of one data set."
+    "The entry of a metric that reads rows of one data set; raises unless the function gives one value a row."
     more: dict[str, Any] = {}
     if line.metric.takes == "rows":
         values = _call(line, "its rows", rows, context=context)
@@ -71,10 +73,12 @@ def data_entry(line: TableMetric, rows: Sequence[Row], context: Context) -> Entr
         raise OpenUnlearnError(f"The metric {line.name} gives {len(values)} values for {len(rows)} rows.")
     return {**make_entry([log_row(line, value) for value in values], line.metric.aggregate), **more}
 
+# %% ../../nbs/evaluation/entries.ipynb #98e824cb
 def sides_entry(line: TableMetric, sides: Mapping[str, Sequence[Row]], context: Context) -> Entry:
-    "The entry of a membership attack, from the rows of its two data sets."
+    "The entry of a membership attack, from the rows of its two data sets, the forget set first."
     return attack_entry({name: data_entry(line, rows, context) for name, rows in sides.items()})
 
+# %% ../../nbs/evaluation/entries.ipynb #e6d69e0f
 def combined_entry(line: TableMetric, entries: Sequence[Entry], context: Context) -> Entry:
     "The entry of a metric that is made of other metrics' entries."
     value = _call(line, "the entries of " + ", ".join(line.entries), *entries, context=context)
@@ -82,7 +86,20 @@ def combined_entry(line: TableMetric, entries: Sequence[Entry], context: Context
         return make_entry([log_row(line, one) for one in value], line.metric.aggregate)
     return dict(value) if isinstance(value, Mapping) else {"agg_value": log_row(line, value)["score"]}
 
-# %% ../../nbs/evaluation/entries.ipynb #d11ca94a
+# %% ../../nbs/evaluation/entries.ipynb #5b1f4b5c
+def _entry(line: TableMetric, sets: Mapping[str, str], rows: Mapping[tuple[str, str], list[Row]],
+           out: Mapping[str, Entry], context: Context) -> Entry:
+    """The entry of a line of the table, from the model's rows and the entries that came before.
+
+    `sets`: where each data set of the table is found, such as `{"forget": "forget10_perturbed"}`."""
+    if line.metric.takes == "entries":
+        return combined_entry(line, [out[name] for name in line.entries], context)
+    there = {data: rows[sets[data], part] for data, part in line.parts if data in sets}
+    if len(line.parts) > 1:
+        return sides_entry(line, there, context)
+    return data_entry(line, next(iter(there.values())), context) if there else {"agg_value": None}
+
+# %% ../../nbs/evaluation/entries.ipynb #97a1b924
 def _warn_if_null(line: TableMetric, entry: Entry, sets: Mapping[str, str]) -> None:
     "Say which values are null, and why, where the model itself is not broken."
     missing = [data for data, _ in line.parts if data not in sets]
@@ -91,22 +108,7 @@ def _warn_if_null(line: TableMetric, entry: Entry, sets: Mapping[str, str]) -> N
     elif line.parts and entry["agg_value"] is None:
         warnings.warn(f"{line.name} is null: no row of its data could be scored.")
 
-def _entry(
-    line: TableMetric,
-    sets: Mapping[str, str],
-    rows: Mapping[tuple[str, str], list[Row]],
-    out: Mapping[str, Entry],
-    context: Context,
-) -> Entry:
-    "The entry of a line of the table, from the model's rows and the entries that came before."
-    if line.metric.takes == "entries":
-        return combined_entry(line, [out[name] for name in line.entries], context)
-    there = {data: rows[sets[data], part] for data, part in line.parts if data in sets}
-    if len(line.parts) > 1:
-        return sides_entry(line, there, context)
-    return data_entry(line, next(iter(there.values())), context) if there else {"agg_value": None}
-
-# %% ../../nbs/evaluation/entries.ipynb #aea5c8af
+# %% ../../nbs/evaluation/entries.ipynb #ff0ff1af
 def compute_entries(
     results: "ModelResults",
     split: str,
@@ -117,16 +119,15 @@ def compute_entries(
 ) -> dict[str, Entry]:
     """The entries of a model on a split: `{name: entry}`, in the shape of a published log.
 
-    `metrics`: names, `default` or `all`. `context.retain`: the retain model's entries; `against_itself`: this is the
-    retain model."""
+    `metrics`: names, `default` or `all`; what they are made of is in the result too. `context.retain`: the retain
+    model's entries; `against_itself`: this is the retain model. `progress`: called with the share of data sets done."""
     from openunlearn_nb.evaluation.model_results import compute_parts, warn_if_broken
 
     benchmark, sets = results.benchmark, results.benchmark.data_sets(split)
     table = metric_table(benchmark)
     lines = [table[name] for name in needed(benchmark, wanted(benchmark, metrics))]
-    compute_parts(
-        results, [(sets[data], part) for line in lines for data, part in line.parts if data in sets], progress
-    )
+    parts = [(sets[data], part) for line in lines for data, part in line.parts if data in sets]
+    compute_parts(results, parts, progress)
     broken = warn_if_broken(results)
     out: dict[str, Entry] = {}
     if against_itself:
@@ -143,7 +144,7 @@ def summarise(entries: Mapping[str, Entry], metrics: Sequence[str]) -> dict[str,
     values = {name: entries[name]["agg_value"] for name in sorted(metrics) if name in entries}
     return {name: value for name, value in values.items() if value is not None}
 
-# %% ../../nbs/evaluation/entries.ipynb #3c252e18
+# %% ../../nbs/evaluation/entries.ipynb #24a09849
 def _from_rows(line: TableMetric, entry: Entry) -> Entry | None:
     "The entry of a log made anew from its rows; None where it has none."
     if entry.get("value_by_index"):
@@ -155,6 +156,7 @@ def _from_rows(line: TableMetric, entry: Entry) -> Entry | None:
         return attack_entry({data: make_entry(rows_of(entry[data])) for data in ("forget", "holdout") if data in entry})
     return None
 
+# %% ../../nbs/evaluation/entries.ipynb #169c6b72
 def _unknown(entries: Mapping[str, Entry], table: Mapping[str, TableMetric]) -> dict[str, Entry]:
     "Entries of metrics that nothing here declares."
     found = {}
@@ -164,12 +166,13 @@ def _unknown(entries: Mapping[str, Entry], table: Mapping[str, TableMetric]) -> 
             found[name] = make_entry(rows)
     return found
 
+# %% ../../nbs/evaluation/entries.ipynb #a0ae0a65
 def recompute(
     entries: Mapping[str, Entry], benchmark: HasMetrics, retain: Mapping[str, Entry] | None = None
 ) -> dict[str, Entry]:
-    """Every metric of a benchmark that a log's per-example values allow.
+    """Every metric of a benchmark that a log's per-example values allow, as new entries.
 
-    Those that compare with the retain model only with its log."""
+    Metrics that compare with the retain model are computed only with its log, `retain`."""
     out: dict[str, Entry] = {}
     table = metric_table(benchmark)
     for name, line in table.items():

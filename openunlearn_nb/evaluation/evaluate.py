@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Retain', 'Evaluation', 'architecture', 'encoder_of', 'evaluation_mode', 'retain_entries', 'evaluate']
 
-# %% ../../nbs/evaluation/evaluate.ipynb #220cb820
+# %% ../../nbs/evaluation/evaluate.ipynb #8c07247b
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from .entries import compute_entries, summarise
 from .metric import Context, Entry, Row, rows_of, wanted
 from .model_results import ModelResults, Usage
 from .records import read_json, run_record, write_run
-from .retain_logs import misfit, read_retain_log, record_beside
+from .retain_logs import misfit, read_retain_log, stored_record
 from ..internals.errors import OpenUnlearnError
 from ..models.loading import preset_of
 from ..models.tokenizers import fit_tokenizer
@@ -32,13 +32,14 @@ from ..models.tokenizers import fit_tokenizer
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../../nbs/evaluation/evaluate.ipynb #4415337f
+# %% ../../nbs/evaluation/evaluate.ipynb #5748fe70
 def _rows_of(entry: Entry) -> list[Row]:
     "The rows of an entry; of a membership attack, those of both data sets, with the name of theirs."
     if "value_by_index" in entry:
         return rows_of(entry)
     return [{"data": data, **row} for data in ("forget", "holdout") if data in entry for row in rows_of(entry[data])]
 
+# %% ../../nbs/evaluation/evaluate.ipynb #556b979e
 def _read_evaluation(folder: str | Path) -> tuple[dict[str, Entry], tuple[str, ...], dict[str, Any]]:
     "Entries, names of metrics and record of the evaluation in a folder; raises where it holds none, or several."
     files = sorted(Path(folder).expanduser().glob("*_EVAL.json"))
@@ -46,7 +47,7 @@ def _read_evaluation(folder: str | Path) -> tuple[dict[str, Entry], tuple[str, .
         raise OpenUnlearnError(
             f"{folder} holds {len(files) or 'no'} evaluations (files called ..._EVAL.json); one is expected."
         )
-    file, record = files[0], record_beside(files[0])
+    file, record = files[0], stored_record(files[0])
     entries = read_json(file, "evaluation")
     short = file.with_name(file.name.replace("_EVAL", "_SUMMARY"))
     metrics = read_json(short, "summary") if short.exists() else entries
@@ -79,7 +80,7 @@ class Evaluation:
         import pandas as pd
 
         lines = [{"metric": name, "row": i, **row} for name, rows in self.rows.items() for i, row in enumerate(rows)]
-        return pd.DataFrame(lines).set_index(["metric", "row"])
+        return pd.DataFrame(lines, columns=None if lines else ["metric", "row"]).set_index(["metric", "row"])
 
     def save(self, folder: str | Path, row: str = "Evaluated", model: str | None = None) -> Path:
         "Write EVAL, SUMMARY and record into a folder, which tables read. `row`, `model`: their names there."
@@ -93,12 +94,13 @@ class Evaluation:
         "The evaluation in a folder that `save`, a grid or a command has written."
         return cls(*_read_evaluation(folder))
 
-# %% ../../nbs/evaluation/evaluate.ipynb #f149e3d6
+# %% ../../nbs/evaluation/evaluate.ipynb #14508aeb
 def architecture(config: PreTrainedConfig) -> dict[str, Any]:
-    "The family and width of a model, from its configuration: what a model and its retain model have in common."
+    "`model_type` and `hidden_size` of a configuration: what a model and its retain model have in common."
     text = config.get_text_config()
     return {"model_type": text.model_type, "hidden_size": getattr(text, "hidden_size", None)}
 
+# %% ../../nbs/evaluation/evaluate.ipynb #06045038
 def encoder_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | Encoder,
@@ -107,7 +109,8 @@ def encoder_of(
 ) -> Encoder:
     """What turns text into a model's ids. The tokenizer itself stays as it is.
 
-    `prompt`: a format or its name; None: by the model's preset or the tokenizer's template."""
+    `prompt`: a format or its name; None: by the model's preset or the tokenizer's template. `max_length`: tokens of an
+    example that is scored, at most. A tokenizer that is an `Encoder` already is returned."""
     if isinstance(tokenizer, Encoder):
         return tokenizer
     if not isinstance(prompt, PromptFormat):
@@ -127,7 +130,7 @@ def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     finally:
         model.train(training)
 
-# %% ../../nbs/evaluation/evaluate.ipynb #a5794aa3
+# %% ../../nbs/evaluation/evaluate.ipynb #2f713801
 def _the_benchmark(benchmark: str | Benchmark | type[Benchmark], data: Any) -> Benchmark:
     "A benchmark with its rows, from its name or class, or as it is."
     given = {} if data is None else {"data": data}
@@ -142,12 +145,13 @@ def _the_split(benchmark: Benchmark, split: str | None) -> str:
         raise OpenUnlearnError(f"Which split of {benchmark.name}? Give one of {', '.join(splits)}.")
     return benchmark.check_split(splits[0] if split is None else split)
 
+# %% ../../nbs/evaluation/evaluate.ipynb #bb257b5f
 Retain = str | Path | Evaluation | Mapping[str, Entry] | None
 
 def retain_entries(retain: Retain, benchmark: Benchmark, measured: dict[str, Any]) -> Mapping[str, Entry]:
-    """The retain model's entries, from a path, an evaluation or entries.
+    """The retain model's entries, from a path, an evaluation or entries; empty for None.
 
-    Raises where they are of something else than `measured` says."""
+    `measured`: the record of the model that is measured. Raises where the two do not fit."""
     if isinstance(retain, Evaluation):
         why = misfit(retain.record, measured)
         if why:

@@ -18,13 +18,14 @@ from scipy import stats
 from .metric import Context, Entry, Row, metric, rows_of
 from ..internals.errors import OpenUnlearnError
 
-# %% ../../nbs/evaluation/metrics.ipynb #81895d96
-TOFU_PAPER = "https://arxiv.org/abs/2401.06121"
-OPENUNLEARNING = "https://arxiv.org/abs/2506.12618"
-
+# %% ../../nbs/evaluation/metrics.ipynb #4f13ed5a
 def is_finite(row: Row) -> bool:
     "Whether the model gave an answer a finite log-likelihood."
     return bool(np.isfinite(row["logps"].sum(dtype=np.float32)))
+
+# %% ../../nbs/evaluation/metrics.ipynb #65e821da
+TOFU_PAPER = "https://arxiv.org/abs/2401.06121"
+OPENUNLEARNING = "https://arxiv.org/abs/2506.12618"
 
 @metric("probability", reads="answer", on_retain="higher", paper=TOFU_PAPER, aggregate="prob")
 def probability(row: Row) -> Row:
@@ -39,11 +40,11 @@ def probability(row: Row) -> Row:
     loss = -float(row["logps"].mean(dtype=np.float32))
     return {"prob": float(np.exp(np.float32(-loss))), "avg_loss": loss}
 
-# %% ../../nbs/evaluation/metrics.ipynb #f0ffa43b
+# %% ../../nbs/evaluation/metrics.ipynb #1cf6e5b9
 def losses(row: Row) -> np.ndarray:
-    """`avg_loss` of a row as an array.
+    """`avg_loss` of a row as an array, fp64 `[answers]`: `[1]` for a row of one answer.
 
-    Infinite where a log has none beside a probability of 0, nan where nothing was scored."""
+    Infinite where a log has no loss but a probability of 0, nan where nothing was scored."""
     values = []
     for prob, loss in zip(np.atleast_1d(row["prob"]), np.atleast_1d(row["avg_loss"])):
         if prob is None:
@@ -52,11 +53,11 @@ def losses(row: Row) -> np.ndarray:
             values.append(np.inf if loss is None else loss)
     return np.array(values, dtype=float)
 
-# %% ../../nbs/evaluation/metrics.ipynb #fdcad77a
+# %% ../../nbs/evaluation/metrics.ipynb #47dee32c
 def truth_ratios(correct: Sequence[Row], wrong: Sequence[Row], share: bool = False) -> list[Row]:
     """`{score: tr}` of each row, from `{prob, avg_loss}` of the correct answer and lists of both for the wrong ones.
 
-    `share`: correct / (correct + wrong) in place of wrong / correct."""
+    `share`: correct / (correct + wrong) in place of wrong / correct. Raises where the numbers of rows differ."""
     if len(correct) != len(wrong):
         raise OpenUnlearnError(f"{len(correct)} correct answers but {len(wrong)} rows of wrong ones: they must be of "
                                "the same rows.")
@@ -67,14 +68,15 @@ def truth_ratios(correct: Sequence[Row], wrong: Sequence[Row], share: bool = Fal
         rows.append({"score": None if np.isnan(ratio) else float(ratio)})
     return rows
 
-# %% ../../nbs/evaluation/metrics.ipynb #30f298f8
+# %% ../../nbs/evaluation/metrics.ipynb #2a63d104
 def closer_to_1_better(rows: Sequence[Row]) -> float | None:
-    "Mean of min(tr, 1/tr), in 0..1."
+    "Mean of min(tr, 1/tr), in 0..1; `None` where no row has a truth ratio."
     ratios = [row["score"] for row in rows if row["score"] is not None]
     return float(np.mean([min(tr, 1 / (tr + 1e-10)) for tr in ratios])) if ratios else None
 
+# %% ../../nbs/evaluation/metrics.ipynb #5f8d99a1
 def true_better(rows: Sequence[Row]) -> float | None:
-    "Mean of max(0, 1 - tr), in 0..1."
+    "Mean of max(0, 1 - tr), in 0..1; `None` where no row has a truth ratio."
     ratios = [row["score"] for row in rows if row["score"] is not None]
     return float(np.mean([max(0, 1 - tr) for tr in ratios])) if ratios else None
 
@@ -105,9 +107,11 @@ def normalised_probability(correct: Entry, wrong: Entry) -> list[Row]:
         rows.append({"prob": one["prob"] / (one["prob"] + sum(others["prob"]) + 1e-10) if known else None})
     return rows
 
-# %% ../../nbs/evaluation/metrics.ipynb #71bbdb68
+# %% ../../nbs/evaluation/metrics.ipynb #41096ad9
 def ks_test(rows: Sequence[Row], retain_rows: Sequence[Row]) -> tuple[float | None, float | None]:
-    "p-value and distance of the KS test between two models' truth ratios on the same rows; `None`s if one has none."
+    """p-value and distance of the KS test between two models' truth ratios on the same rows, null rows left out.
+
+    `None`s if a side has no truth ratio. Raises where the numbers of rows differ."""
     if len(rows) != len(retain_rows):
         raise OpenUnlearnError(f"The retain log has {len(retain_rows)} truth ratios and this evaluation {len(rows)}: "
                                "they must be of the same forget split.")
@@ -117,10 +121,10 @@ def ks_test(rows: Sequence[Row], retain_rows: Sequence[Row]) -> tuple[float | No
     test = stats.ks_2samp(a, b)
     return float(test.pvalue), float(test.statistic)
 
-# %% ../../nbs/evaluation/metrics.ipynb #8750b7db
+# %% ../../nbs/evaluation/metrics.ipynb #3be18770
 @metric("forget_quality", takes="entries", better="higher", paper=TOFU_PAPER, needs_retain=True, p_value=True)
 def forget_quality(truth_ratios: Entry, context: Context) -> Entry:
-    "p-value of the KS test between the truth ratios of this model and of the retain model; the distance beside it."
+    "p-value of the KS test between the truth ratios of this model and of the retain model, with their distance."
     if not context.retain:
         warnings.warn("No retain log given: forget_quality is null. Give the retain model's evaluation.")
         return {"agg_value": None}
@@ -130,12 +134,16 @@ def forget_quality(truth_ratios: Entry, context: Context) -> Entry:
     p, distance = ks_test(rows_of(truth_ratios), rows_of(context.retain_entry))
     return {"agg_value": p, "ks_distance": distance}
 
-# %% ../../nbs/evaluation/metrics.ipynb #592c2234
+# %% ../../nbs/evaluation/metrics.ipynb #18e8f956
+def _distance(pairs: np.ndarray) -> float:
+    "KS distance between the two columns of `[rows, 2]`."
+    return stats.ks_2samp(pairs[:, 0], pairs[:, 1]).statistic
+
 def ks_interval(rows: Sequence[Row], retain_rows: Sequence[Row], level: float = 0.95, draws: int = 1000,
                 seed: int = 0) -> tuple[float, float]:
-    """Bootstrap interval of the KS distance between two models' truth ratios on the same rows.
+    """Bootstrap interval of the KS distance between two models' truth ratios on the same rows, within 0..1.
 
-    Percentiles of `draws` draws of rows, the bootstrap's bias taken off."""
+    Percentiles of `draws` draws of rows, the bootstrap's bias taken off. Raises where no row has both ratios."""
     pairs = [(a["score"], b["score"]) for a, b in zip(rows, retain_rows, strict=True)]
     both = np.array([pair for pair in pairs if None not in pair])
     if not len(both):
@@ -145,11 +153,7 @@ def ks_interval(rows: Sequence[Row], retain_rows: Sequence[Row], level: float = 
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]) - (drawn.mean() - _distance(both))
     return float(max(0, low)), float(min(1, high))
 
-def _distance(pairs: np.ndarray) -> float:
-    "KS distance between the two columns of `[rows, 2]`."
-    return stats.ks_2samp(pairs[:, 0], pairs[:, 1]).statistic
-
-# %% ../../nbs/evaluation/metrics.ipynb #6ee7692e
+# %% ../../nbs/evaluation/metrics.ipynb #5daf0d57
 def harmonic_mean(values: Sequence[float | None]) -> float | None:
     "Harmonic mean; 0 where one value is 0, `None` where one is missing."
     there = [v for v in values if v is not None]
@@ -157,6 +161,7 @@ def harmonic_mean(values: Sequence[float | None]) -> float | None:
         return None
     return float(stats.hmean(there)) if all(v > 0 for v in there) else 0.0
 
+# %% ../../nbs/evaluation/metrics.ipynb #e69a4ea2
 @metric("model_utility", takes="entries", better="higher", paper=TOFU_PAPER)
 def model_utility(*entries: Entry) -> float | None:
     "Harmonic mean of what a model still can: probability, ROUGE and truth ratio on data to retain."
@@ -167,7 +172,7 @@ def greedy_hits(row: Row) -> np.ndarray:
     "Whether each token of an answer but the last was the greedy choice, bool `[n - 1]`; empty where nothing is known."
     return row["hits"][:-1] if is_finite(row) else row["hits"][:0]
 
-# %% ../../nbs/evaluation/metrics.ipynb #f998ca73
+# %% ../../nbs/evaluation/metrics.ipynb #73c9a535
 @metric("extraction_strength", reads="answer", on_retain="higher", paper="https://arxiv.org/abs/2012.07805")
 def extraction_strength(row: Row) -> float | None:
     "Share of an answer that the model says by itself once the beginning is given."
@@ -178,6 +183,7 @@ def extraction_strength(row: Row) -> float | None:
     k = min(int(misses[-1]) + 1, len(hits) - 1) if len(misses) else 0
     return 1 - k / len(hits)
 
+# %% ../../nbs/evaluation/metrics.ipynb #5071df50
 @metric("exact_memorization", reads="answer", on_retain="higher", paper="https://arxiv.org/abs/2205.10770")
 def exact_memorization(row: Row) -> float | None:
     "Share of an answer's tokens that are the model's first choice."

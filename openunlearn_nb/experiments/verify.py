@@ -14,7 +14,7 @@ from typing import Any
 
 from ..data.sources import IN_MEMORY
 from ..evaluation.records import read_json
-from ..evaluation.retain_logs import record_beside
+from ..evaluation.retain_logs import stored_record
 from .config import RunConfig
 from .provenance import changes
 from ..internals.errors import OpenUnlearnError
@@ -53,7 +53,7 @@ def check_run(folder: Path) -> list[str]:
 # %% ../../nbs/experiments/verify.ipynb #f58675b1
 def _note_old_records(folders: Sequence[Path]) -> None:
     "Say how many records are of version 0.1, of which less can be checked."
-    old = sum("content" in (record_beside(folder / "run.json").get("start") or {}) for folder in folders)
+    old = sum("content" in (stored_record(folder / "run.json").get("start") or {}) for folder in folders)
     if old:
         warnings.warn(f"{old} of {len(folders)} records are of an earlier version: they know their model by its "
                       "weights, config.json and tokenizer.json alone, and not against which retain evaluation they "

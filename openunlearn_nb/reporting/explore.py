@@ -104,7 +104,7 @@ def epochs_table(values: dict[str, dict[str, float | None]], epoch: int) -> str:
 
 def epochs_explorer(folder: str | Path) -> Any:
     "A widget: a slider over the epochs of a run made with `--eval-each epoch`, whose folder holds epochs.json."
-    w, values = _widgets(), read_json(Path(folder) / "epochs.json", "course of an evaluation")
+    w, values = _widgets(), read_json(Path(folder) / "epochs.json", "evaluation history")
     if not values:
         raise OpenUnlearnError(f"{folder} holds an epochs.json without any epoch.")
     numbers = sorted(map(int, values))
