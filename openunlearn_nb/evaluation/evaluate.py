@@ -58,15 +58,15 @@ def _read_evaluation(folder: str | Path) -> tuple[dict[str, Entry], tuple[str, .
 class Evaluation:
     """What a model does on a split of a benchmark.
 
-    `entries`: per-example values and aggregate of each metric, as in a published log. `metrics`: those that were asked
-    for. `record`: of which `benchmark`, `split`, `data`, `prompt` and `architecture` they are."""
+    `entries`: per-example values and aggregate of each metric, as in a published log. `metrics`: those that were named,
+    without their inputs. `record`: of which `benchmark`, `split`, `data`, `prompt` and `architecture` they are."""
     entries: dict[str, Entry]
     metrics: tuple[str, ...]
     record: dict[str, Any]
 
     @property
     def summary(self) -> dict[str, float]:
-        "The aggregates of the metrics that were asked for; what has no value is left out."
+        "The aggregates of the metrics that were named; what has no value is left out."
         return summarise(self.entries, self.metrics)
 
     @property
