@@ -56,6 +56,24 @@ def test_finished_rows_are_left_out(small_grid, capsys):
     assert plan["to_make"] == ["forget01/RMU"]
 
 
+def test_a_folder_that_holds_something_else_is_refused(small_grid, capsys):
+    folder, _ = small_grid
+    there = sorted((file, file.stat().st_mtime_ns) for file in folder.rglob("*"))
+    grid = f"tofu --train-rows 250 --splits forget01 --methods NPO --epochs 2 --output {folder}"
+    for line, sentence in ((f"{grid} --seed 1", "holds results of another configuration (seed 0, now 1)"),
+                           (f"{grid} --seeds 0 1", "holds a grid of one seed"),
+                           (f"train --method NPO --split forget01 --output {folder}", "exists and is not empty")):
+        assert main([*line.split(), "--dry-run"]) == 2
+        assert sentence in capsys.readouterr().err
+    assert sorted((file, file.stat().st_mtime_ns) for file in folder.rglob("*")) == there
+
+
+def test_the_time_of_a_small_grid_is_that_of_starting_and_loading(empty, capsys):
+    line = "tofu --splits forget01 --methods NPO,RMU,GradAscent,GradDiff --jobs 2"
+    assert planned(capsys, line)["seconds"] > 15
+    assert main([*line.split(), "--dry-run"]) == 0 and "a rough estimate" in capsys.readouterr().out
+
+
 def test_what_the_run_would_refuse_is_refused(empty, capsys):
     for line, sentence in (("tofu --methods NPOO", "Unknown method 'NPOO'"), ("eval tofu --split forget11", "Unknown split"),
                            ("train --method NPO --output x --set betta=1", "Unknown setting of NPO")):

@@ -15,7 +15,9 @@ from openunlearn_nb.data.sources import _stored_rows
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.experiments.grid_config import GridConfig
 from openunlearn_nb.experiments.claims import claim
+from openunlearn_nb.experiments.display import Display
 from openunlearn_nb.experiments.grid import plan, run_grid
+from openunlearn_nb.experiments.workers import Task
 from openunlearn_nb.data.miniature_tofu import make_tofu
 from openunlearn_nb.evaluation.records import read_json
 from openunlearn_nb.experiments.cells import cell_folder, finished
@@ -26,6 +28,15 @@ from openunlearn_nb.reporting.collect import find_runs, measured
 from openunlearn_nb.data.tofu import write_tofu
 from openunlearn_nb.training.pairs import TrainConfig
 from openunlearn_nb.training.trainer import training_arguments
+
+
+def test_the_numbers_of_rows_with_long_names_stand_below_each_other(capsys):
+    tasks = [Task("forget01", "NPO"), Task("forget01", "NPO beta=0.05 alpha=2")]
+    display = Display(tasks, ["model_utility"], show=True)
+    for task in tasks:
+        display.done(task, {"model_utility": 0.5}, None)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "model_utility" in line]
+    assert len(lines) == 2 and len({line.index("model_utility") for line in lines}) == 1
 
 
 def values_of(folder):

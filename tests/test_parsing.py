@@ -57,6 +57,7 @@ def test_underscores_and_the_names_of_transformers():
 @pytest.mark.parametrize("line, sentence", [
     ("train --methd NPO", "openunlearn train: there is no option --methd; did you mean --method?"),
     ("tofu --meth NPO", "openunlearn tofu: there is no option --meth; did you mean --methods?"),  # no abbreviation
+    ("train --lr 1e-4", "openunlearn train: there is no option --lr; did you mean --learning-rate?"),  # by its initials
     ("tofuu", "openunlearn: Unknown command 'tofuu'; did you mean tofu?"),
     ("tofu --epochs three", "openunlearn tofu: --epochs: 'three' is not a whole number."),
     ("tofu --save-each step", "openunlearn tofu: --save-each: Unknown save each 'step'; valid: epoch."),

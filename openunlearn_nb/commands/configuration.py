@@ -47,6 +47,7 @@ def _with_qlora(settings: dict[str, Any], rank: int | None) -> dict[str, Any]:
         raise OpenUnlearnError("--lora and --qlora are two ways to train an adapter; give one of them.")
     return settings | {"lora": rank, "quantize": "nf4"}
 
+# %% ../../nbs/commands/configuration.ipynb #3e385d29
 def config_of(kind: type, args: argparse.Namespace) -> Any:
     "A RunConfig or GridConfig (`kind`) of the settings that were given. Raises for several values in a RunConfig."
     single, several = split_values(args.settings)

@@ -7,15 +7,16 @@ __all__ = ['print_plan', 'dry_grid', 'dry_train', 'dry_eval']
 
 # %% ../../nbs/commands/dry_run.ipynb #537d0508
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .estimate import (Work, checkpoint_bytes, disk_of, evaluation_work, parameters_of,
-                                             seconds_of, tokens_in, training_work)
+from .estimate import (Work, checkpoint_bytes, disk_of, evaluation_work, overhead,
+                                             parameters_of, seconds_of, tokens_in, training_work)
 from .origins import RUN, TRAIN, Resolved, resolved_method, resolved_run, resolved_training
 from .output import print_result
+from ..internals.files import output_path
 from ..methods.names import FINETUNE
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def _table(settings: Mapping[str, Resolved]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 def _as_json(settings: Mapping[str, Resolved]) -> dict[str, dict[str, Any]]:
+    "Settings as JSON has them: the value, and what it is `from`."
     return {name: {"value": value, "from": origin} for name, (value, origin) in settings.items()}
 
 def _size(count: float) -> str:
@@ -37,6 +39,7 @@ def _size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 def _time(seconds: float) -> str:
+    "A time in words, a second at least."
     from openunlearn_nb.experiments.display import duration
     return duration(max(1.0, seconds))
 
@@ -52,7 +55,8 @@ def print_plan(args: argparse.Namespace, tables: Mapping[str, Mapping[str, Resol
     parts = [f"{title}\n{_table(settings)}" for title, settings in tables.items()]
     checkpoints = f" ({_size(during)} more for checkpoints while it runs)" if during else ""
     parts += [f"To make in {output}: {', '.join(to_make) or 'nothing, all is finished'}",
-              f"About {_time(seconds)} and {_size(disk)} of disk{checkpoints}. Nothing was computed or written."]
+              f"About {_time(seconds)} and {_size(disk)} of disk{checkpoints}; this is a rough estimate, and the time "
+              "may be a third or three times of it. Nothing was computed or written."]
     print_result(plan, "\n\n".join(parts), args.json)
     return 0
 
@@ -76,33 +80,48 @@ def _needs_work(grid: "GridConfig", task: "Task") -> bool:
     from openunlearn_nb.experiments.embedded import embedded_folder, is_whole
     return bool(task.row) or not is_whole(embedded_folder(task.split, grid.source.embedded_benchmark))
 
-def dry_grid(args: argparse.Namespace, grid: "GridConfig", output: Path) -> int:
-    "Print what a grid would do; returns the exit code."
-    from openunlearn_nb.experiments.grid_config import check_grid
-    from openunlearn_nb.experiments.grid import default_jobs, plan
-    grid = check_grid(grid)
+# %% ../../nbs/commands/dry_run.ipynb #911e75b7
+def _unfinished(args: argparse.Namespace, grid: "GridConfig", output: Path) -> "list[tuple[Path, Task]]":
+    """The tasks that a checked grid would do, each with the folder that its results would go to.
+
+    Raises for a folder that holds something else. `args`: for the seeds and the worker processes."""
+    from openunlearn_nb.experiments.grid import check_grid_folder, plan
+    from openunlearn_nb.experiments.seeds import check_seeds
+    if args.seeds:
+        check_seeds(grid, args.seeds, output)
     places = {output / f"seed{seed}": replace(grid, seed=seed) for seed in args.seeds} or {output: grid}
-    found = [(place, task) for place, of in places.items()
-             for task in plan(of, str(place)) if _needs_work(of, task)]
-    tasks = [task for _, task in found]
+    for place, of in places.items():
+        check_grid_folder(of, place, args.jobs)
+    return [(place, task) for place, of in places.items()
+            for task in plan(of, str(place)) if _needs_work(of, task)]
+
+# %% ../../nbs/commands/dry_run.ipynb #97855e2d
+def dry_grid(args: argparse.Namespace, grid: "GridConfig", output: Path) -> int:
+    "Print what a grid would do in the folder `output`; returns the exit code. Raises where the grid would."
+    from openunlearn_nb.experiments.grid import default_jobs
+    from openunlearn_nb.experiments.grid_config import check_grid
+    grid = check_grid(grid)
+    found = _unfinished(args, grid, output)
     tables = {"Settings": resolved_run(grid, RUN, args.origins)}
     for row, variant in grid.variants.items():
         tables[row] = {**resolved_training(variant.config, variant.method, args.origins),
                        **resolved_method(variant.config, variant.method, args.origins)}
     names = [f"{place.relative_to(output) / task.split}/{task.row}" if task.row else str(task) for place, task in found]
     jobs = default_jobs(grid) if args.jobs is None else args.jobs
-    work = Work()
+    tasks, work, parameters = [task for _, task in found], Work(), parameters_of(grid)
     for task in tasks:
         work = work.plus(_task_work(grid, task))
-    seconds = seconds_of(work, parameters_of(grid)) / max(1, min(jobs, len(tasks)))
+    seconds = seconds_of(work, parameters) / max(1, min(jobs, len(tasks))) + overhead(len(tasks), parameters, jobs)
     disk = disk_of(grid, work, _models_kept(grid, tasks))
     return print_plan(args, tables, names, str(output), seconds, disk, jobs * checkpoint_bytes(grid))
 
 # %% ../../nbs/commands/dry_run.ipynb #57089e5e
-def dry_train(args: argparse.Namespace, config: "RunConfig", settings: dict[str, Any], split: str) -> int:
-    "Print what `train` would do; `settings`: those of the method. Returns the exit code."
-    from openunlearn_nb.experiments.checks import check_config, check_split
-    from openunlearn_nb.experiments.checks import check_alternates, check_method
+def dry_train(args: argparse.Namespace, config: "RunConfig", settings: dict[str, Any], split: str,
+              finished: Sequence[str] = ()) -> int:
+    """Print what `train` would do; returns the exit code.
+
+    `settings`: those of the method. `finished`: what of `--on` needs no training any more."""
+    from openunlearn_nb.experiments.checks import check_alternates, check_config, check_method, check_split
     from openunlearn_nb.methods.method import METHODS
     method, names = METHODS.find(args.method).name, args.on or []
     check_config(config)
@@ -113,25 +132,28 @@ def dry_train(args: argparse.Namespace, config: "RunConfig", settings: dict[str,
               method: {**resolved_training(config, method, args.origins),
                        **resolved_method(config, method, args.origins)}}
     if method == FINETUNE:
-        sets = names or [config.source.training_sets(split)[0]]
+        sets = [name for name in names or [config.source.training_sets(split)[0]] if name not in finished]
         epochs = tables[method]["epochs"].value
         trained = sum(tokens_in(config.source.embedded_rows(name)) for name in sets)
         work, to_make = Work(trained=epochs * trained), [f"{method} on {name}" for name in sets]
     else:
         check_method(config, method, split)
         work, to_make = training_work(config, method, split), [f"{method} on {split}"]
-    return print_plan(args, tables, to_make, args.output, seconds_of(work, parameters_of(config)),
-                      disk_of(config, Work(), len(to_make)), checkpoint_bytes(config))
+    parameters = parameters_of(config)
+    seconds = seconds_of(work, parameters) + overhead(len(to_make), parameters)
+    return print_plan(args, tables, to_make, args.output, seconds, disk_of(config, Work(), len(to_make)),
+                      checkpoint_bytes(config))
 
 # %% ../../nbs/commands/dry_run.ipynb #46123dbe
 def dry_eval(args: argparse.Namespace, config: "RunConfig", split: str, output: str) -> int:
-    "Print what `eval` would do on a benchmark; returns the exit code."
-    from openunlearn_nb.experiments.checks import check_config, check_split
-    from openunlearn_nb.experiments.checks import check_measurable
+    "Print what `eval` would do on a benchmark, with results in `output`; returns the exit code."
+    from openunlearn_nb.experiments.checks import check_config, check_measurable, check_split
+    from openunlearn_nb.experiments.runs import check_output, evaluation_facts
     check_config(config)
     check_split(config, split)
     check_measurable(config, split)
-    work = evaluation_work(config, split)
+    check_output(output_path(output, "folder"), evaluation_facts(config, split, args.retain_log))
+    work, parameters = evaluation_work(config, split), parameters_of(config)
     tables = {"Settings": resolved_run(config, RUN[:2], args.origins)}
     return print_plan(args, tables, [f"{name} on {split}" for name in config.wanted], output,
-                      seconds_of(work, parameters_of(config)), disk_of(config, work, 0))
+                      seconds_of(work, parameters) + overhead(1, parameters), disk_of(config, work, 0))

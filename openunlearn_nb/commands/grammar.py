@@ -12,13 +12,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from .. import __version__
 from .options import (AlternatesOptions, BenchOptions, CommonOptions, ConfigsOptions,
-                                             EvalOptions,
-                                             GridOptions, LMOptions, PlanOptions, ReportOptions, TableOptions,
-                                             TrainOptions)
+                                             EvalOptions, GridOptions, LMOptions, PlanOptions, ReportOptions,
+                                             TableOptions, TrainOptions)
 from .parsing import Parser, add_fields, read_pairs, read_settings
 from ..data.benchmark import BENCHMARKS
 from ..data.catalogue import DEFAULT_BENCHMARK
@@ -96,8 +95,7 @@ def commands() -> dict[str, Command]:
 
 # %% ../../nbs/commands/grammar.ipynb #67e8916c
 TITLES = {ModelSettings: "model and data", TrainingSettings: "training", EvaluationSettings: "evaluation",
-          GridSettings: "the grid",
-          ComparisonSettings: "comparison"}
+          GridSettings: "the grid", ComparisonSettings: "comparison"}
 
 @dataclass(frozen=True)
 class TrainingHelp:
@@ -144,7 +142,7 @@ def parser() -> Parser:
 
 # %% ../../nbs/commands/grammar.ipynb #1d841001
 def leaf(top: Parser, name: str) -> Parser:
-    "The parser of a command."
+    "The parser of a command by its full name, such as `eval tofu`, in the whole grammar `top`."
     for word in name.split():
         top = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction)).choices[word]
     return top
@@ -225,6 +223,28 @@ def _check_use(p: Parser, words: Sequence[str]) -> None:
         if name.startswith("--") and (name[2:] in settings or name[2:].replace("-", "_") in settings):
             p.error(f"there is no option {name} here, as this command has no use for it")
 
+# %% ../../nbs/commands/grammar.ipynb #7d5dc749
+def _dictionaries(p: Parser, given: argparse.Namespace, unknown: list[str], trains: bool) -> dict[str, dict[str, Any]]:
+    """`method_args` and `training_args` of a line: a list of values for each name.
+
+    `unknown`: the words that are no option of the command; `trains`: whether they may be fields of TrainingArguments.
+    Ends with a sentence where a word is neither."""
+    more: dict[str, dict[str, Any]] = {"method_args": read_pairs(getattr(given, "set", ()))}
+    _check_use(p, unknown)
+    try:
+        if unknown and not trains:
+            p.unknown_option(unknown[0])
+        more["training_args"] = _training_arguments(p, unknown) if unknown else {}
+    except OpenUnlearnError as e:
+        p.error(str(e))
+    return more
+
+def _end_with_help() -> NoReturn:
+    "Print the fields of TrainingArguments that can be given, and end."
+    from openunlearn_nb.training.arguments import help_training
+    print(help_training())
+    raise SystemExit(0)
+
 # %% ../../nbs/commands/grammar.ipynb #09e4f42d
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """What a command line says: the command's `full_name`, `benchmark` and own options, `settings` and `origins`.
@@ -236,19 +256,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     top = parser()
     given, unknown = top.parse_known_args(argv)
     p, command = leaf(top, given.full_name), commands()[given.full_name]
-    trains = TrainingSettings in command.uses
     if getattr(given, "help_training", False):
-        from openunlearn_nb.training.arguments import help_training
-        print(help_training())
-        raise SystemExit(0)
-    more: dict[str, Any] = {"method_args": read_pairs(getattr(given, "set", ()))}
-    _check_use(p, unknown)
-    try:
-        if unknown and not trains:
-            p.unknown_option(unknown[0])
-        more["training_args"] = _training_arguments(p, unknown) if unknown else {}
-    except OpenUnlearnError as e:
-        p.error(str(e))
+        _end_with_help()
+    more = _dictionaries(p, given, unknown, trains=TrainingSettings in command.uses)
     p.check_required(given, p.required)
     defaults = {f.name: f.default for of in (command.options, CommonOptions) for f in fields(of)}
     values = defaults | {"benchmark": command.benchmark} | vars(given)

@@ -49,7 +49,7 @@ def training_options(args: argparse.Namespace) -> Iterator[str]:
 
 # %% ../../nbs/commands/no_effect.ipynb #8a3ef90f
 def _kinds(args: argparse.Namespace) -> list[Any]:
-    "The metrics, with what they are made of, that an evaluation by these options computes."
+    "The kinds of metrics that an evaluation by these options computes, those that others are made of included."
     from openunlearn_nb.evaluation.metric import metric_table, needed, wanted
     of = BENCHMARKS.find(args.benchmark)
     table, names = metric_table(of), wanted(of, args.settings.get("metrics"))
@@ -71,17 +71,8 @@ def evaluation_options(args: argparse.Namespace) -> Iterator[str]:
         yield "--retain-log does nothing here: none of the metrics is measured against a retain model."
 
 # %% ../../nbs/commands/no_effect.ipynb #eaecf01d
-def command_options(args: argparse.Namespace) -> Iterator[str]:
-    "Sentences about options that do nothing in one command."
-    if args.full_name == "eval lm":
-        yield from _lm_options(args)
-    if args.full_name == "plan" and args.whole_load and args.gpus < 2:
-        yield "--whole-load is about loading on several GPUs; give --gpus, or leave it out."
-    jobs = getattr(args, "jobs", None)
-    if jobs is not None and jobs > 1 and launched_processes() > 1:
-        yield f"--jobs {jobs} does nothing in a launch of several processes, which work on one row together."
-
 def _lm_options(args: argparse.Namespace) -> Iterator[str]:
+    "Sentences about options that do nothing for lm-eval."
     from openunlearn_nb.models.loading import PRESETS
     model = args.settings.get("model", "embedded")
     fixed = model != "embedded" and model not in PRESETS and "{" not in model
@@ -92,6 +83,17 @@ def _lm_options(args: argparse.Namespace) -> Iterator[str]:
         yield f"--{name} says which embedded model or preset is meant, and does nothing for {model}."
     if not args.chat and (args.settings.get("template_args") or "prompt" in args.settings):
         yield "--template-arg and --prompt are about the chat template, which lm-eval uses only with --chat."
+
+# %% ../../nbs/commands/no_effect.ipynb #7b1fdcc5
+def command_options(args: argparse.Namespace) -> Iterator[str]:
+    "Sentences about options that do nothing in one command."
+    if args.full_name == "eval lm":
+        yield from _lm_options(args)
+    if args.full_name == "plan" and args.whole_load and args.gpus < 2:
+        yield "--whole-load is about loading on several GPUs; give --gpus, or leave it out."
+    jobs = getattr(args, "jobs", None)
+    if jobs is not None and jobs > 1 and launched_processes() > 1:
+        yield f"--jobs {jobs} does nothing in a launch of several processes, which work on one row together."
 
 # %% ../../nbs/commands/no_effect.ipynb #0e20bbcc
 CHECKS: tuple[Callable[[argparse.Namespace], Iterator[str]], ...] = (

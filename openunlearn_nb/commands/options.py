@@ -49,8 +49,7 @@ class GridOptions:
     output: str | None = setting(None, "folder of the grid's records (default: runs/ and the benchmark's name)",
                                  metavar="FOLDER")
     jobs: int | None = setting(None, "worker processes, dealt over the GPUs (default: one a GPU; on a CPU one a core "
-                               "for the embedded model)",
-                               metavar="N")
+                               "for the embedded model)", metavar="N")
     dry_run: bool = DRY_RUN
 
 # %% ../../nbs/commands/options.ipynb #325c7586
@@ -59,8 +58,7 @@ class TrainOptions:
     "Of `openunlearn train`."
     method: str = setting(help=f"a method, or {FINETUNE}", metavar="NAME")
     output: str = setting(help="new folder for the model and its record", metavar="FOLDER")
-    split: str | None = setting(None, "what to forget (default: by the benchmark)",
-                                metavar="NAME",
+    split: str | None = setting(None, "what to forget (default: by the benchmark)", metavar="NAME",
                                 aliases=("forget_split",))
     on: tuple[str, ...] = setting((), f"what {FINETUNE} learns: a training set of the benchmark, such as full or "
                                   "retain90 (default: all that Finetuned has learned); of several, each gets a "
@@ -74,8 +72,7 @@ class TrainOptions:
 @dataclass(frozen=True)
 class EvalOptions:
     "Of `openunlearn eval BENCHMARK`."
-    split: str | None = setting(None, "the forget set (default: by the benchmark)",
-                                metavar="NAME",
+    split: str | None = setting(None, "the forget set (default: by the benchmark)", metavar="NAME",
                                 aliases=("corpus", "forget_split"))
     retain_log: str | None = setting(None, "the retain model's evaluation: its EVAL.json, or the folder it is in",
                                      metavar="FILE",
@@ -92,7 +89,7 @@ class LMOptions:
     "Of `openunlearn eval lm`."
     tasks: tuple[str, ...] = setting(help="lm-eval's tasks, such as mmlu; mini_bio, mini_bio_mmlu offline",
                                      metavar="NAME")
-    split: str | None = setting(None, "what the embedded model of --benchmark was taught (default: its first)",
+    split: str | None = setting(None, "which embedded model of --benchmark, by its split (default: its first)",
                                 metavar="NAME")
     include: str | None = setting(None, "folder with tasks of your own (YAML)", metavar="FOLDER")
     limit: int | None = setting(None, "only the first N documents of each task", metavar="N")
@@ -109,6 +106,7 @@ class AlternatesOptions:
     repeats: int = setting(5, "alternate answers to each question", metavar="N")
     temperature: float = setting(1.0, "of sampling", metavar="T")
 
+# %% ../../nbs/commands/options.ipynb #57b84c74
 @dataclass(frozen=True)
 class BenchOptions:
     "Of `openunlearn bench`."
@@ -155,6 +153,7 @@ class TableOptions:
     check: bool = setting(False, "say which records no longer match their files, model and data (exit code 1)")
     imports: tuple[str, ...] = IMPORTS
 
+# %% ../../nbs/commands/options.ipynb #5f8c95a2
 @dataclass(frozen=True)
 class ReportOptions:
     "Of `openunlearn report`."
@@ -162,9 +161,10 @@ class ReportOptions:
     output: str = setting("report.html", "file", metavar="FILE")
     imports: tuple[str, ...] = IMPORTS
 
+# %% ../../nbs/commands/options.ipynb #9f2fd75e
 @dataclass(frozen=True)
 class ConfigsOptions:
     "Of `openunlearn configs`."
-    name: str | None = setting(None, f"print the path of one of {', '.join([*CONFIGS, *SCRIPTS])} (default: list "
-                               f"them)", positional=True)
+    name: str | None = setting(None, f"print the path of one of {', '.join([*CONFIGS, *SCRIPTS])} (default: list them)",
+                               positional=True)
     json: bool = setting(False, "print the result as JSON")

@@ -127,15 +127,25 @@ def read_settings(file: str) -> dict[str, Any]:
         raise OpenUnlearnError(f"The settings {file} are no list of names and values, such as 'epochs: 5'.")
     return found
 
+# %% ../../nbs/commands/parsing.ipynb #52a71fb6
+def _nearest(name: str, options: Iterable[str]) -> str | None:
+    "The option that a name may mean: one with these initials, else one that is spelled alike; None where none is."
+    word, known = name.lstrip("-").replace("_", "-"), dict[str, str]()
+    for option in options:
+        known.setdefault(option.lstrip("-").replace("_", "-"), option)
+    initials = {"".join(part[:1] for part in key.split("-")): key for key in reversed(known) if "-" in key}
+    near = [initials[word]] if word in initials else get_close_matches(word, known, n=1, cutoff=0.5)
+    return known[near[0]] if near else None
+
 # %% ../../nbs/commands/parsing.ipynb #bc0de8d4
 class _Sentences(argparse.ArgumentParser):
     "Says in one sentence what is wrong, with the nearest name."
 
     def error(self, message: str) -> NoReturn:
         "Say what is wrong, and end with exit code 2."
-        said = message.removeprefix("argument ").replace(": expected one argument", " needs a value").rstrip(".")
-        said = said.replace(": expected at least one argument", " needs a value")
-        print(printable(f"{self.prog}: {said}{'' if said.endswith('?') else '.'}"), file=sys.stderr)
+        sentence = message.removeprefix("argument ").rstrip(".").replace(": expected one argument", " needs a value")
+        sentence = sentence.replace(": expected at least one argument", " needs a value")
+        print(printable(f"{self.prog}: {sentence}{'' if sentence.endswith('?') else '.'}"), file=sys.stderr)
         raise SystemExit(2)
 
     def _check_value(self, action, value):
@@ -150,10 +160,8 @@ class _Sentences(argparse.ArgumentParser):
         name = word.partition("=")[0]
         if not name.startswith("-"):
             self.error(f"{name!r} is one word too many")
-        options = [*(f"--{other}" for other in others), *self._option_string_actions]
-        known = {option.lstrip("-").replace("_", "-"): option for option in options}
-        near = get_close_matches(name.lstrip("-").replace("_", "-"), known, n=1, cutoff=0.5)
-        hint = f"did you mean {known[near[0]]}?" if near else f"{self.prog} --help lists them"
+        near = _nearest(name, [*self._option_string_actions, *(f"--{other}" for other in others)])
+        hint = f"did you mean {near}?" if near else f"{self.prog} --help lists them"
         self.error(f"there is no option {name}; {hint}")
 
     def check_required(self, given: argparse.Namespace, required: Iterable[str]) -> None:
@@ -228,13 +236,14 @@ def _reading(kind: type, several: bool, about: dict[str, Any], name: str) -> dic
 
 # %% ../../nbs/commands/parsing.ipynb #6f59e065
 def _help(about: dict[str, Any]) -> str:
-    "The help text, with the default where it is not told yet."
+    "The help text, with the default where it does not name it already."
     text = about["help"].replace("%", "%%")
-    told = "default" in text or about["default"] in (None, MISSING, (), "", True, False)
-    return text if told else f"{text} (default: {about['default']})"
+    named = "default" in text or about["default"] in (None, MISSING, (), "", True, False)
+    return text if named else f"{text} (default: {about['default']})"
 
 # %% ../../nbs/commands/parsing.ipynb #d146f4f0
 def _add_field(parser: Parser, group: Any, of: Field, annotation: Any, sweeps: bool, changes: dict[str, Any]) -> None:
+    "Add a field as an option to a group of a parser; `sweeps`: with several values, where the field allows them."
     about = {"default": of.default, **of.metadata, **changes}
     if about.get("flag") == "":
         return

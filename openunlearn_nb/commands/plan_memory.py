@@ -53,6 +53,7 @@ def _heading(args: argparse.Namespace, plan: "Plan") -> list[str]:
             "(!: more than there is; *: fits with paging)\n"
             "rows: the most a forward; eval-each, which is an option, does not count for the verdict"]
 
+# %% ../../nbs/commands/plan_memory.ipynb #e52336cc
 def _recommended(plan: "Plan", best: Mapping[str, Any], command: str) -> list[str]:
     "Why a layout is recommended, and how it is started."
     from openunlearn_nb.training import phases as ph

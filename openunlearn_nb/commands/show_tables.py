@@ -22,6 +22,7 @@ def _print_published(suite: str, model: str, values: dict, form: Callable, colum
     if published:
         say(f"{suite}, {model}, as published by OpenUnlearning\n\n{form(published, columns)}\n")
 
+# %% ../../nbs/commands/show_tables.ipynb #27b79d89
 def _print_readable(suite: str, tables: dict[str, dict], style: str, made: str) -> None:
     "Print the tables of a benchmark's models as text or Markdown; `made` says how the numbers were made."
     from openunlearn_nb.reporting import tables as t
@@ -61,6 +62,7 @@ def _tables_of(runs: list) -> dict[str, dict]:
     from openunlearn_nb.reporting.collect import log_benchmarks, measured
     return {suite: measured(runs, suite) for suite in log_benchmarks() if any(run.suite == suite for run in runs)}
 
+# %% ../../nbs/commands/show_tables.ipynb #dcda7345
 def _print_seeds(seeded: dict[int, list], style: str) -> None:
     "Print the values of several seeds as one table."
     from openunlearn_nb.reporting.seeds import over_seeds

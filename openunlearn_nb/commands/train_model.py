@@ -67,6 +67,7 @@ def _train(args: argparse.Namespace, config: "RunConfig", settings: dict[str, An
     made = {"output": output, "method": method, "split": split, "losses": losses, "hub": address}
     return made, [line, *([address] if address else [])]
 
+# %% ../../nbs/commands/train_model.ipynb #f17da75b
 def train_command(args: argparse.Namespace) -> int:
     "Train and save a model, or with several `--on` one for each; returns the exit code."
     from openunlearn_nb.experiments.config import RunConfig
@@ -76,15 +77,17 @@ def train_command(args: argparse.Namespace) -> int:
     check_training(args, config)
     folder, several = output_path(args.output, "folder"), len(args.on or []) > 1
     config, settings = replace(config, method_args=None), config.method_args or {}
+    places = {name: folder / name if several else folder for name in args.on or [None]}
+    known = {name: finished_training(config, name, place) if several else {} for name, place in places.items()}
     if args.dry_run:
-        return dry_train(args, config, settings, split_of(args))
+        for name in (name for name in places if not known[name]):
+            output_path(places[name], "new folder")
+        return dry_train(args, config, settings, split_of(args), [name for name in known if known[name]])
     made, lines = [], []
-    for name in args.on or [None]:
-        output = folder / name if several else folder
-        known = finished_training(config, name, output) if several else {}
-        if known:
-            one = {"output": str(output), "method": known["method"], "split": name, "losses": known["losses"],
-                   "hub": None}
+    for name, output in places.items():
+        if known[name]:
+            one = {"output": str(output), "method": known[name]["method"], "split": name,
+                   "losses": known[name]["losses"], "hub": None}
             more = [f"{output}: there already"]
         else:
             one, more = _train(args, config, settings, name, str(output))

@@ -74,9 +74,9 @@ class Display(_Lines):
         from tqdm.auto import tqdm
         self.weights = {task.key: weight(task) for task in tasks}
         super().__init__(show)
-        self.shares, self.columns = {}, columns
+        self.shares, self.columns, self.lines = {}, columns, LogLines()
+        self.widths = [max(map(len, names)) for names in zip(*self.weights)]  # of the splits and the rows
         self.seen = bool(show and tasks and (sys.stderr.isatty() or "ipykernel" in sys.modules))
-        self.lines = LogLines()
         if show and tasks:
             teach = sum(not t.row for t in tasks)
             print(f"{len(tasks) - teach} rows to make{f', {teach} models to teach before' if teach else ''}; each is "
@@ -105,4 +105,4 @@ class Display(_Lines):
             self.write(f"{task}: done")
         elif self.show and values:
             line = "  ".join(f"{k} {values[k]:.3g}" for k in self.columns if k in values)
-            self.write(f"{task.split} {task.row:<10} {line}")
+            self.write(f"{task.split:<{self.widths[0]}} {task.row:<{self.widths[1]}}  {line}")

@@ -23,14 +23,14 @@ from ..internals.errors import OpenUnlearnError
 from ..internals.hashes import file_hash
 from .identify import GENERAL, Run, identify, row_order
 
-# %% ../../nbs/reporting/collect.ipynb #b845cb94
+# %% ../../nbs/reporting/collect.ipynb #f5ebe1af
 Values = dict[str, dict[str, dict[str, float | None]]]  # {split: {row: {metric: value}}}
 
-# %% ../../nbs/reporting/collect.ipynb #f5ebe1af
 def log_benchmarks() -> list[str]:
     "The benchmarks whose evaluations are read: those that have metrics, and lm-eval's."
     return [*(name for name, of in BENCHMARKS.items() if of.metrics), GENERAL]
 
+# %% ../../nbs/reporting/collect.ipynb #d578e12b
 def _downloaded(name: str, suites: Sequence[str]) -> Path:
     "The evaluation files of a Hub data set. Raises where it cannot be had."
     from huggingface_hub import snapshot_download
@@ -50,17 +50,18 @@ def _evaluation_folder(folder: str | Path, suites: Sequence[str]) -> Path:
     return path
 
 # %% ../../nbs/reporting/collect.ipynb #94b92836
+def _odd_folder(path: Path, file: Path) -> Path | None:
+    "The folder below `path` with `file` in it that is called almost as the seeds next to it (`seed0.bak`), if any."
+    below = [p for p in file.parents if p.is_relative_to(path) and p != path]
+    odd = [p for p in below if p.name.startswith("seed") and seed_in_name(p) is None]
+    return next((p for p in odd if any(seed_in_name(other) is not None for other in p.parent.iterdir())), None)
+
+# %% ../../nbs/reporting/collect.ipynb #5b503a2d
 def _is_copy(run: Run, other: Run) -> bool:
     "Whether two runs are one: with the same record, which holds its date, and the same evaluation."
     names = ("run.json", run.file.name)
     pairs = ((run.file.parent / name, other.file.parent / name) for name in names)
     return run.seed is not None and all(one.read_bytes() == two.read_bytes() for one, two in pairs)
-
-def _beside_seeds(path: Path, file: Path) -> Path | None:
-    "The folder below `path` that holds `file` and is not one of the folders of seeds next to it (`seed0.bak`), if any."
-    below = [p for p in file.parents if p.is_relative_to(path) and p != path]
-    odd = [p for p in below if p.name.startswith("seed") and seed_in_name(p) is None]
-    return next((p for p in odd if any(seed_in_name(other) is not None for other in p.parent.iterdir())), None)
 
 def _add(runs: dict[tuple, Run], run: Run) -> None:
     "Add a run, unless it is a copy. Raises where another evaluation of its row is there."
@@ -84,7 +85,7 @@ def find_runs(folder: str | Path, pattern: str = "**/", suites: Iterable[str] | 
     path = _evaluation_folder(folder, suites)
     runs: dict[tuple, Run] = {}
     for file in (file for suite in suites for file in sorted(path.glob(f"{pattern}{suite}_EVAL.json"))):
-        if odd := _beside_seeds(path, file):
+        if odd := _odd_folder(path, file):
             warnings.warn(f"The folder {odd} is ignored: beside the folders of seeds, it is not called after one.")
         elif run := identify(file):
             _add(runs, run)
@@ -149,37 +150,38 @@ def _noted(run: Run, why: str) -> None:
     "Warn of something about a run."
     warnings.warn(f"{run.row} on {run.split} ({run.file.parent}) {why}.")
 
-def _as_recorded(run: Run, beside: Run | None, log: Path | None) -> Path | None:
+def _as_recorded(run: Run, retain: Run | None, log: Path | None) -> Path | None:
     "The evaluation that the run's record names: by its hash, or in older records by its path. None if it has changed."
     against = run.record.get("measured_against")
-    there = [file for file in (beside and beside.file, log) if file and file.is_file()]
+    there = [file for file in (retain and retain.file, log) if file and file.is_file()]
     if isinstance(against, dict):
         same = [file for file in there if file_hash(file) == against.get("hash")]
         return same[0] if same else None
     return log if log in there else None
 
-def retain_file_of(run: Run, beside: Run | None, benchmark: type[Benchmark]) -> Path | None:
+# %% ../../nbs/reporting/collect.ipynb #7a133ee2
+def retain_file_of(run: Run, retain: Run | None, benchmark: type[Benchmark]) -> Path | None:
     """The file of the retain evaluation that a run is measured against; None where there is none that fits.
 
-    It is the one that the run's record names, or else the Retain row `beside` it."""
+    It is the one that the run's record names, or else `retain`: the Retain row of the same table."""
     if run.row == "Retain":
         return run.file
     against, named = run.record.get("measured_against"), run.record.get("retain_log")
     log = retain_file(named, benchmark) if isinstance(named, str) else None
-    recorded = _as_recorded(run, beside, log)
+    recorded = _as_recorded(run, retain, log)
     if recorded is not None:
         return recorded
-    if beside is None:
+    if retain is None:
         if log and isinstance(against, dict) and log.is_file():
             _noted(run, f"was measured against {log}, which has changed since")
         return log
-    if why := misfit(beside.record, run.record):
-        _noted(run, f"is not set against the Retain row in {beside.file.parent}, which is of {why}")
+    if why := misfit(retain.record, run.record):
+        _noted(run, f"is not set against the Retain row in {retain.file.parent}, which is of {why}")
         return None
     if against or log:
-        _noted(run, f"was measured against another retain evaluation than the Retain row in {beside.file.parent}, "
+        _noted(run, f"was measured against another retain evaluation than the Retain row in {retain.file.parent}, "
                     "against which it is set here")
-    return beside.file
+    return retain.file
 
 # %% ../../nbs/reporting/collect.ipynb #f34bc105
 def robustness_of(run: Run, benchmark: type[Benchmark], splits: Values) -> dict[str, float]:

@@ -43,16 +43,22 @@ def token_probs(model: PreTrainedModel, enc: Encoder, question: str, answer: str
     return list(zip(_texts(enc, labels), map(math.exp, logps)))
 
 # %% ../../nbs/reporting/explore.ipynb #871dd0dc
-def heat_strip(tokens: Sequence[tuple[str, float]]) -> str:
-    "Tokens and their probabilities as HTML: the darker the likelier. Text is escaped."
-    return "".join(_token(text, p) for text, p in tokens)
-
 def _token(text: str, p: float) -> str:
+    "A token as HTML: its background is the darker the likelier it is; white letters where that is dark."
     shade = 255 - round(200 * p)
     colours = f"background:rgb({shade},{shade},{255 - round(60 * p)});color:{'#fff' if p > 0.55 else '#222'}"
     return f'<span style="{colours};padding:1px 1px;white-space:pre" title="{p:.3f}">{escape(text) or "·"}</span>'
 
+def heat_strip(tokens: Sequence[tuple[str, float]]) -> str:
+    "Tokens and their probabilities as HTML: the darker the likelier. Text is escaped."
+    return "".join(_token(text, p) for text, p in tokens)
+
 # %% ../../nbs/reporting/explore.ipynb #52513aa9
+def _html(table: pd.DataFrame) -> str:
+    "A table whose texts are escaped already, as HTML that scrolls where it is wide."
+    with pd.option_context("display.max_colwidth", None):
+        return f'<div style="overflow-x:auto">{table.to_html(escape=False, border=0, justify="left")}</div>'
+
 def side_by_side(models: dict[str, PreTrainedModel], enc: Encoder, question: str, answer: str,
                  max_new_tokens: int = 60) -> str:
     """An HTML table with a row for each model: its own greedy answer, the probability of the true one, and its strip.
@@ -68,13 +74,9 @@ def side_by_side(models: dict[str, PreTrainedModel], enc: Encoder, question: str
         rows[escape(printable(name))] = cells
     return f"<p><b>{escape(question)}</b></p>{_html(pd.DataFrame.from_dict(rows, orient='index'))}"
 
-def _html(table: pd.DataFrame) -> str:
-    "A table whose texts are escaped already, as HTML that scrolls where it is wide."
-    with pd.option_context("display.max_colwidth", None):
-        return f'<div style="overflow-x:auto">{table.to_html(escape=False, border=0, justify="left")}</div>'
-
 # %% ../../nbs/reporting/explore.ipynb #f384acad
 def _widgets() -> Any:
+    "ipywidgets. Raises where it is not installed."
     try:
         import ipywidgets
     except ImportError as e:
@@ -102,6 +104,7 @@ def epochs_table(values: dict[str, dict[str, float | None]], epoch: int) -> str:
     columns = {f"epoch {first}": before, f"epoch {epoch} ": now}  # the blank tells the two apart where they are one
     return _html(pd.DataFrame(columns, index=list(now)).map(lambda value: "-" if pd.isna(value) else f"{value:.3g}"))
 
+# %% ../../nbs/reporting/explore.ipynb #7f109e1c
 def epochs_explorer(folder: str | Path) -> Any:
     "A widget: a slider over the epochs of a run made with `--eval-each epoch`, whose folder holds epochs.json."
     w, values = _widgets(), read_json(Path(folder) / "epochs.json", "evaluation history")

@@ -32,12 +32,14 @@ _LOOKS = (  # (colour, marker, line), in the order of the table's rows
 STYLES = dict(zip(ROW_ORDER, _LOOKS))  # of each row that a table can have
 
 _OTHERS = ("#444444", "h", ":")  # of a method that the tables do not know
-_MARKERS = "osD^vP*X<>dp8Hh"
 
 def style_of(row: str) -> tuple[str, str, str]:
     "Colour, marker and line of a row of the table: those of its method, dotted after an attack."
     colour, marker, line = STYLES.get(row.split(" ")[0], _OTHERS)
     return colour, marker, ":" if " + " in row else line
+
+# %% ../../nbs/reporting/plots.ipynb #fb260c3b
+_MARKERS = "osD^vP*X<>dp8Hh"  # for the second row of a method and those after it
 
 def markers_of(rows: Sequence[str]) -> dict[str, str]:
     "A marker for each row: its method's, or the next free one where rows before it have the same method."
@@ -49,6 +51,7 @@ def markers_of(rows: Sequence[str]) -> dict[str, str]:
         found[row] = next((marker for marker in free if marker not in used), free[0])
     return found
 
+# %% ../../nbs/reporting/plots.ipynb #3a2a28f6
 def tidy(ax: Axes, **labels: Any) -> Axes:
     "The axes with the look of all plots: no box, a faint grid, and labels drawn as they are written."
     ax.spines[["top", "right"]].set_visible(False)
@@ -71,6 +74,7 @@ def log_quality(value: float | str | None) -> float:
         return p
     return max(FLOOR, math.log10(p)) if p > 0 else FLOOR
 
+# %% ../../nbs/reporting/plots.ipynb #cc852722
 def quality_against_utility(rows: dict[str, dict], ax: Axes | None = None, title: str = "") -> Axes:
     "Scatter plot of one split, `{row: {metric: value}}`: model utility against log10 of forget quality."
     ax = ax or plt.figure(figsize=(4.6, 3.6)).gca()
@@ -86,6 +90,20 @@ def quality_against_utility(rows: dict[str, dict], ax: Axes | None = None, title
     ax.set_xlim(left=-0.02)
     ylabel = f"log10 forget quality\n({FLOOR:g} and below at {FLOOR:g})"
     return tidy(ax, xlabel="model utility", ylabel=ylabel, title=title)
+
+# %% ../../nbs/reporting/plots.ipynb #05fe9e7b
+def _truth_ratios(evaluation: dict) -> np.ndarray:
+    "The truth ratios of an evaluation's rows, sorted; rows without a finite one are left out."
+    scores = [row["score"] for row in rows_of(evaluation["forget_truth_ratio"])]
+    return np.sort([score for score in scores if score is not None])
+
+# %% ../../nbs/reporting/plots.ipynb #d107e928
+def _mark_distance(ax: Axes, one: np.ndarray, other: np.ndarray, cut: float) -> None:
+    "Draw the KS distance of two samples where it lies, with its p-value."
+    test = stats.ks_2samp(one, other)
+    heights = [np.searchsorted(v, test.statistic_location, side="right") / len(v) for v in (one, other)]
+    ax.vlines(min(test.statistic_location, cut), *sorted(heights), color="0.3", linewidth=3, alpha=0.6)
+    ax.text(0.97, 0.05, f"D = {test.statistic:.2f}\np = {test.pvalue:.2g}", transform=ax.transAxes, ha="right")
 
 # %% ../../nbs/reporting/plots.ipynb #b60600b9
 def truth_ratio_ecdf(evaluations: dict[str, dict], ax: Axes | None = None, title: str = "", cut: float = 3.0) -> Axes:
@@ -103,18 +121,6 @@ def truth_ratio_ecdf(evaluations: dict[str, dict], ax: Axes | None = None, title
         _mark_distance(ax, one, other, cut)
     return tidy(ax, xlabel=f"truth ratio ({cut:g} and above drawn at {cut:g})", ylabel="share of rows", title=title)
 
-def _truth_ratios(evaluation: dict) -> np.ndarray:
-    "The truth ratios of an evaluation's rows, sorted; rows without a finite one are left out."
-    scores = [row["score"] for row in rows_of(evaluation["forget_truth_ratio"])]
-    return np.sort([score for score in scores if score is not None])
-
-def _mark_distance(ax: Axes, one: np.ndarray, other: np.ndarray, cut: float) -> None:
-    "Draw the KS distance of two samples where it lies, with its p-value."
-    test = stats.ks_2samp(one, other)
-    heights = [np.searchsorted(v, test.statistic_location, side="right") / len(v) for v in (one, other)]
-    ax.vlines(min(test.statistic_location, cut), *sorted(heights), color="0.3", linewidth=3, alpha=0.6)
-    ax.text(0.97, 0.05, f"D = {test.statistic:.2f}\np = {test.pvalue:.2g}", transform=ax.transAxes, ha="right")
-
 # %% ../../nbs/reporting/plots.ipynb #f0f213e1
 def panels(count: int, height: float, **how: Any) -> tuple[plt.Figure, list[Axes]]:
     "A figure of `count` panels, each `height` inches high, at most three side by side; the figure and its axes."
@@ -126,6 +132,7 @@ def panels(count: int, height: float, **how: Any) -> tuple[plt.Figure, list[Axes
         ax.axis("off")
     return fig, list(axes.flat[:count])
 
+# %% ../../nbs/reporting/plots.ipynb #2fddb190
 def metric_bars(rows: dict[str, dict], metrics: list[str], title: str = "") -> plt.Figure:
     "A panel for each metric with a bar for each row of `{row: {metric: value}}`; the retain model's value as a line."
     fig, axes = panels(len(metrics), 0.8 + 0.2 * len(rows), sharey=True)
@@ -178,6 +185,7 @@ def study_lines(values: dict[str, dict[str, dict]], study: list[str], metrics: l
     points = {row: [start.get("Finetuned", {}), *(values[s].get(row, {}) for s in splits)] for row in rows}
     return step_lines(points, metrics, start.get("Retain", {}), xlabel, title)
 
+# %% ../../nbs/reporting/plots.ipynb #526697c1
 def epoch_lines(epochs: dict[str, dict[int, dict]], rows: dict[str, dict], metrics: list[str],
                 title: str = "") -> plt.Figure:
     "`step_lines` over the epochs of `{row: {epoch: values}}`, beginning with the Finetuned row of `rows`."

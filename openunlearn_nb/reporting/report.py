@@ -102,6 +102,7 @@ def _truth_ratios(evaluations: dict[str, dict]) -> Any:
     fig.tight_layout()
     return fig
 
+# %% ../../nbs/reporting/report.ipynb #7f2ff059
 def _against_utility(rows: dict[str, dict], title: str) -> Any:
     "Forget quality against model utility, with a legend."
     import matplotlib.pyplot as plt
@@ -139,12 +140,13 @@ def _first_answers(answers: dict[str, dict], count: int) -> str:
     indices = list(answers[first])[:count]
 
     def text(row: str, index: str, key: str) -> str:
-        return str((answers[row].get(index) or {}).get(key) or "")[:300]
+        return str((answers[row].get(index) or {}).get(key) or "")
 
-    rows = [["truth", *(text(first, index, "ground_truth") for index in indices)]]
-    rows += [[row, *(text(row, index, "generation") for index in indices)] for row in answers]
+    rows = [["truth", *(text(first, index, "ground_truth")[:300] for index in indices)]]
+    rows += [[row, *(text(row, index, "generation")[:300] for index in indices)] for row in answers]
     return html_table(["", *(text(first, index, "input")[-200:] for index in indices)], rows, "text")
 
+# %% ../../nbs/reporting/report.ipynb #4fedb6bd
 def answers_of(suite: str, evaluations: dict[str, dict], count: int = 4) -> str:
     """HTML of `count` questions about the forget set and as many about the retain set, with every model's answers.
 
@@ -158,12 +160,6 @@ def answers_of(suite: str, evaluations: dict[str, dict], count: int = 4) -> str:
     return html
 
 # %% ../../nbs/reporting/report.ipynb #aa89137f
-def sources_of(runs: Sequence[Run], below: Path) -> str:
-    "HTML that says where each row comes from; files are named as seen from the folder `below`."
-    head = ["row", "split", "learning rate", "settings", "date", "seconds", "file"]
-    rows = [_source(run, below) for run in runs]
-    return "<h3>Where each row comes from</h3>" + html_table(head, rows, "text")
-
 def _source(run: Run, below: Path) -> list[str]:
     "The cells of one row."
     file = run.file.parent / "run.json"
@@ -173,6 +169,12 @@ def _source(run: Run, below: Path) -> list[str]:
     rate = str((record.get("training") or {}).get("learning_rate", ""))
     name = run.file.relative_to(below) if run.file.is_relative_to(below) else run.file.name
     return [run.row, run.split, rate, settings, str(record.get("date", "")), digits(record.get("seconds")), str(name)]
+
+def sources_of(runs: Sequence[Run], below: Path) -> str:
+    "HTML that says where each row comes from; files are named as seen from the folder `below`."
+    head = ["row", "split", "learning rate", "settings", "date", "seconds", "file"]
+    rows = [_source(run, below) for run in runs]
+    return "<h3>Where each row comes from</h3>" + html_table(head, rows, "text")
 
 # %% ../../nbs/reporting/report.ipynb #e598db7f
 def _tables_part(suite: str, model: str, values: Values, what: str) -> list[str]:
@@ -186,6 +188,7 @@ def _tables_part(suite: str, model: str, values: Values, what: str) -> list[str]
                  difference_table(values, page, columns)]
     return html
 
+# %% ../../nbs/reporting/report.ipynb #ed7a0690
 def suite_part(suite: str, model: str, values: Values, runs: Sequence[Run],
                done: Callable[[], None] = lambda: None) -> str:
     "HTML about one model on one benchmark, from its values and the runs behind them; `done` is called after a split."

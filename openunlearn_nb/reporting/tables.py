@@ -57,8 +57,11 @@ def digits(value: float | str | None) -> str:
         return value or "-"
     return f"{value:.2e}" if 0 < abs(value) < 0.00995 else f"{value:.2f}"
 
+# %% ../../nbs/reporting/tables.ipynb #f91ed49a
 def remarks(values: dict) -> list[str]:
-    "Lines for below a table: which trainings diverged, and which evaluations leave out rows of their data."
+    """Lines for below a table `{split: {row: {metric: value}}}`.
+
+    They say which trainings diverged, and which evaluations leave out rows of their data."""
     sentences = {"diverged_at": ("step ", "its training diverged ({}), so that it is broken and has not unlearned"),
             "null_rows": ("", "rows of its data have no value and are left out of its means ({})")}
     found = []
@@ -83,6 +86,7 @@ def p_digits(value: float | str | None) -> str:
     side = (value < 0.05, value > 0.05)
     return next((text for text in texts if (float(text) < 0.05, float(text) > 0.05) == side), str(value))
 
+# %% ../../nbs/reporting/tables.ipynb #2fd6f4ee
 def cell_text(value: float | str | None, metric: str) -> str:
     "A value as a table shows it."
     return (p_digits if metric in METRICS and METRICS[metric].p_value else digits)(value)
@@ -138,6 +142,7 @@ def to_latex(values: dict, columns: Sequence[str] = COLUMNS) -> str:
              *(f"\\par {latex_text(text)}" for text in remarks(values))]
     return "\n".join(lines)
 
+# %% ../../nbs/reporting/tables.ipynb #c6b9bf3a
 def to_csv(tables: dict[str, Values], columns: Sequence[str] = BENCHMARKS[DEFAULT_BENCHMARK].shown) -> str:
     "One line a model, split and row, in full precision; the columns of the published CSV files and more."
     out = io.StringIO()
