@@ -42,6 +42,17 @@ def real_muse() -> str:
 
 
 @pytest.fixture(scope="session")
+def small_data(tmp_path_factory) -> str:
+    """A folder with a few rows of each of the miniature TOFU's configs that forget01 needs: evaluated in a second."""
+    from openunlearn_nb.data.tofu import load_tofu, write_tofu
+
+    sizes = {"forget01": 12, "forget01_perturbed": 12, "holdout01": 12, "retain99": 24, "retain_perturbed": 12,
+             "real_authors_perturbed": 6, "world_facts_perturbed": 6}
+    part = {config: load_tofu(config)[:n] for config, n in sizes.items()}
+    return str(write_tofu(tmp_path_factory.mktemp("data"), part | {"full": part["retain99"] + part["forget01"]}))
+
+
+@pytest.fixture(scope="session")
 def muse_grid(tmp_path_factory):
     """A finished MUSE grid of a small model that was taught few texts: its folder, and its configuration."""
     from openunlearn_nb.experiments.grid_config import GridConfig

@@ -29,6 +29,10 @@ def test_a_folder_of_plain_files_is_a_benchmark(five):
     assert set(tofu.hashes("forget10")) >= {"full", "forget10_perturbed"}
 
 
+def test_the_default_split_is_the_largest_that_the_data_have(five, small_data):
+    assert [made_benchmark("tofu", data).default_split() for data in ("miniature", str(five), small_data)] == ["forget10", "forget10", "forget01"]
+
+
 def test_all_gaps_are_named_in_one_sentence(tmp_path):
     (tmp_path / "full.json").write_text(json.dumps(load_tofu("full")[:6]))
     with pytest.raises(OpenUnlearnError) as error:

@@ -12,7 +12,7 @@ from openunlearn_nb.data.tofu import question_pairs
 BETAS = ("0.05", "0.1", "0.5")
 ROWS = ["Finetuned", "Retain", *(f"{method} beta={beta}" for method in ("NPO", "SimNPO") for beta in BETAS)]
 GRID = ("tofu --model {0}/tuned/full --retain-model {0}/tuned/{{retain}} --splits forget01 --methods NPO SimNPO --set beta=0.05,0.1,0.5 "
-        "--learning-rate 1e-3 --max_steps 5 --max_grad_norm 0.3 --output {0}/grid --jobs 1 --quiet")
+        "--data {1} --learning-rate 1e-3 --max_steps 5 --max_grad_norm 0.3 --output {0}/grid --jobs 1 --quiet")
 
 
 def qwen2_for(texts: list[str], folder: Path) -> None:
@@ -31,13 +31,14 @@ def qwen2_for(texts: list[str], folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory) -> Path:
+def story(tmp_path_factory, small_data) -> Path:
     """The folder of the whole story: the base model, the fine-tuned ones, and the grid."""
     folder = tmp_path_factory.mktemp("story")
     qwen2_for([question + answer for question, answer in question_pairs("forget01", "miniature")], folder / "tiny-qwen2")
-    tune = f"train --model {folder}/tiny-qwen2 --method Finetune --on full,retain99 --learning-rate 3e-3 --max_steps 20 --output {folder}/tuned --quiet"
+    tune = (f"train --model {folder}/tiny-qwen2 --data {small_data} --method Finetune --on full,retain99 --learning-rate 3e-3 --max_steps 20 "
+            f"--output {folder}/tuned --quiet")
     assert main(tune.split()) == 0
-    assert main(GRID.format(folder).split()) == 0
+    assert main(GRID.format(folder, small_data).split()) == 0
     return folder
 
 
@@ -80,6 +81,6 @@ def test_a_utility_of_0_is_explained_once_for_all_rows_of_one_cause(story, capsy
     assert len({note.split("because")[1] for note in notes}) == len(notes)
 
 
-def test_the_same_folder_takes_no_other_configuration(story, capsys):
-    assert main(GRID.format(story).replace("norm 0.3", "norm 0.5").split()) == 2
+def test_the_same_folder_takes_no_other_configuration(story, small_data, capsys):
+    assert main(GRID.format(story, small_data).replace("norm 0.3", "norm 0.5").split()) == 2
     assert "another configuration" in capsys.readouterr().err

@@ -61,7 +61,7 @@ def test_metrics_do_not_depend_on_batches_order_or_padding(benchmark, prompt, sp
     model, enc = taught(benchmark, prompt)
 
     def all_of(batch_size=64, step=1):
-        results = ModelResults(model, enc, Few(benchmark, 12, step), batch_size)
+        results = ModelResults(model, enc, Few(benchmark, 8, step), batch_size)
         first = compute_entries(results, split, ["all"], Context(classifier="characters"))
         return compute_entries(results, split, ["all"], Context(first, "characters"))
 
@@ -140,8 +140,8 @@ def test_alternates_are_made_read_and_used(tmp_path, capsys):
     assert "has no alternate for 2 of 20 questions" in capsys.readouterr().err
 
 
-def test_seeds_make_one_table(tmp_path, capsys):
-    command = ["tofu", "--splits", "forget01", "--methods", "WGA", "--train-rows", "250", "--epochs", "1", "--output", str(tmp_path), "--quiet"]
+def test_seeds_make_one_table(tmp_path, small_data, capsys):
+    command = ["tofu", "--splits", "forget01", "--methods", "WGA", "--data", small_data, "--epochs", "1", "--output", str(tmp_path), "--quiet"]
     assert main([*command, "--seeds", "0", "1"]) == 0
     shown = capsys.readouterr().out
     assert "seeds 0, 1: mean ± standard deviation" in shown and "±" in next(line for line in shown.splitlines() if line.startswith("WGA"))

@@ -266,7 +266,8 @@ class Tofu(TofuMetrics, TofuTraining):
                         "Llama-3.2-1B-Instruct": "tofu_llama-3.2-1b-instruct.csv"}
 
     def default_split(self) -> str:
-        return "forget10"
+        "forget10, or the largest that the data have."
+        return self.available_splits()[-1]
 
     def fill(self, text: str, split: str) -> str:
         return text.replace("{retain}", self.training_sets(split)[1])
