@@ -18,8 +18,8 @@ from transformers import LlamaConfig
 from openunlearn_nb.internals.errors import OpenUnlearnError
 from openunlearn_nb.training.memory import GB, LAYOUTS, Plan, check_plan, memory_parts
 from openunlearn_nb.training.sizes import model_config, model_sizes
-from openunlearn_nb.training.phases import (fitting_rows, generating, largest_batch, nearest, phase_parts, plan_table, plan_text, recommend, scoring,
-                                   shell_lines, verdict, whole_load_note)
+from openunlearn_nb.training.phases import fitting_rows, generating, largest_batch, phase_parts, scoring, verdict
+from openunlearn_nb.training.plan_tables import nearest, plan_table, plan_text, recommend, shell_lines, whole_load_note
 
 RUN = r"""
 import json, sys, warnings
@@ -194,7 +194,7 @@ def test_planned_against_allocated_in_other_phases(case, tmp_path):
     plan = check_plan(Plan(model_sizes(LlamaConfig(**shape)), c["method"], layout, gpus=0, rows=2, length=c["length"], labelled=c["labelled"],
                            new_tokens=c["new_tokens"], rank=c.get("rank", 8), settings=c.get("settings", {})))
     parts = phase_parts(plan, c["phase"])
-    if c["phase"] in ("evaluate", "eval-each"):  # the plan's own is about one row, whichever way it is asked
+    if c["phase"] in ("evaluate", "eval-each"):  # the plan's own is about one row, scored or generated
         parts |= {"cache": 0.0, "activations": 0.0, "logits": 0.0} | (scoring if c["ask"] == "score" else generating)(plan, c["rows"])
     planned = sum(parts.values())
     print(f"{case}: measured {most / 1e6:.1f} MB, planned {planned / 1e6:.1f} MB")
@@ -283,7 +283,7 @@ def test_a_run_on_one_gpu_takes_the_rows_that_fit(monkeypatch):
     assert chosen(gradient_checkpointing=True).gradient_checkpointing and chosen(per_device_batch=2) == TrainConfig() == chosen(compat="open-unlearning")
 
 
-def test_an_epoch_is_looked_at_in_what_is_left_of_training():
+def test_evaluating_after_an_epoch_comes_on_top_of_training():
     for layout in LAYOUTS:
         plan = check_plan(Plan(SIZES["Llama-3.2-1B-Instruct"], layout=layout, gpus=1))
         assert sum(phase_parts(plan, "eval-each").values()) > sum(phase_parts(plan, "evaluate").values()) - 2 * plan.model.parameters * (layout == "qlora")

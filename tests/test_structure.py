@@ -21,11 +21,9 @@ BY_HAND = {"__init__.py", "__main__.py", "_modidx.py"}  # written by hand, or an
 # What is not rewritten yet. Whoever rewrites a chapter takes its name away; none is added.
 LONG_LINES = {
     "data/muse", "data/wmdp",
-    "training/phases",
 }
 LONG_CELLS = {
     "data/muse", "data/wmdp",
-    "training/phases",
 }
 
 

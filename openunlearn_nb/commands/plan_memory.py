@@ -56,29 +56,29 @@ def _heading(args: argparse.Namespace, plan: "Plan") -> list[str]:
 # %% ../../nbs/commands/plan_memory.ipynb #e52336cc
 def _recommended(plan: "Plan", best: Mapping[str, Any], command: str) -> list[str]:
     "Why a layout is recommended, and how it is started."
-    from openunlearn_nb.training import phases as ph
+    from openunlearn_nb.training import plan_tables as tables
     from openunlearn_nb.training.memory import GB, LAYOUTS
     tokens = plan.length + plan.new_tokens
     rows = best["left"] / (tokens * best["cache_bytes"])
     host = f"; the machine needs {best['host'] / GB:.0f} GB of its own" if best["host"] else ""
     room = (f"Evaluating leaves {best['left'] / GB:.1f} GB for keys and values: {rows:,.0f} rows of {tokens} "
             f"tokens{host}.")
-    note = ph.whole_load_note(plan, best)
-    return [f"Take {LAYOUTS[best['layout']].label}:", ph.shell_lines(command), ph.parts_text(best),
+    note = tables.whole_load_note(plan, best)
+    return [f"Take {LAYOUTS[best['layout']].label}:", tables.shell_lines(command), tables.parts_text(best),
             textwrap.fill(room, WIDTH), *([textwrap.fill(note, WIDTH)] if note else [])]
 
 # %% ../../nbs/commands/plan_memory.ipynb #e1b8955c
 def plan_command(args: argparse.Namespace) -> int:
     "Print the plan, as text or (in bytes) as JSON; returns the exit code."
     from openunlearn_nb.models.loading import quiet
-    from openunlearn_nb.training import phases as ph
+    from openunlearn_nb.training import plan_tables as tables
     quiet()
     plan = plan_of(args)
-    table = ph.plan_table(plan)
-    best = ph.recommend(table)
-    command = ph.launch_line(args.model, plan, best, args.benchmark) if best else None
-    parts = [*_heading(args, plan), ph.plan_text(table), *([] if plan.gpus else [ALIVE])]
-    parts += _recommended(plan, best, str(command)) if best else [textwrap.fill(ph.nearest(plan, table), WIDTH)]
+    table = tables.plan_table(plan)
+    best = tables.recommend(table)
+    command = tables.launch_line(args.model, plan, best, args.benchmark) if best else None
+    parts = [*_heading(args, plan), tables.plan_text(table), *([] if plan.gpus else [ALIVE])]
+    parts += _recommended(plan, best, str(command)) if best else [textwrap.fill(tables.nearest(plan, table), WIDTH)]
     result = {"table": table, "recommended": best and best["layout"], "command": command}
     print_result(result, "\n\n".join(parts), args.json)
     return 0
