@@ -15,7 +15,8 @@ from openunlearn_nb.experiments.grid import plan, run_grid
 from openunlearn_nb.data.miniature_muse import make_muse
 from openunlearn_nb.models.saving import save_model
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
-from openunlearn_nb.data.muse import STUDIES, Muse
+from openunlearn_nb.data.muse import Muse
+from openunlearn_nb.data.muse_rows import STUDIES
 from openunlearn_nb.evaluation.records import read_json
 from openunlearn_nb.internals.files import write_json
 from openunlearn_nb.experiments.cells import cell_folder, finished

@@ -192,7 +192,7 @@ def test_an_answer_of_blanks_is_refused(own, blank):
 @pytest.mark.checks(area="Text", given="a question or answer of blanks in a folder shaped like TOFU or MUSE",
                     then="one sentence names row and column")
 def test_blanks_are_refused_by_the_benchmarks(tmp_path):
-    from openunlearn_nb.data.muse import load_muse
+    from openunlearn_nb.data.muse_rows import load_muse
     from openunlearn_nb.data.tofu import load_tofu
 
     write_folder(
