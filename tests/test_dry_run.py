@@ -62,7 +62,8 @@ def test_a_folder_that_holds_something_else_is_refused(small_grid, capsys):
     grid = f"tofu --train-rows 250 --splits forget01 --methods NPO --epochs 2 --output {folder}"
     for line, sentence in ((f"{grid} --seed 1", "holds results of another configuration (seed 0, now 1)"),
                            (f"{grid} --seeds 0 1", "holds a grid of one seed"),
-                           (f"train --method NPO --split forget01 --output {folder}", "exists and is not empty")):
+                           (f"train --method NPO --split forget01 --output {folder}", "exists and is not empty"),
+                           (f"eval tofu --split forget01 --output {folder}/forget01/NPO", "holds an evaluation of another")):
         assert main([*line.split(), "--dry-run"]) == 2
         assert sentence in capsys.readouterr().err
     assert sorted((file, file.stat().st_mtime_ns) for file in folder.rglob("*")) == there
