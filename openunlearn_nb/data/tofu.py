@@ -256,6 +256,7 @@ class Tofu(TofuMetrics, TofuTraining):
     hub_id = TOFU_ID
     data_help = f"a folder shaped like {TOFU_ID}"
     miniature = True
+    split_weights = {"forget01": 0.3, "forget05": 1.0, "forget10": 2.0}  # for the progress bar
     grid_example = f"--data {TOFU_ID} --splits forget01 --train-rows 1600"
     eval_example = "--model DIR --split forget10 --retain-log runs/tofu/forget10/Retain"
     placeholders = {"retain_model": "{retain}"}

@@ -23,6 +23,7 @@ class BenchmarkValues:
     splits: ClassVar[Sequence[str]] = ("all",)
     split_words: ClassVar[tuple[str, str]] = ("split", "splits")
     studies: ClassVar[Mapping[str, Sequence[str]]] = {}
+    split_weights: ClassVar[Mapping[str, float]] = {}
     hub_id: ClassVar[str] = "FOLDER"
     data_help: ClassVar[str] = "a folder with forget and retain (.jsonl, .json, .csv or .txt)"
     miniature: ClassVar[bool] = False

@@ -157,9 +157,12 @@ def knowledge_metrics(benchmark: HasMetrics, names: Sequence[str]) -> list[str]:
 Summary = Mapping[str, float]
 
 def robustness(
-    benchmark: HasMetrics, before: Summary, after: Summary, retain_before: Summary, retain_after: Summary
+    benchmark: HasMetrics, before: Summary, after: Summary, retain_before: Summary, retain_after: Summary, *,
+    measure: Callable[[float, float, float, float], float] = relearning_robustness,
 ) -> dict[str, float]:
-    "`relearning_robustness` by every metric of knowledge that all four summaries have."
+    """The robustness by every metric of knowledge that all four summaries have.
+
+    `measure`: `relearning_robustness` or `symmetric_robustness`."""
     four = (before, after, retain_before, retain_after)
     names = [name for name in knowledge_metrics(benchmark, list(before)) if all(name in summary for summary in four)]
-    return {name: relearning_robustness(*(summary[name] for summary in four)) for name in names}
+    return {name: measure(*(summary[name] for summary in four)) for name in names}

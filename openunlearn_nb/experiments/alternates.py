@@ -36,9 +36,7 @@ def sample_answers(model: PreTrainedModel, enc: Encoder, pairs: Sequence[tuple[s
     texts = generate(model, enc.tokenizer, prompts, 200, TOGETHER, temperature=temperature)
     return [(text or "").strip() for text in texts]
 
-# %% ../../nbs/experiments/alternates.ipynb #0a78472b
-TRIES, WARMER = 6, 1.25  # rounds of sampling, and the factor of the temperature from one to the next
-
+# %% ../../nbs/experiments/alternates.ipynb #50de3861
 def _plain(text: str) -> str:
     "A text without case, white space and a last period."
     return "".join(text.lower().split()).strip(".")
@@ -47,6 +45,7 @@ def is_alternate(text: str, answer: str) -> bool:
     "Whether a text is an answer, and another one than the true one."
     return bool(_plain(text)) and _plain(text) != _plain(answer)
 
+# %% ../../nbs/experiments/alternates.ipynb #90175124
 def _complete(texts: list[list[str]], seed: int) -> list[list[str]]:
     "The answers of each question; one without any gets another question's, with a warning. Raises where there is none."
     spare = [text for found in texts for text in found]
@@ -55,36 +54,42 @@ def _complete(texts: list[list[str]], seed: int) -> list[list[str]]:
         warnings.warn(f"To {silent} of {len(texts)} questions the model has no other answer than the true one; they "
                       "get those of others.")
     if not spare:
-        raise OpenUnlearnError("The model gave no other answer to any question; ask another one, or give --alternates.")
+        raise OpenUnlearnError("The model gave no other answer to any question; try another model.")
     draws = random.Random(seed)
     return [found or [draws.choice(spare)] for found in texts]
 
-# %% ../../nbs/experiments/alternates.ipynb #d689cba6
+# %% ../../nbs/experiments/alternates.ipynb #5b00409c
+TRIES, WARMER = 6, 1.25  # rounds of sampling, and the factor of the temperature from one to the next
+
 def make_alternates(model: PreTrainedModel, enc: Encoder, pairs: Sequence[tuple[str, str]], repeats: int = 5,
                     instruct: bool = True, temperature: float = 1.0, seed: int = 0,
                     progress: Callable[[float], None] = lambda share: None) -> list[list[str]]:
-    "For each (question, true answer), at most `repeats` alternates and at least one, sampled from the model."
+    """For each (question, true answer), at most `repeats` alternates and at least one, sampled from the model.
+
+    `instruct`: by `INSTRUCTION`, else by the question. `temperature`: of the first round. Raises where the model has
+    no other answer to any question."""
     set_seed(seed)
     answers = [answer for _, answer in pairs]
     found = [[""] * repeats for _ in pairs]
     for attempt in range(TRIES):
         for k in range(repeats):
             missing = [i for i, answer in enumerate(answers) if not is_alternate(found[i][k], answer)]
-            asked = [pairs[i] for i in missing]
-            texts = sample_answers(model, enc, asked, instruct, temperature * WARMER**attempt)
+            again = [pairs[i] for i in missing]
+            texts = sample_answers(model, enc, again, instruct, temperature * WARMER**attempt)
             for i, text in zip(missing, texts):
                 found[i][k] = text
             progress((attempt + (k + 1) / repeats) / TRIES)
     good = [[text for text in texts if is_alternate(text, answer)] for texts, answer in zip(found, answers)]
     return _complete(good, seed)
 
-# %% ../../nbs/experiments/alternates.ipynb #9622e813
+# %% ../../nbs/experiments/alternates.ipynb #bb22a536
 def write_alternates(path: str | Path, pairs: Sequence[tuple[str, str]], alternates: Sequence[Sequence[str]]) -> Path:
     "Write `{question, answer, alternate}`, a JSON object a line; returns the path."
     rows = [{"question": q, "answer": a, "alternate": text} for (q, a), texts in zip(pairs, alternates)
             for text in texts]
     return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
+# %% ../../nbs/experiments/alternates.ipynb #838231e3
 def _lines(path: str | Path) -> list[str]:
     "The lines of a file of alternates."
     try:
@@ -102,7 +107,7 @@ def _read_line(line: str) -> tuple[str, str]:
         raise ValueError(f"alternate is {row['alternate']!r:.60}; {wrong}")
     return row["question"], row["alternate"]
 
-# %% ../../nbs/experiments/alternates.ipynb #c5d9bfaa
+# %% ../../nbs/experiments/alternates.ipynb #3613c5e1
 def read_alternates(path: str | Path, questions: Sequence[str]) -> list[list[str]]:
     "The alternates of each of the questions, from a file. Raises for a bad line, and for a question that is missing."
     texts: dict[str, list[str]] = {}

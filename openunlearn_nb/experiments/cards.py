@@ -13,7 +13,7 @@ from ..internals.errors import OpenUnlearnError, markdown_text, printable
 from ..internals.processes import on_main
 from ..methods.names import FINETUNE
 
-# %% ../../nbs/experiments/cards.ipynb #8f1551ce
+# %% ../../nbs/experiments/cards.ipynb #dd7d4a88
 _CARD = """---
 library_name: transformers
 tags: [unlearning, openunlearn_nb]
@@ -33,11 +33,12 @@ Whether it knows it no more is what an evaluation has to show:
 `openunlearn eval {command} --model` this folder.
 """
 
-# %% ../../nbs/experiments/cards.ipynb #1ddf78f6
+# %% ../../nbs/experiments/cards.ipynb #3c31e6df
 def _code(value: Any) -> str:
     "A value as code in a Markdown table, at most 200 characters of it."
     return "`" + " ".join(printable(str(value)).split()).replace("`", "'").replace("|", "/")[:200] + "`"
 
+# %% ../../nbs/experiments/cards.ipynb #24c5a7e8
 def _card_rows(record: dict[str, Any]) -> dict[str, Any]:
     "The lines of a card's table: what was learned or forgotten, how, and from which model."
     path = record["model_path"]

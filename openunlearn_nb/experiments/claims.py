@@ -46,7 +46,7 @@ def _started_from(output: str | Path, path: str) -> dict:
                 return start
     return {}
 
-# %% ../../nbs/experiments/claims.ipynb #68cc771a
+# %% ../../nbs/experiments/claims.ipynb #7b8ed4d7
 def _recipe_hash(variant: Variant) -> str:
     "A hash of a row's recipe and settings, and of the user's file that declares its method."
     recipe, own = recipe_of(variant.config, variant.method)
@@ -58,12 +58,14 @@ def _contents(grid: GridConfig) -> dict[str, dict]:
     recipes = {row: _recipe_hash(variant) for row, variant in grid.variants.items()}
     return {"data_hashes": grid.source.hashes(*grid.splits), "recipes": recipes, "models": models_of(grid)}
 
+# %% ../../nbs/experiments/claims.ipynb #170dcbab
 def _changed_settings(known: dict, now: dict) -> list[str]:
     "The settings that differ, each with both values. A setting that is newer than version 0.1 may be absent."
     names = [*now, *(name for name in LATE if name in known and name not in now)]
     return [f"{name} {known.get(name)!r}, now {now.get(name)!r}" for name in names
             if same_place(known.get(name)) != same_place(now.get(name))]
 
+# %% ../../nbs/experiments/claims.ipynb #95a5615f
 def _changed_contents(known: dict[str, dict], now: dict[str, dict], output: str | Path) -> list[str]:
     "The data, recipes and models that are other ones now, each as a sentence."
     sentences = {"data_hashes": "the rows of {} have changed", "recipes": "the recipe of {} has changed"}

@@ -90,12 +90,13 @@ class _Named(RunSettings):
         "The metrics by which the best epoch is chosen, with their weights. Empty: the last epoch is taken."
         return best_weights(weights_in(self.best), self.kind) if self.best else {}
 
-# %% ../../nbs/experiments/config.ipynb #a41ae030
+# %% ../../nbs/experiments/config.ipynb #1b76f010
 def _alternates_hash(path: str | None) -> str | None:
     "A hash of the text of a file of alternates; the path as it was given where no file is there."
     file = Path(path).expanduser() if path else None
     return content_hash(file.read_text("utf-8")) if file and file.is_file() else path
 
+# %% ../../nbs/experiments/config.ipynb #359c5fc3
 @dataclass(frozen=True)
 class RunConfig(_Named):
     """The settings of a run, and what they name: the benchmark's rows, its metrics.

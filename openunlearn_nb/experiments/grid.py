@@ -32,7 +32,7 @@ from ..internals.locks import output_lock
 from ..internals.processes import is_main, join_group
 from ..internals.registry import import_file
 
-# %% ../../nbs/experiments/grid.ipynb #b52df07e
+# %% ../../nbs/experiments/grid.ipynb #8e4e3533
 def cells(grid: GridConfig) -> list[tuple[str, str]]:
     "All (split, row) of a grid, the reference rows of a split first."
     references = ["Retain", "Finetuned"] if has_retain(grid) else ["Finetuned"]
@@ -42,7 +42,7 @@ def cells(grid: GridConfig) -> list[tuple[str, str]]:
         found |= {(split, row): None for row in grid.variants}
     return list(found)
 
-# %% ../../nbs/experiments/grid.ipynb #9d6a7d26
+# %% ../../nbs/experiments/grid.ipynb #f71406c2
 class _Plan:
     "Collects the unfinished tasks of a grid, inputs first."
 
@@ -74,6 +74,7 @@ class _Plan:
         needs += [(before, row)] if before else []
         self.add(split, row, needs + (self.evaluated_first(learned) if row == "Finetuned" else []))
 
+# %% ../../nbs/experiments/grid.ipynb #446f1b0c
 def plan(grid: GridConfig, output: str) -> list[Task]:
     "The grid's unfinished tasks, inputs first."
     made = _Plan(grid, output)
@@ -82,7 +83,7 @@ def plan(grid: GridConfig, output: str) -> list[Task]:
             made.add_cell(split, row)
     return list(made.tasks.values())
 
-# %% ../../nbs/experiments/grid.ipynb #fec32a96
+# %% ../../nbs/experiments/grid.ipynb #3b11ce7e
 def check_attackable(grid: GridConfig, output: str | Path) -> None:
     "Raise for a finished cell that is to be attacked and did not keep its model, so that it had to be trained again."
     for split, row in cells(grid):
@@ -95,7 +96,7 @@ def check_attackable(grid: GridConfig, output: str | Path) -> None:
                 f"Remove {folder} to train it again, with --keep-models for attacks in a later call."
             )
 
-# %% ../../nbs/experiments/grid.ipynb #7c32ae63
+# %% ../../nbs/experiments/grid.ipynb #514039ca
 def run_task(grid: GridConfig, output: str, task: Task, progress: Progress) -> dict:
     """Run a task in this process; returns the cell's summary, empty for the training of an embedded model.
 
@@ -110,6 +111,7 @@ def run_task(grid: GridConfig, output: str, task: Task, progress: Progress) -> d
         return run_cell(grid, task.split, task.row, output, progress)
     return run_cell(variant.config, task.split, task.row, output, progress, variant.method)
 
+# %% ../../nbs/experiments/grid.ipynb #00c3c155
 def default_jobs(grid: GridConfig) -> int:
     "Worker processes: one a visible GPU; on a CPU one a core (at most 4) for the embedded model, else one."
     if launched_processes() > 1:
@@ -121,7 +123,7 @@ def default_jobs(grid: GridConfig) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(4, cores)
 
-# %% ../../nbs/experiments/grid.ipynb #db839264
+# %% ../../nbs/experiments/grid.ipynb #abc0cb77
 def note_failure(output: str, task: Task, error: BaseException) -> None:
     "Leave the reason in the cell's folder; where even that cannot be written, a warning."
     if not task.row:
@@ -133,11 +135,12 @@ def note_failure(output: str, task: Task, error: BaseException) -> None:
     except OpenUnlearnError as e:
         warnings.warn(str(e))
 
-# %% ../../nbs/experiments/grid.ipynb #03717d5b
+# %% ../../nbs/experiments/grid.ipynb #17a1bc5f
 def grid_folder(grid: GridConfig, output: str | Path | None = None) -> Path:
     "Where a grid's records go: `output`, or runs/tofu, runs/muse, ..."
     return output_path(f"runs/{grid.benchmark.lower()}" if output is None else output, "folder")
 
+# %% ../../nbs/experiments/grid.ipynb #d40f06bb
 def _check_folder(output: str, jobs: int | None) -> None:
     "Raise for a folder that holds grids of several seeds, and for a number of workers below 1."
     if any(seed_in_name(file.parent) is not None for file in Path(output).glob("seed*/grid.json")):
@@ -145,13 +148,14 @@ def _check_folder(output: str, jobs: int | None) -> None:
     if jobs is not None and jobs < 1:
         raise OpenUnlearnError(f"--jobs must be 1 or more, not {jobs}.")
 
+# %% ../../nbs/experiments/grid.ipynb #0c6cca8c
 def check_grid_folder(grid: GridConfig, output: str | Path, jobs: int | None = None) -> None:
     "Raise for a folder that `run_grid` refuses, and for a number of workers below 1; `grid`: checked. Writes nothing."
     _check_folder(str(output), jobs)
     check_claim(grid, output)
     check_attackable(grid, output)
 
-# %% ../../nbs/experiments/grid.ipynb #b8c2ea69
+# %% ../../nbs/experiments/grid.ipynb #6d839a54
 def run_grid(grid: GridConfig = GridConfig(), output: str | Path | None = None, jobs: int | None = None,
              show: bool = True) -> list[Task]:
     """Run what is unfinished of a grid, into `output` (by default runs/tofu, runs/muse, ...); returns the failed tasks.
@@ -169,7 +173,7 @@ def run_grid(grid: GridConfig = GridConfig(), output: str | Path | None = None, 
         claim(grid, output)
         check_attackable(grid, output)
         tasks = plan(grid, output)
-        display = Display(tasks, list(grid.kind.columns), show and is_main())
+        display = Display(tasks, list(grid.kind.columns), show and is_main(), grid.kind.split_weights)
 
         def done(task, values, error):
             display.done(task, values, error)

@@ -31,7 +31,7 @@ def deciding_files(folder: Path) -> list[Path]:
     found += folder.glob("additional_chat_templates/*.jinja")
     return sorted(file for file in found if file.is_file())
 
-# %% ../../nbs/experiments/provenance.ipynb #e8aaad05
+# %% ../../nbs/experiments/provenance.ipynb #f375ba2c
 LARGE = 1 << 26  # bytes; the hash of a larger file is kept in the cache
 
 def _note_of(file: Path) -> Path:
@@ -52,6 +52,7 @@ def _cached_hash(file: Path, anew: bool) -> str:
         note.write_text(digest)
     return digest
 
+# %% ../../nbs/experiments/provenance.ipynb #7e72e753
 def _hash_of(file: Path, anew: bool) -> str:
     "A file's hash, 16 characters."
     file = file.resolve()
@@ -59,7 +60,7 @@ def _hash_of(file: Path, anew: bool) -> str:
         return file.name[:16]
     return file_hash(file) if file.stat().st_size < LARGE else _cached_hash(file, anew)
 
-# %% ../../nbs/experiments/provenance.ipynb #d5dcf624
+# %% ../../nbs/experiments/provenance.ipynb #29cbc084
 def _base_files(folder: Path, adapter: Path, anew: bool) -> dict[str, str]:
     "The hashes of the base model that an adapter's configuration names, with `base/` before each name."
     base = str(read_json(adapter, "adapter's configuration").get("base_model_name_or_path"))
@@ -78,7 +79,7 @@ def model_files(folder: Path, anew: bool = False) -> dict[str, str]:
         files |= _base_files(folder, adapter, anew)
     return files
 
-# %% ../../nbs/experiments/provenance.ipynb #d9f6846a
+# %% ../../nbs/experiments/provenance.ipynb #4911ac5b
 def _revision(path: str) -> str | None:
     "The commit of a Hub id that was loaded last; None where none was."
     from huggingface_hub import try_to_load_from_cache
@@ -96,7 +97,9 @@ def _hub_identity(path: str) -> dict[str, Any]:
     tokenizer = _revision(preset.base) if preset and preset.base_tokenizer else None
     return {"revision": revision} | ({"tokenizer": tokenizer} if tokenizer else {})
 
+# %% ../../nbs/experiments/provenance.ipynb #23838cad
 def _identity(path: str, anew: bool = False) -> dict[str, Any]:
+    "The identity of a model, computed by this process; see `model_identity`."
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return _hub_identity(path)
@@ -112,13 +115,14 @@ def model_identity(path: str, anew: bool = False) -> dict[str, Any]:
     computes it; all processes must call it."""
     return on_main(lambda: _identity(path, anew))
 
-# %% ../../nbs/experiments/provenance.ipynb #a5a70597
+# %% ../../nbs/experiments/provenance.ipynb #a1cf1ab3
 def _old_difference(content: str, files: dict[str, str]) -> str | None:
     "What differs from a record of version 0.1, which has one hash, `content`, of three kinds of files."
     hashed = re.compile(r"[^/]*\.safetensors|config\.json|tokenizer\.json")
     lines = [f"{name} {digest}" for name, digest in sorted(files.items()) if hashed.fullmatch(name)]
     return None if content == text_hash("\n".join(lines)) else "weights, config.json or tokenizer.json"
 
+# %% ../../nbs/experiments/provenance.ipynb #0ea73d60
 def difference(known: dict[str, Any], now: dict[str, Any]) -> str | None:
     """What differs between two identities of a model, such as the name of a file.
 
@@ -134,7 +138,7 @@ def difference(known: dict[str, Any], now: dict[str, Any]) -> str | None:
     both = [key for key in ("revision", "tokenizer") if key in known and key in now]
     return next((key for key in both if known[key] != now[key]), None)
 
-# %% ../../nbs/experiments/provenance.ipynb #0c843706
+# %% ../../nbs/experiments/provenance.ipynb #56c80854
 def _start_changed(record: dict[str, Any]) -> str | None:
     "How the model that a record started from differs from what it says; None where it does not."
     path, start = str(record.get("model_path")), record.get("start")
@@ -145,6 +149,7 @@ def _start_changed(record: dict[str, Any]) -> str | None:
     what = difference(start, model_identity(path, anew=True))
     return f"the model that it started from has changed ({what})" if what else None
 
+# %% ../../nbs/experiments/provenance.ipynb #49820aca
 def _retain_changed(record: dict[str, Any], folder: Path) -> str | None:
     "How the retain evaluation differs from the one that a record was measured against; None where it does not."
     against = record.get("measured_against")
@@ -157,6 +162,7 @@ def _retain_changed(record: dict[str, Any], folder: Path) -> str | None:
         return None
     return "the retain evaluation that it was measured against has changed"
 
+# %% ../../nbs/experiments/provenance.ipynb #fea9d937
 def changes(record: dict[str, Any], folder: Path) -> list[str]:
     """How a record's evaluation, the model that it started from, and what it was measured against differ from what the
     record says.

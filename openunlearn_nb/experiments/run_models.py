@@ -73,11 +73,12 @@ def prompt_of(config: RunConfig, path: str, tokenizer: PreTrainedTokenizerBase) 
     system = fmt.system if config.system is None else config.system or None
     return replace(fmt, system=system, template_args=fmt.template_args | arguments, compat=config.compat or fmt.compat)
 
-# %% ../../nbs/experiments/run_models.ipynb #a584eaee
+# %% ../../nbs/experiments/run_models.ipynb #5b2b449b
 def evaluation_precision(config: RunConfig) -> torch.dtype:
     "The precision of weights that are not trained: as the configuration says, or what suits the device."
     return getattr(torch, config.dtype) if config.dtype else evaluation_dtype()
 
+# %% ../../nbs/experiments/run_models.ipynb #fff421c5
 def open_model(config: RunConfig, path: str, for_training: bool) -> tuple[PreTrainedModel, Encoder]:
     "The model at `path`, for training or for evaluation, and the encoder that turns its texts into token ids."
     preset = preset_of(path)

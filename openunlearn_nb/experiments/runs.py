@@ -41,13 +41,16 @@ from ..models.loading import PRESETS
 from ..models.saving import cache_dir, save_model
 from ..models.smollm2 import resolve
 
-# %% ../../nbs/experiments/runs.ipynb #b15f7d35
+# %% ../../nbs/experiments/runs.ipynb #b68f5a4c
 def learnable(config: RunConfig) -> list[str]:
     "The training sets of the configuration's benchmark, which fine-tuning can learn."
     return config.source.learnable()
 
+# %% ../../nbs/experiments/runs.ipynb #55dc1300
 def start_of(config: RunConfig, method: str, split: str) -> str:
-    "The path of the model that a training starts from: the finetuned one, or for fine-tuning the base."
+    """The path or Hub id of the model that a training starts from: the finetuned one, or for fine-tuning the base.
+
+    Raises where there is none: for fine-tuning the embedded model, or a request of a study by itself."""
     if method == FINETUNE:
         if config.model == "embedded":
             raise OpenUnlearnError(
@@ -63,12 +66,13 @@ def start_of(config: RunConfig, method: str, split: str) -> str:
         )
     return model_path(config, split)
 
-# %% ../../nbs/experiments/runs.ipynb #5cd1bf5f
+# %% ../../nbs/experiments/runs.ipynb #7dc9f0ec
 def discard(folder: Path | None) -> None:
     "Remove a folder that is not needed any more, if it is there; by the main process."
     if folder:
         on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
 
+# %% ../../nbs/experiments/runs.ipynb #7ffcd1c5
 def _check_training(config: RunConfig, method: str, split: str, settings: dict) -> None:
     "Raise for what cannot be trained, before anything is loaded."
     check_config(config)
@@ -81,6 +85,7 @@ def _check_training(config: RunConfig, method: str, split: str, settings: dict) 
             f"{config.benchmark.lower()} --methods {method} --eval-each epoch."
         )
 
+# %% ../../nbs/experiments/runs.ipynb #cc1d7780
 def _check_finite(method: str, trained: dict[str, Any]) -> None:
     "Raise for a training that diverged, with a learning rate to stay below."
     if "diverged" in trained:
@@ -90,7 +95,7 @@ def _check_finite(method: str, trained: dict[str, Any]) -> None:
             f"{trained['training']['learning_rate']:g}."
         )
 
-# %% ../../nbs/experiments/runs.ipynb #0fbf93ed
+# %% ../../nbs/experiments/runs.ipynb #c339e1f2
 def train_model(config: RunConfig, method: str, split: str, on: str | None, settings: dict, output: str | Path,
                 progress: Progress = lambda share: None) -> dict[str, Any]:
     """Fine-tune or unlearn, and save the model with its record, `train.json`, in a new folder. Returns the record.
@@ -121,21 +126,25 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
         discard(checkpoint)
     return record
 
-# %% ../../nbs/experiments/runs.ipynb #4cd16070
+# %% ../../nbs/experiments/runs.ipynb #516f7a99
 def result_cache(config: RunConfig, start: dict[str, Any], model: PreTrainedModel) -> ResultCache | None:
     """The cache of a model's rows, where its identity is known: it is in a folder, or on the Hub in a known revision.
 
     None where the configuration asks the model again (`reuse` is false)."""
     return ResultCache(cache_dir() / "rows", start, model) if config.reuse and start else None
 
+# %% ../../nbs/experiments/runs.ipynb #b40db024
 def evaluation_facts(config: RunConfig, split: str, retain_log: str | None = None) -> dict[str, Any]:
     "What an evaluation is of, as its record has it; a folder holds one evaluation."
     log = str(Path(retain_log).expanduser().resolve()) if retain_log else retain_log
     return {"config": config.fingerprint(), "split": split, "data": config.source.hashes(split, training=False),
             "retain_log": log}
 
+# %% ../../nbs/experiments/runs.ipynb #0f1ab483
 def check_output(folder: Path, what: dict[str, Any]) -> None:
-    "Raise if the folder is a file, a model's, or holds an evaluation of something else than `what`."
+    """Raise if the folder is a file, a model's, or holds an evaluation of something else than `what`.
+
+    `what`: fields of the record that must agree with a record that is there. Paths to one place are the same."""
     if folder.is_file() or (folder / "config.json").exists():
         kind = "a file" if folder.is_file() else "a folder with a model"
         raise OpenUnlearnError(f"{folder} is {kind}; give another --output.")
@@ -146,7 +155,7 @@ def check_output(folder: Path, what: dict[str, Any]) -> None:
     if changed:
         raise OpenUnlearnError(f"{folder} holds an evaluation of another {changed[0]}; give another --output.")
 
-# %% ../../nbs/experiments/runs.ipynb #7fc1a902
+# %% ../../nbs/experiments/runs.ipynb #3f34f890
 def _evaluation_checks(config: RunConfig, split: str) -> None:
     "Raise for what cannot be evaluated, before a model is loaded."
     check_config(config)
@@ -154,12 +163,13 @@ def _evaluation_checks(config: RunConfig, split: str) -> None:
     check_split(config, split)
     check_measurable(config, split)
 
+# %% ../../nbs/experiments/runs.ipynb #57ca1cf6
 def _shares(config: RunConfig, progress: Progress) -> tuple[Progress, Progress]:
     "The progress of training an embedded model, and that of the evaluation after it."
     training = 0.7 if config.model == "embedded" else 0.0
     return (lambda share: progress(training * share)), (lambda share: progress(training + (1 - training) * share))
 
-# %% ../../nbs/experiments/runs.ipynb #6726ed99
+# %% ../../nbs/experiments/runs.ipynb #61614f8c
 def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log: str | None = None,
                    progress: Progress = lambda share: None, row: str | None = None) -> dict[str, float]:
     """Evaluate a model on a split into a folder; returns the summary, one aggregate a metric.

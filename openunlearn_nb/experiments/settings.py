@@ -41,7 +41,7 @@ class ModelSettings:
     template_args: tuple[str, ...] = setting((), "arguments of the chat template, such as enable_thinking=false",
                                              flag="template-arg",
                                              metavar="NAME=VALUE")
-    train_rows: int | None = setting(None, "teach the embedded model only N rows (or N documents of each set)",
+    train_rows: int | None = setting(None, "train the embedded model on N rows only (or N documents of each set)",
                                      metavar="N")
     max_length: int | None = setting(None, "tokens of a question with its answer, in training too, or of a question "
                                      "with its examples "
@@ -91,7 +91,7 @@ class TrainingSettings:
                                     "interruption",
                                     choices=("epoch",), decides=False)
 
-# %% ../../nbs/experiments/settings.ipynb #bdb0707e
+# %% ../../nbs/experiments/settings.ipynb #72b8abfe
 @dataclass(frozen=True)
 class EvaluationSettings:
     "What is measured of a model."
@@ -102,6 +102,7 @@ class EvaluationSettings:
                               "(default: OpenUnlearning's)", metavar="ID")
     reuse: bool = setting(True, "ask the model again for rows that are cached", flag="no-reuse", decides=False)
 
+# %% ../../nbs/experiments/settings.ipynb #8ea2788d
 @dataclass(frozen=True)
 class ComparisonSettings:
     "What the runs of a grid are compared with, and after which epoch."

@@ -29,7 +29,7 @@ from ..methods.names import FINETUNE
 from ..training.pairs import TrainConfig, alternate_examples, published_recipe
 from ..training.trainer import diverged_at, in_evaluation_dtype, train
 
-# %% ../../nbs/experiments/unlearning.ipynb #6d7c0f4e
+# %% ../../nbs/experiments/unlearning.ipynb #6d60cd9d
 def alternates_for(config: RunConfig, method: str, split: str, model: PreTrainedModel,
                    enc: Encoder) -> list[list[str]] | None:
     "For every question to forget, the answers that the method prefers to the true one; None where it needs none."
@@ -49,17 +49,17 @@ def alternates_for(config: RunConfig, method: str, split: str, model: PreTrained
     made = make_alternates(model, enc, pairs, instruct=config.model != "embedded", seed=config.seed)
     return gathered(made)[0]  # one set of answers for all processes
 
-# %% ../../nbs/experiments/unlearning.ipynb #091d8169
+# %% ../../nbs/experiments/unlearning.ipynb #90f9a03e
 def count_overlap(forget: list[dict], retain: list[dict]) -> int:
     "How many of the encoded forget examples are also retain examples, with a warning where there are any."
-    kept = {(*e["input_ids"], None, *e["labels"]) for e in retain}
-    both = sum((*e["input_ids"], None, *e["labels"]) in kept for e in forget)
+    retained = {(*e["input_ids"], None, *e["labels"]) for e in retain}
+    both = sum((*e["input_ids"], None, *e["labels"]) in retained for e in forget)
     if both:
         warnings.warn(f"{both} of {len(forget)} examples to forget are among those to keep as well: what one term of "
                       "the loss does to them, the other undoes.")
     return both
 
-# %% ../../nbs/experiments/unlearning.ipynb #24e2a7a6
+# %% ../../nbs/experiments/unlearning.ipynb #c415710b
 def training_data(config: RunConfig, method: str, split: str, on: str,
                   enc: Encoder) -> tuple[list[dict], list[dict]]:
     "The encoded forget and retain examples of a split; for fine-tuning no forget examples, and the training set `on`."
@@ -67,7 +67,9 @@ def training_data(config: RunConfig, method: str, split: str, on: str,
         return [], config.source.training_examples(on, enc)
     return config.source.forget_examples(split, enc), config.source.retain_examples(split, enc)
 
+# %% ../../nbs/experiments/unlearning.ipynb #5bd161fa
 def _hashes(forget: list[dict], retain: list[dict]) -> dict[str, str]:
+    "The hash of each side's examples; of an empty side none."
     return {name: content_hash(rows) for name, rows in (("forget", forget), ("retain", retain)) if rows}
 
 def declared_in(method: str) -> dict[str, str]:
@@ -76,9 +78,10 @@ def declared_in(method: str) -> dict[str, str]:
     return {"declared_in": " ".join(hashes)} if hashes else {}
 
 def _as_json(settings: dict) -> dict:
+    "Settings as values of JSON; tensors become lists."
     return {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in settings.items()}
 
-# %% ../../nbs/experiments/unlearning.ipynb #506d7e93
+# %% ../../nbs/experiments/unlearning.ipynb #c48e412f
 def _published(config: RunConfig, method: str) -> dict[str, Any] | None:
     "The published recipe and settings of a method of the package; None for a method of the user's own."
     chosen = METHODS.find(method)
@@ -86,6 +89,7 @@ def _published(config: RunConfig, method: str) -> dict[str, Any] | None:
         return None
     return {"training": published_recipe(config.benchmark, method).as_dict(), "settings": chosen.defaults}
 
+# %% ../../nbs/experiments/unlearning.ipynb #f55f615d
 def _alternates(config: RunConfig, method: str, split: str, model: PreTrainedModel, enc: Encoder,
                 recipe: TrainConfig) -> tuple[Any, dict[str, Any]]:
     "The encoded alternates of a method, and what a record says of them: the texts themselves where they were sampled."
@@ -96,7 +100,7 @@ def _alternates(config: RunConfig, method: str, split: str, model: PreTrainedMod
     questions = [question for question, _ in config.source.forget_pairs(split)]
     return alternate_examples(questions, texts, enc, recipe), {"alternates": known}
 
-# %% ../../nbs/experiments/unlearning.ipynb #2601582e
+# %% ../../nbs/experiments/unlearning.ipynb #e5c0c58f
 def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, enc: Encoder,
             settings: dict | None = None, on: str = "", progress: Progress = lambda share: None,
             after_epoch: Callable | None = None, checkpoint: Path | None = None, for_saving: bool = False,

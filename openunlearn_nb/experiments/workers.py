@@ -24,25 +24,30 @@ from ..internals.launch import DEVICES_VARIABLE, only_device, visible_devices
 from ..internals.processes import raised_by_all, world_size
 from ..models.loading import quiet
 
-# %% ../../nbs/experiments/workers.ipynb #dbaa31f2
+# %% ../../nbs/experiments/workers.ipynb #4ba1d84c
 @dataclass(frozen=True)
 class Task:
-    "A piece of work, known by a pair of names, and the names of those it needs."
+    """A piece of work, known by a pair of names, and the names of those it needs.
+
+    `row`: of a table; empty for the training of an embedded model on the training set `split`."""
     split: str
     row: str = ""
     needs: tuple[tuple[str, str], ...] = ()
 
     @property
     def key(self) -> tuple[str, str]:
+        "The pair of names."
         return (self.split, self.row)
 
     def __str__(self) -> str:
         return f"{self.row} {self.split}" if self.row else f"training on {self.split}"
 
+# %% ../../nbs/experiments/workers.ipynb #14c00f1b
 Work = Callable[[Task, Callable[[float], None]], dict]  # does a task, and calls the function with its share done
+
 Report = Callable[[tuple[str, str] | None, Any], None]  # takes a task's key and share, or no key and a warning
 
-# %% ../../nbs/experiments/workers.ipynb #bab4a580
+# %% ../../nbs/experiments/workers.ipynb #71843da2
 _queue: Any = None  # of this worker, to the process that started it
 
 def _end_without_parent(parent: int) -> None:
@@ -51,6 +56,7 @@ def _end_without_parent(parent: int) -> None:
         time.sleep(1)
     os._exit(1)
 
+# %% ../../nbs/experiments/workers.ipynb #6b369ef8
 def _start_worker(queue, parent: int) -> None:
     "Prepare a worker process for its tasks."
     global _queue
@@ -71,9 +77,9 @@ def _work(work: Work, task: Task) -> dict:
     "Do a task in this worker."
     return work(task, lambda share: _queue.put((task.key, share)))
 
-# %% ../../nbs/experiments/workers.ipynb #58ae3988
+# %% ../../nbs/experiments/workers.ipynb #1b86b327
 class Inline:
-    "Runs each task in this process, at once."
+    "Runs each task in this process, at once. `report` takes a task's key and the share of it that is done."
     width = 1  # tasks at a time
 
     def __init__(self, report: Report):
@@ -96,7 +102,7 @@ class Inline:
     def settle(self, future: Future) -> None:
         "Nothing to take back: this process was not killed."
 
-# %% ../../nbs/experiments/workers.ipynb #26ac4147
+# %% ../../nbs/experiments/workers.ipynb #d242f276
 class Worker:
     "A process for one task at a time, on a `device` of its own where there is one. It starts with its first task."
 
@@ -119,7 +125,7 @@ class Worker:
             self.start()
             return self.submit(work, task)
 
-# %% ../../nbs/experiments/workers.ipynb #0fb46f7b
+# %% ../../nbs/experiments/workers.ipynb #5b811311
 class _Workers:
     "The worker processes of a pool, and how they end."
 
@@ -143,7 +149,7 @@ class _Workers:
         for worker in self.workers:
             worker.process.shutdown(wait=False, cancel_futures=True)
 
-# %% ../../nbs/experiments/workers.ipynb #b89f190c
+# %% ../../nbs/experiments/workers.ipynb #a5e00ff5
 class Pool(_Workers):
     "Runs tasks in `jobs` worker processes, dealt over the visible devices in turn."
 
@@ -153,6 +159,7 @@ class Pool(_Workers):
 
     @property
     def width(self) -> int:
+        "Tasks at a time."
         return len(self.workers)
 
     def submit(self, work: Work, task: Task) -> Future:
@@ -179,7 +186,7 @@ class Pool(_Workers):
             worker.start()
         return worker
 
-# %% ../../nbs/experiments/workers.ipynb #7f3ed39d
+# %% ../../nbs/experiments/workers.ipynb #3147dfbb
 def _next(waiting: list[Task], running: list[Task], failed: list[Task], killed: list[Task],
           free: int) -> tuple[list[Task], list[Task]]:
     "At most `free` tasks to start now, and those that never will, since what they need has failed."
@@ -188,15 +195,16 @@ def _next(waiting: list[Task], running: list[Task], failed: list[Task], killed: 
     hopeless = [task for task in waiting if lost & set(task.needs)]
     ready = [task for task in waiting if not unmet & set(task.needs)]
     fresh = [task for task in ready if task not in killed]
-    if any(task in killed for task in running):  # it runs alone
+    if any(task in killed for task in running):  # nothing else beside it
         return [], hopeless
     return fresh[:free] if fresh or running else ready[:1], hopeless
 
-# %% ../../nbs/experiments/workers.ipynb #d5fc7e70
+# %% ../../nbs/experiments/workers.ipynb #3d82c998
 Done = Callable[[Task, dict | None, BaseException | None], None]  # takes a finished task with its result or its error
 KILLED_TWICE = ("Its process ended twice (out of memory? Or a script that calls this outside of "
                 'if __name__ == "__main__":).')
 
+# %% ../../nbs/experiments/workers.ipynb #fc4751a0
 class _Schedule:
     "The tasks of `run_tasks` by their state."
 
@@ -234,9 +242,11 @@ class _Schedule:
         error = OpenUnlearnError(KILLED_TWICE) if dead else error
         self.end(task, None if error else future.result(), error)
 
-# %% ../../nbs/experiments/workers.ipynb #15c769bf
+# %% ../../nbs/experiments/workers.ipynb #a8f0eb30
 def run_tasks(tasks: list[Task], work: Work, pool: Inline | Pool, done: Done) -> list[Task]:
-    "Run all tasks as their needs are met; returns those that failed or could not start."
+    """Run all tasks as their needs are met; returns those that failed or could not start.
+
+    `done` is called with each finished task, and its result or its error."""
     schedule = _Schedule(tasks, work, pool, done)
     while schedule.waiting or schedule.running:
         schedule.start()
@@ -246,11 +256,12 @@ def run_tasks(tasks: list[Task], work: Work, pool: Inline | Pool, done: Done) ->
             schedule.settle(future)
     return schedule.failed
 
-# %% ../../nbs/experiments/workers.ipynb #e9c8a4e1
+# %% ../../nbs/experiments/workers.ipynb #d352c82b
 def _runs_here(jobs: int | None) -> bool:
     "Whether tasks run in this process: one job without a device chosen for it, or a run of several processes."
     return world_size() > 1 or jobs == 1 and not os.environ.get(DEVICES_VARIABLE)
 
+# %% ../../nbs/experiments/workers.ipynb #108143f5
 def check_main(jobs: int | None) -> None:
     "Raise in a worker that imports, and so runs, the script which started it."
     starting = getattr(multiprocessing.current_process(), "_inheriting", False)
@@ -260,8 +271,11 @@ def check_main(jobs: int | None) -> None:
             "jobs=1."
         )
 
+# %% ../../nbs/experiments/workers.ipynb #8b537f55
 def run_all(tasks: list[Task], work: Work, jobs: int, report: Report, done: Done) -> list[Task]:
-    "`run_tasks` in `jobs` worker processes, or in this one. `work` must be picklable."
+    """`run_tasks` in `jobs` worker processes, or in this one. Returns the tasks that failed or could not start.
+
+    `work` must be picklable: a function of a module. `report` takes a task's key and share, or None and a warning."""
     if _runs_here(jobs):
         quiet()
         return run_tasks(tasks, work, Inline(report), done)

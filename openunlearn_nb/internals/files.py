@@ -81,6 +81,7 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
     return on_main(lambda: _write(output_path(path), data))
 
 def _write(path: Path, data: bytes) -> Path:
+    "Write a temporary file beside `path`, and rename it."
     temporary, target = None, real_path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,7 @@ def write_json(path: str | Path, value: Any) -> Path:
     "Write `to_json(value)` as `write_bytes` does."
     return write_text(path, to_json(value))
 
-# %% ../../nbs/internals/files.ipynb #db0c3879
+# %% ../../nbs/internals/files.ipynb #d9ffc5c0
 @contextmanager
 def new_folder(folder: Path, prefix: str = ".writing-") -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the block ends without an error, and vanishes otherwise.
@@ -128,6 +129,7 @@ def new_folder(folder: Path, prefix: str = ".writing-") -> Iterator[Path]:
         Path(temporary).chmod(0o755)  # a temporary folder is private; a saved model need not be
         Path(temporary).rename(folder)
 
+# %% ../../nbs/internals/files.ipynb #dc0a3b55
 def check_writable(folder: Path) -> None:
     "Make `folder` where it is missing, and write a file in it that vanishes. Raises `OSError` where that fails."
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,30 @@ __all__ = ['MAX_DEPTH', 'parse_json', 'check_shape']
 import json
 from typing import Any
 
-# %% ../../nbs/internals/json_shapes.ipynb #7b976013
+# %% ../../nbs/internals/json_shapes.ipynb #0501344f
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    "An object from its (name, value) pairs; raises for a name that is there twice."
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has {twice!r:.60} twice in one object")
+    return found
+
+# %% ../../nbs/internals/json_shapes.ipynb #c34c3b4e
 MAX_DEPTH = 100  # lists and objects in each other; this package's own files have six
 
+def _check_depth(value: Any) -> None:
+    "Raise for a value that is nested too deep; level by level, since a recursion would itself be too deep."
+    level, depth = [value], 0
+    while level:
+        inside = (inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer))
+        level = [inner for inner in inside if isinstance(inner, dict | list)]
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError("it is nested too deep")
+
+# %% ../../nbs/internals/json_shapes.ipynb #a7bd6b43
 def parse_json(text: str) -> Any:
     """The value of a JSON text.
 
@@ -24,28 +45,12 @@ def parse_json(text: str) -> Any:
         _check_depth(value)
     return value
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"it has {twice!r:.60} twice in one object")
-    return found
-
-def _check_depth(value: Any) -> None:
-    level, depth = [value], 0
-    while level:
-        inside = (inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer))
-        level = [inner for inner in inside if isinstance(inner, dict | list)]
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise ValueError("it is nested too deep")
-
 # %% ../../nbs/internals/json_shapes.ipynb #b06f4d3b
 _WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", None: "null",
           object: "anything"}
 
 def _in_words(shape: Any) -> str:
+    "A shape's kind in words, for an error."
     if isinstance(shape, list):
         return "a list"
     return "an object" if isinstance(shape, dict) else _WORDS[shape]
@@ -76,6 +81,7 @@ def check_shape(value: Any, shape: Any, at: str = "") -> None:
             _check_field(value, found, name, f"{at}." if at else "")
 
 def _check_field(value: dict, shape: dict, name: str, at: str) -> None:
+    "Check the field or fields of an object that a `name` of its shape stands for."
     wanted = shape[name]
     if name in ("*", "#"):
         for key, inner in value.items():

@@ -45,6 +45,7 @@ def join_group() -> None:
         _errors = _errors or dist.new_group(backend="gloo")
 
 def _meet() -> None:
+    "Meet the other processes at the launcher's address; raises where they do not come within `JOIN_TIMEOUT`."
     global _meeting
     from torch.distributed import is_initialized
     from torch.distributed.rendezvous import rendezvous
@@ -58,9 +59,9 @@ def _meet() -> None:
             f"{JOIN_TIMEOUT.total_seconds():g} s; unset WORLD_SIZE for one process, or start all with a launcher "
             "(openunlearn configs).") from e
 
-# %% ../../nbs/internals/processes.ipynb #4740ee3b
+# %% ../../nbs/internals/processes.ipynb #da9d9ddf
 def _group() -> Any:
-    "`torch.distributed`, where this process has joined others; None where it works alone."
+    "`torch.distributed`, where this process has joined others; None where it is the only one."
     if launched_processes() == 1:
         return None
     import torch.distributed as dist
@@ -78,7 +79,7 @@ def is_main() -> bool:
     "Whether this is the process that writes files and prints."
     return rank() == 0
 
-# %% ../../nbs/internals/processes.ipynb #cd5ae607
+# %% ../../nbs/internals/processes.ipynb #49d0d8f5
 def leave_group() -> None:
     "Leave the group; the counterpart of `join_group`."
     global _errors, _meeting
@@ -87,11 +88,12 @@ def leave_group() -> None:
         PartialState().destroy_process_group()
         _errors = _meeting = None
 
-# %% ../../nbs/internals/processes.ipynb #8acc438e
+# %% ../../nbs/internals/processes.ipynb #880f8fe7
 def own_share(items: Iterable[T]) -> Iterator[T]:
     "The items that this process works on: every n-th of n processes, beginning with its rank."
     return islice(items, rank(), None, world_size())
 
+# %% ../../nbs/internals/processes.ipynb #a32488e1
 def gathered(value: T) -> list[T]:
     "The `value` of every process, by rank. All processes must call it."
     if not (group := _group()):
@@ -136,7 +138,7 @@ def raised_by_all(seconds: float = 60) -> bool:
         return False
     return True
 
-# %% ../../nbs/internals/processes.ipynb #0903e27a
+# %% ../../nbs/internals/processes.ipynb #02123429
 _LAUNCHER_PREFIXES = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "TORCHINDUCTOR_",
                       "ACCELERATE_", "FORK_LAUNCHED")
 
@@ -149,6 +151,7 @@ def _without_launcher() -> Iterator[None]:
     finally:
         os.environ.update(hidden)
 
+# %% ../../nbs/internals/processes.ipynb #95207c3b
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     "What `function(*args)` returns, run once outside the group and sent to all. Without a group it is just called."
     if not _group():

@@ -41,7 +41,7 @@ def check_name(name: Any, what: str, reserved: tuple[str, ...] = ()) -> str:
         )
     return name
 
-# %% ../../nbs/internals/registry.ipynb #5cfa1e0d
+# %% ../../nbs/internals/registry.ipynb #c4930b6d
 class Declared(Mapping[str, T], Generic[T]):
     """A mapping that is filled by importing the module `catalogue`, at the first look-up.
 
@@ -77,11 +77,11 @@ class Declared(Mapping[str, T], Generic[T]):
         return next((known for known in self._objects if known.lower() == str(name).lower()), name)
 
     def spelled(self, name: str) -> str:
-        "`name` as it is declared, if it is; else `name` itself."
+        "`name` as it is declared, if it is in this registry; else `name` itself."
         self._fill()
         return self._spelled(name)
 
-# %% ../../nbs/internals/registry.ipynb #2a7041bf
+# %% ../../nbs/internals/registry.ipynb #821f300a
 REGISTRIES: dict[str, "Registry"] = {}  # kind of object: its registry
 
 def _definition(declared: Any) -> Any:
@@ -97,6 +97,7 @@ def _again(old: Any, new: Any) -> bool:
     one, other = _definition(old), _definition(new)
     return _in_notebook(new) and getattr(one, "__qualname__", one) == getattr(other, "__qualname__", other)
 
+# %% ../../nbs/internals/registry.ipynb #dd8feb24
 def _functions(declared: Any) -> list[Any]:
     "The functions of a definition: itself, or those of a class, whose own text a notebook does not keep."
     definition = _definition(declared)
@@ -113,6 +114,7 @@ def _source(declared: Any) -> list[str] | None:
     except (OSError, TypeError):
         return None
 
+# %% ../../nbs/internals/registry.ipynb #da3863cb
 def _check_again(kind: str, name: str, old: Any, new: Any) -> None:
     "Raise where an object may not take the place of one of its name; warn where it replaces another of the package's."
     if not _again(old, new):
@@ -121,7 +123,7 @@ def _check_again(kind: str, name: str, old: Any, new: Any) -> None:
     if not _in_notebook(old) and None not in texts and texts[0] != texts[1]:
         warnings.warn(f"The {kind} {name} of this notebook takes the place of the package's.")
 
-# %% ../../nbs/internals/registry.ipynb #66721e5b
+# %% ../../nbs/internals/registry.ipynb #a3d4b6de
 class Registry(Declared[T]):
     """Objects of one kind by name.
 
@@ -163,7 +165,18 @@ class Registry(Declared[T]):
         "The object called `name`, or that an alias stands for. Raises with the nearest names where there is none."
         return self._objects[self.name_of(name)]
 
-# %% ../../nbs/internals/registry.ipynb #012aceed
+# %% ../../nbs/internals/registry.ipynb #4e3fe778
+def _note_new(before: dict[str, dict], digest: str) -> dict[str, tuple[str, ...]]:
+    "The names that were not there before, by kind of object; each is noted with the hash of its file."
+    declared = {}
+    for kind, registry in REGISTRIES.items():
+        new = tuple(name for name in registry._objects if name not in before.get(kind, {}))
+        registry.files |= dict.fromkeys(new, digest)
+        if new:
+            declared[kind] = new
+    return declared
+
+# %% ../../nbs/internals/registry.ipynb #9a5c6d81
 @lru_cache
 def import_file(file: str) -> dict[str, tuple[str, ...]]:
     """Run a Python file that declares methods, metrics, benchmarks or attacks. It is run once a process.
@@ -188,14 +201,4 @@ def import_file(file: str) -> dict[str, tuple[str, ...]]:
     if not declared:
         kinds = ", ".join(REGISTRIES)
         raise OpenUnlearnError(f"{file} declares nothing: a {kinds} is declared by a decorator of that name.")
-    return declared
-
-def _note_new(before: dict[str, dict], digest: str) -> dict[str, tuple[str, ...]]:
-    "The names that were not there before, by kind of object; each is noted with the hash of its file."
-    declared = {}
-    for kind, registry in REGISTRIES.items():
-        new = tuple(name for name in registry._objects if name not in before.get(kind, {}))
-        registry.files |= dict.fromkeys(new, digest)
-        if new:
-            declared[kind] = new
     return declared

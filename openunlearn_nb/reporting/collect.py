@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
-from ..data.benchmark import BENCHMARKS, Benchmark
+from ..data.benchmark import BENCHMARKS, GENERAL, Benchmark
 from ..data.catalogue import DEFAULT_BENCHMARK
 from ..evaluation.attacks import robustness
 from ..evaluation.entries import recompute
@@ -21,7 +21,7 @@ from ..evaluation.records import read_json, seed_in_name
 from ..evaluation.retain_logs import misfit, read_retain_log, retain_file
 from ..internals.errors import OpenUnlearnError
 from ..internals.hashes import file_hash
-from .identify import GENERAL, Run, identify, row_order
+from .identify import Run, identify, row_order
 
 # %% ../../nbs/reporting/collect.ipynb #f5ebe1af
 Values = dict[str, dict[str, dict[str, float | None]]]  # {split: {row: {metric: value}}}

@@ -17,10 +17,10 @@ from typing import Any
 
 from jinja2 import Environment
 
-from ..data.benchmark import BENCHMARKS
+from ..data.benchmark import BENCHMARKS, GENERAL
 from .. import __version__
 from .collect import Values, epoch_values, find_runs, measured
-from .identify import GENERAL, Run, row_order
+from .identify import Run, row_order
 from ..internals.locks import output_lock
 from ..evaluation.records import read_json
 from ..internals.files import write_text
