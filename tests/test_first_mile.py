@@ -39,7 +39,7 @@ def record(folder: Path) -> dict:
 
 @pytest.mark.parametrize("options, sentence", [
     ("--set betta=0.1", "Unknown setting of NPO 'betta'; did you mean beta"),
-    ("--train-rows 200", "train_rows 200 counts what the embedded model is taught"),
+    ("--train-rows 200", "train_rows 200 counts what the embedded model is trained on"),
     ("--max_steps 2 --optim adamw_bnb_8bits", "Unknown optimizer"),
     ("--lr_scheduler_type linnear --max_steps 2", "Training cannot be set up so"),
 ])
