@@ -12,5 +12,5 @@ from .wmdp import Wmdp
 from .custom import Own
 
 # %% ../../nbs/data/catalogue.ipynb #5136e387
-DEFAULT_BENCHMARK = Tofu.name  # of a command that is not told which
+DEFAULT_BENCHMARK = Tofu.name  # of a command that names none
 DECLARED = (Tofu, Muse, Wmdp, Own)

@@ -45,7 +45,7 @@ class RetainLoss(NamedTuple):
     "A retain loss that settings choose by name."
     function: Callable[..., Tensor]  # (model, batch, ref_model, settings): a scalar
     mean_over: Callable[[Part, SimpleNamespace], Tensor]  # the number of rows or tokens that it is a mean over
-    needs_reference: bool = False  # the model before unlearning is asked at every step
+    needs_reference: bool = False  # it computes with the model before unlearning at every step
     logit_bytes: int = 0  # bytes held for a logit at the end of its forward, for plans; 0: no more than a copy
 
 RETAIN_LOSSES = {"NLL": RetainLoss(retain_nll, labelled_tokens), "KL": RetainLoss(retain_kl, labelled_tokens, True, 28)}
