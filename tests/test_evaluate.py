@@ -5,6 +5,8 @@ import sys
 import warnings
 
 import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import openunlearn_nb
 from openunlearn_nb.data.benchmark import Benchmark
@@ -64,20 +66,59 @@ def test_an_evaluation_without_rows_is_an_empty_table():
 
 
 def test_a_callback_keeps_the_best_model_by_a_weighted_sum_in_a_plain_trainer(model_and_tokenizer, tmp_path):
-    transformers = pytest.importorskip("transformers")
     model, tokenizer = tiny_llama(model_and_tokenizer[1], hidden=32, layers=2), model_and_tokenizer[1]
     examples = Tales(ROWS).forget_examples("tales", Encoder(tokenizer, PROMPTS["chat"]))
     best = {"forget_Q_A_Prob": 1, "retain_Q_A_Prob": 0.1}
     callback = EvaluateCallback(Tales, data=ROWS, steps=2, best=best, metrics="extraction_strength")
-    args = transformers.TrainingArguments(str(tmp_path), max_steps=6, learning_rate=1e-2, report_to=[], save_strategy="no",
+    args = TrainingArguments(str(tmp_path), max_steps=6, learning_rate=1e-2, report_to=[], save_strategy="no",
                                           use_cpu=True, disable_tqdm=True, logging_strategy="no")
-    transformers.Trainer(model, args, train_dataset=examples, processing_class=tokenizer, callbacks=[callback],
+    Trainer(model, args, train_dataset=examples, processing_class=tokenizer, callbacks=[callback],
                          data_collator=lambda rows: collate(rows, tokenizer.pad_token_id)).train()
     assert list(callback.summaries) == ["2", "4", "6"] and model.training
     assert set(callback.summaries["2"]) == set(QUICK)  # those of `best` are computed too
     sums = {step: -values["forget_Q_A_Prob"] + 0.1 * values["retain_Q_A_Prob"] for step, values in callback.summaries.items()}
     now = evaluate(model, tokenizer, Tales, data=ROWS, metrics=QUICK).summary
     assert -now["forget_Q_A_Prob"] + 0.1 * now["retain_Q_A_Prob"] == pytest.approx(max(sums.values()), rel=1e-5)
+
+
+class PowerCut(Exception):
+    """Ends a training in the middle."""
+
+
+class CutAt(TrainerCallback):
+    """Interrupts a training at a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise PowerCut
+
+
+def test_a_resumed_training_still_knows_the_best_model_of_the_interrupted_attempt(model_and_tokenizer, tmp_path):
+    tokenizer = model_and_tokenizer[1]
+    start = tiny_llama(tokenizer, hidden=32, layers=2).state_dict()
+    examples = Tales(ROWS).forget_examples("tales", Encoder(tokenizer, PROMPTS["chat"]))
+
+    def attempt(folder, *more, resume=False):
+        model = tiny_llama(tokenizer, hidden=32, layers=2)
+        model.load_state_dict(start)
+        callback = EvaluateCallback(Tales, data=ROWS, steps=2, best="forget_Q_A_Prob", metrics="forget_Q_A_Prob")
+        args = TrainingArguments(str(folder), max_steps=8, learning_rate=1e-2, report_to=[], save_steps=4, use_cpu=True,
+                                 disable_tqdm=True, logging_strategy="no")
+        Trainer(model, args, train_dataset=examples, processing_class=tokenizer, callbacks=[callback, *more],
+                data_collator=lambda rows: collate(rows, tokenizer.pad_token_id)).train(resume_from_checkpoint=resume)
+        return callback.summaries, model.state_dict()
+
+    whole, weights = attempt(tmp_path / "whole")
+    with pytest.raises(PowerCut):
+        attempt(tmp_path / "cut", CutAt(7))
+    again, resumed = attempt(tmp_path / "cut", resume=True)
+    assert min(whole, key=lambda step: whole[step]["forget_Q_A_Prob"]) == "2"  # before the checkpoint
+    assert again == whole and all(torch.equal(resumed[name], weights[name]) for name in weights)
+    afresh, _ = attempt(tmp_path / "cut")  # in the same folder, from the start
+    assert afresh == whole
 
 
 def test_a_callback_refuses_a_metric_that_there_is_not():

@@ -132,7 +132,8 @@ class EvaluateCallback(TrainerCallback):
     `benchmark`, `split` and the other `options` are those of `evaluate`; the tokenizer is the trainer's, unless one is
     given. `best`: a metric, or weights by metric, which are computed in addition to `metrics`; the best model's weights
     are in the model when training ends. `folder`: where they are stored meanwhile, by default `best` in the trainer's
-    output folder.
+    output folder. The summaries stand beside them, in `best.json`; a training that goes on from a checkpoint reads
+    both, so that the best model of the interrupted attempt can still win.
 
     `evaluations` holds the results by epoch (or step), `summaries` their aggregates."""
 
@@ -154,7 +155,9 @@ class EvaluateCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         folder = Path(self.folder or Path(args.output_dir) / "best")
-        self.history, self.evaluations = EvaluationHistory(self.kind, self.best, folder=folder), {}
+        file = folder.with_name(f"{folder.name}.json") if self.history.weights else None
+        resumed = state.global_step > 0 and (folder / "evaluation.json").exists()
+        self.history, self.evaluations = EvaluationHistory(self.kind, self.best, file, folder, resumed), {}
 
     def on_epoch_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         if not self.steps:
