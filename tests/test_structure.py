@@ -153,11 +153,34 @@ def test_a_notebook_finds_the_folder_beside_the_checkout():
     assert wrong == []
 
 
+BAR = re.compile(r"\d(it/s|s/it)|[\u2588-\u258f]|<progress|widget-view")  # of tqdm, as text or as a widget, and of transformers
+
+
+def is_error_or_bar(output: dict) -> bool:
+    """Whether a stored output is a traceback or a progress bar: printed, displayed as text or HTML, or a widget."""
+    data = {kind: value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")}
+    shown = [output.get("text", ""), *data, *data.values()]
+    texts = [json.dumps(part) if isinstance(part, dict) else "".join(part) for part in shown]
+    return output["output_type"] == "error" or any(BAR.search(text) for text in texts)
+
+
+@pytest.mark.parametrize("bar", [
+    {"output_type": "stream", "text": [" 40%|####      | 2/5 [00:01<00:02,  1.31it/s]"]},
+    {"output_type": "display_data", "data": {"text/plain": ["Map:   0%|          | 0/5 [00:00<?, ? examples/s, 2.5s/it]"]}},
+    {"output_type": "display_data", "data": {"text/plain": ["100%|\u2588\u2588\u2588\u258f| 5/5"]}},
+    {"output_type": "display_data", "data": {"text/html": ["<div>\n", "<progress value='2' max='5'></progress>"]}},
+    {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": {"model_id": "a1"}, "text/plain": ["Map"]}},
+])
+def test_a_bar_is_recognised_however_it_is_stored(bar):
+    assert is_error_or_bar(bar)
+    assert not is_error_or_bar({"output_type": "display_data", "data": {"image/png": "5it/s", "text/html": ["<b>copy, GB/s</b>"]}})
+
+
 def test_no_stored_output_is_an_error_or_a_progress_bar():
     """A cell that failed when it was run last shows its traceback to every reader."""
     wrong = []
     for file in (file for file in NOTEBOOKS.rglob("*.ipynb") if ".ipynb_checkpoints" not in file.parts):
         outputs = [output for cell in json.loads(file.read_text(encoding="utf-8"))["cells"] for output in cell.get("outputs", [])]
-        if any(output["output_type"] == "error" or "it/s]" in "".join(output.get("text", "")) for output in outputs):
+        if any(is_error_or_bar(output) for output in outputs):
             wrong.append(name_of(file, NOTEBOOKS))
     assert wrong == []

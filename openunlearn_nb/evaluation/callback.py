@@ -132,8 +132,7 @@ class EvaluateCallback(TrainerCallback):
     `benchmark`, `split` and the other `options` are those of `evaluate`; the tokenizer is the trainer's, unless one is
     given. `best`: a metric, or weights by metric, which are computed in addition to `metrics`; the best model's weights
     are in the model when training ends. `folder`: where they are stored meanwhile, by default `best` in the trainer's
-    output folder. The summaries stand beside them, in `best.json`; a training that goes on from a checkpoint reads
-    both, so that the best model of the interrupted attempt can still win.
+    output folder, with the summaries in `best.json` next to it. A resumed training reads both.
 
     `evaluations` holds the results by epoch (or step), `summaries` their aggregates."""
 
@@ -155,9 +154,7 @@ class EvaluateCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         folder = Path(self.folder or Path(args.output_dir) / "best")
-        file = folder.with_name(f"{folder.name}.json") if self.history.weights else None
-        resumed = state.global_step > 0 and (folder / "evaluation.json").exists()
-        self.history, self.evaluations = EvaluationHistory(self.kind, self.best, file, folder, resumed), {}
+        self.history, self.evaluations = _stored_history(self, folder, resumed=state.global_step > 0), {}
 
     def on_epoch_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         if not self.steps:
@@ -171,6 +168,11 @@ class EvaluateCallback(TrainerCallback):
         finish_history(self.history, *_evaluated_now(self, state, model, processing_class))
 
 # %% ../../nbs/evaluation/callback.ipynb #507b8003
+def _stored_history(callback: EvaluateCallback, folder: Path, resumed: bool) -> EvaluationHistory:
+    "The history of a training that begins, with what an interrupted attempt stored where it is resumed."
+    file = folder.with_name(f"{folder.name}.json") if callback.history.weights else None
+    return EvaluationHistory(callback.kind, callback.best, file, folder, resumed and (folder / "evaluation.json").exists())
+
 def _evaluated_now(callback: EvaluateCallback, state: TrainerState, model: PreTrainedModel,
                    tokenizer: Any) -> tuple[int, PreTrainedModel, Evaluation]:
     "The epoch (or step) of this moment, the model and its evaluation, which is also put into the log history."
