@@ -64,6 +64,8 @@ def test_relearning_is_a_row_of_its_own_after_unlearning(small_grid, tmp_path, i
     assert record["attack"]["before"]["forget_Q_A_Prob"] == rows["NPO"]["forget_Q_A_Prob"]
     assert set(record["attack"]["robustness"]) == {"forget_Q_A_Prob", "exact_memorization"}
     assert set(record["attack"]["symmetric_robustness"]) == {"forget_Q_A_Prob", "exact_memorization"}
+    of_retain = read_json(tmp_path / "forget01/Retain+relearn/run.json")["attack"]
+    assert of_retain["robustness"] == of_retain["symmetric_robustness"] == {}  # it is what the others are compared with
     assert record["attack"]["declared_in"] == ATTACKS.files["relearn"]
     column = "robustness_forget_Q_A_Prob"
     assert abs(rows["NPO + relearn"][column] - record["attack"]["robustness"]["forget_Q_A_Prob"]) < 1e-9

@@ -171,7 +171,8 @@ class EvaluateCallback(TrainerCallback):
 def _stored_history(callback: EvaluateCallback, folder: Path, resumed: bool) -> EvaluationHistory:
     "The history of a training that begins, with what an interrupted attempt stored where it is resumed."
     file = folder.with_name(f"{folder.name}.json") if callback.history.weights else None
-    return EvaluationHistory(callback.kind, callback.best, file, folder, resumed and (folder / "evaluation.json").exists())
+    known = resumed and (folder / "evaluation.json").exists()
+    return EvaluationHistory(callback.kind, callback.best, file, folder, known)
 
 def _evaluated_now(callback: EvaluateCallback, state: TrainerState, model: PreTrainedModel,
                    tokenizer: Any) -> tuple[int, PreTrainedModel, Evaluation]:

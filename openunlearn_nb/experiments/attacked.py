@@ -36,8 +36,13 @@ def attacked_folder(folder: Path, attack: str) -> Path:
 MEASURES = {"robustness": relearning_robustness, "symmetric_robustness": symmetric_robustness}  # in a record
 
 def _robustness(config: RunConfig, name: str, before: Mapping, after: Mapping,
-                retain: Path) -> dict[str, dict[str, float]]:
-    "How robust a model is, by each of `MEASURES` and by metric; the metrics are empty where Retain was not attacked."
+                retain: Path | None) -> dict[str, dict[str, float]]:
+    """How robust a model is, by each of `MEASURES` and by metric.
+
+    `before`, `after`: the model's summaries; `retain`: the folder of the Retain cell. The metrics are empty where there
+    is none (Retain itself has none to be compared with) or where Retain was not attacked."""
+    if retain is None:
+        return {measure: {} for measure in MEASURES}
     files = [folder / log_file(config.benchmark, "SUMMARY") for folder in (retain, attacked_folder(retain, name))]
     if not all(file.exists() for file in files):
         return {measure: {} for measure in MEASURES}
@@ -60,10 +65,10 @@ def run_attack(config: RunConfig, name: str, split: str, row: str, folder: Path,
     found = evaluate_attacked(attack(model, data), data, retain=known, **how)
     about = {"name": name, "settings": attack.settings(data), "declared_in": ATTACKS.files.get(name),
              "before": dict(before)}
+    about |= _robustness(config, name, before, found.summary, None if folder == retain else retain)
     place = attacked_folder(folder, name)
     if retain:
         record = record | {"measured_against": measured_against(retain_file(retain, config.kind), place)}
-        about |= _robustness(config, name, before, found.summary, retain) if folder != retain else {"robustness": {}}
     write_run(place, config.kind, found.entries, found.summary,
               run_record(started, **record | {"row": attacked_row(row, name), "attack": about}))
     return found
