@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,8 @@ import torch
 import transformers
 from transformers import TrainerCallback
 from transformers.trainer_utils import HPSearchBackend
+
+from launching import run, script, torchrun
 
 from openunlearn_nb import METHODS, UnlearnConfig, UnlearnTrainer, method, method_loss
 from openunlearn_nb.internals.errors import OpenUnlearnError
@@ -264,3 +267,36 @@ def test_the_evaluation_loss_does_not_depend_on_its_batches(method, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] == pytest.approx(losses[2], rel=1e-5)
     batch = made.data_collator([made.train_dataset[i] for i in range(8)])
     assert losses[0][0] == pytest.approx(float(method_loss(made.method, model, batch).loss), rel=1e-5)
+
+
+EVALUATION = """
+import sys
+import torch
+from openunlearn_nb import UnlearnConfig, UnlearnTrainer
+from openunlearn_nb.internals.processes import join_group, leave_group
+from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
+
+rows = [{"question": f"Who wrote {i}?", "answer": "Ada wrote it. " * (1 + i % 3)} for i in range(7)]
+torch.set_num_threads(1)
+join_group()
+tokenizer = train_tokenizer([" ".join(row.values()) for row in rows], 300)
+for size in (2, 4):  # 7 rows on two processes: 1 more to fill the last batches
+    args = UnlearnConfig(output_dir=sys.argv[1], method="GradDiff", per_device_eval_batch_size=size, report_to=[], disable_tqdm=True, use_cpu=True)
+    torch.manual_seed(0)
+    model = tiny_llama(tokenizer, hidden=16, layers=2)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)  # logits of an untrained model are all but equal
+    made = UnlearnTrainer(model=model, args=args, forget_dataset=rows, retain_dataset=rows[::-2] * 2, processing_class=tokenizer)
+    found = made.evaluate()["eval_loss"], made.evaluate(rows[:5])["eval_loss"], made.evaluate(rows[:1])["eval_loss"]
+    if made.args.process_index == 0:
+        print("found", *found)
+leave_group()
+"""
+
+
+@pytest.mark.slow
+def test_the_evaluation_loss_of_two_processes_is_that_of_one(tmp_path):
+    """A row that is evaluated twice, to fill a process's last batch, counts once."""
+    file = script(tmp_path, EVALUATION)
+    done = [run([sys.executable, file, str(tmp_path)]), torchrun(file, str(tmp_path))]
+    one, two = ([float(word) for line in out.stdout.splitlines() if line.startswith("found") for word in line.split()[1:]] for out in done)
+    assert len(one) == 6 and one[:3] == pytest.approx(one[3:], abs=1e-5) and two == pytest.approx(one, abs=1e-5)
