@@ -28,7 +28,7 @@ from .tokenizers import vocabulary_size
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def model_file(path: str, name: str) -> Path | None:
-    "The file called `name` of a model folder or Hub id; None where there is none, or the Hub does not answer."
+    "Path of the file `name` of a model folder or Hub id; None where there is none, or the Hub does not answer."
     if (folder := Path(path).expanduser()).is_dir():
         return folder / name if (folder / name).is_file() else None
     try:
@@ -70,6 +70,7 @@ def check_files(path: str) -> None:
         _check_file_name(path, name, "config.json")
 
 def _check_file_name(path: str, name: Any, named_in: str) -> None:
+    "Raise where `name`, found in the file `named_in`, is not that of a safetensors file next to it."
     ours = isinstance(name, str) and name.endswith((".safetensors", ".safetensors.index.json"))
     if not ours or re.search(r"[/\\:\0]", name):
         raise OpenUnlearnError(f"Cannot load the model {path!r}: its {named_in} names the file of weights "

@@ -62,6 +62,7 @@ def check_reference(model: nn.Module, ref_model: nn.Module) -> None:
                                "the reference must be the model before unlearning.")
 
 def _configured_vocabulary(model: nn.Module) -> int | None:
+    "The size of the vocabulary by a model's config; None where the config has none."
     config: Any = getattr(bare(model), "config", None)  # an engine's own is DeepSpeed's
     return getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "vocab_size", None)
 

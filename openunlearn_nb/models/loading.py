@@ -30,7 +30,7 @@ from .checks import (check_causal, check_files, check_finite, check_names, check
 # %% ../../nbs/models/loading.ipynb #b0fea0b9
 @dataclass(frozen=True)
 class Preset:
-    "A base model and its prompt. A benchmark says which models it has published of it (`Benchmark.presets`)."
+    "A base model and its prompt format. `Benchmark.presets` lists the models that were published of it."
     base: str  # what to fine-tune where no finetuned model is published
     prompt: str  # a name in `prompts.PROMPTS`
     base_tokenizer: bool = False  # the published models come without a tokenizer of their own
@@ -51,10 +51,12 @@ PRESETS = {
     "Zephyr-7b-beta": Preset("HuggingFaceH4/zephyr-7b-beta", "chat"),
 }
 
+# %% ../../nbs/models/loading.ipynb #75a077c3
 def published_models(preset: str) -> dict[str, str]:
     "Hub ids of a preset's published models, by benchmark; `{training_set}` is full, retain90, News_target, ..."
     return {name: of.presets[preset] for name, of in BENCHMARKS.items() if preset in of.presets}
 
+# %% ../../nbs/models/loading.ipynb #02257a38
 def preset_of(path: str) -> Preset | None:
     "The preset that a model's Hub id belongs to: its base, or one of its published models."
     for name, preset in PRESETS.items():

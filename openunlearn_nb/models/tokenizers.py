@@ -13,7 +13,7 @@ from ..internals.errors import OpenUnlearnError
 
 # %% ../../nbs/models/tokenizers.ipynb #b94684f7
 def vocabulary_size(model: nn.Module) -> int:
-    "The number of tokens that a model has embeddings for."
+    "The number of tokens that a model has embeddings for; token ids must be below it."
     inner = getattr(model, "module", model)  # out of a parallel wrapper
     return getattr(inner.get_input_embeddings(), "num_embeddings", None) or inner.config.get_text_config().vocab_size
 
@@ -35,6 +35,7 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) ->
     return tokenizer
 
 def _is_id(token: int | None, size: int) -> bool:
+    "Whether a token id is there and has an embedding."
     return token is not None and 0 <= token < size
 
 def _configured_ends(model: PreTrainedModel) -> list[int]:
