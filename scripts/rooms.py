@@ -10,19 +10,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SIDEBAR = ROOT / "_quarto.yml"
 ROOMS = {  # folder: title, question, and what a reader should know before the chapters
-    "data": ("Data and benchmarks", "What is forgotten, what is kept, and which questions show it?",
+    "data": ("Data and benchmarks", "What is forgotten, what must stay, and which questions show it?",
              "A benchmark is one object: its data sets, splits, metrics and recipes. Rows of text become token ids in one place, "
              "which knows where an answer begins. TOFU, MUSE and WMDP are here, miniatures of the first two that need no "
              "network, and benchmarks made of your own files."),
     "models": ("Models", "Which models are compared, and what do they answer?",
-               "A model is loaded and checked, so that a damaged one is not taken for one that has forgotten. Then there are "
-               "three things a model can be run for: the loss of a batch, the log-probabilities of answers, and answers."),
+               "A model is loaded and checked first, so that a damaged one is not taken for one that has forgotten. Then it is "
+               "run for one of three things: the likelihoods that a loss is made of, the log-probabilities of given answers, "
+               "or answers of its own. Each has a chapter. The other chapters make tokenizers, small models and adapters."),
     "methods": ("Methods", "What does each method make more likely, and what less?",
                 "A method is a loss over forget and retain rows, with settings whose defaults cite their source. The losses are "
-                "pure functions of tensors, each tested against its equation."),
+                "pure functions of tensors, each tested against its equation. Begin with `Losses`; then each family of methods "
+                "has a chapter, and `Method` shows how one of your own is declared."),
     "training": ("Training", "How does a loss become a run?",
-                 "The trainer is a `transformers.Trainer` over pairs of forget and retain rows. Two chapters compute what a run "
-                 "needs of memory before it starts."),
+                 "The trainer is a `transformers.Trainer` over pairs of forget and retain rows. To train in Python, read "
+                 "`Unlearning with a trainer`; the chapters before it have its arguments and its data, the ones after it show how "
+                 "it works and how it resumes. The last four compute, before a run starts, how much memory it needs."),
     "evaluation": ("Evaluation", "Did it forget, does it stay forgotten, and what else was lost?",
                    "A model scores the given answers of each data set and writes its own; every metric is computed from these "
                    "two without the model. `Evaluate` is the call for a model in memory. To add a metric read `Metric`, to add "
@@ -34,10 +37,12 @@ ROOMS = {  # folder: title, question, and what a reader should know before the c
     "reporting": ("Reporting", "Can a number be traced to what made it?",
                   "Tables, plots and reports are made from records alone, this package's or published ones."),
     "commands": ("Command line", "Which commands and options are there?",
-                 "The command line parses options and calls the functions of the other rooms; it computes nothing itself."),
+                 "The command line reads options and calls the functions of the other rooms; it computes nothing itself. "
+                 "`openunlearn COMMAND --help` prints each command's options with an example."),
     "internals": ("Internals", "What makes it fast and safe?",
-                  "An appendix. Nobody has to read it to use or extend the rest: several processes, files that are whole or "
-                  "absent, locks, sharded weights, and errors of one sentence."),
+                  "This is an appendix: you can use and extend the package without reading it. It has the code for several "
+                  "processes, for files that are written whole or not at all, for locks, sharded weights, and errors of one "
+                  "sentence."),
 }
 
 

@@ -72,7 +72,7 @@ def _fits(value: Any, annotation: Any) -> bool:
     return any(isinstance(kind, type) and isinstance(value, kind) and kind is not NoneType for kind in kinds)
 
 def read_argument(name: str, words: list[str]) -> tuple[str, Any]:
-    "A field and its value, from a name and the words after it. Raises where it cannot be given so."
+    "A field and its value, from an option's name and the words after it. Raises for a value of another type."
     field = OTHER_NAMES.get(name, name)
     if name in SET_BY_COMMAND:
         instead = SET_BY_COMMAND[name]
@@ -89,6 +89,7 @@ def read_argument(name: str, words: list[str]) -> tuple[str, Any]:
     return field, float(value) if annotation is float else value
 
 def _wanted(annotation: Any) -> str:
+    "The types of an annotation in words."
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     kinds = [words[kind] for kind in get_args(annotation) or (annotation,) if kind in words]
     return " or ".join(kinds) or "another value"
@@ -98,7 +99,7 @@ IN_RECIPE = {"weight_decay": "weight_decay", "lr_scheduler_type": "schedule",
              "max_steps": "max_steps"}  # the others: see TrainConfig
 
 def identity_of(arguments: dict[str, Any]) -> dict[str, Any]:
-    "Those that decide numbers."
+    "The arguments that can change a result, sorted by name; a run is resumed only with the same ones."
     return {name: value for name, value in sorted(arguments.items()) if name not in NO_NUMBER}
 
 def help_training() -> str:

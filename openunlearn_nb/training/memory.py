@@ -38,6 +38,7 @@ OPTIMIZERS = {"paged_adamw_32bit": 8, "adamw_torch": 8, "adamw_torch_fused": 8, 
               "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}
 GB = 2.0 ** 30  # a "48 GB" GPU has 48 of these, within a few percent
 
+# %% ../../nbs/training/memory.ipynb #18bfb7ae
 @dataclass(frozen=True)
 class Plan:
     "What is to be run, and on what. `length` and `labelled` are tokens of the longest row."
@@ -63,6 +64,7 @@ def method_of(plan: Plan) -> Method:
     "The method that is planned, with its settings."
     return METHODS.find(plan.method)(**plan.settings)
 
+# %% ../../nbs/training/memory.ipynb #5200df14
 def check_plan(plan: Plan) -> Plan:
     "The plan, its optimizer and labelled tokens filled in; values that cannot be are errors."
     check_choice(plan.layout, LAYOUTS, "layout")
@@ -141,6 +143,7 @@ ARITHMETICS = {
     "lora": Arithmetic(2, 20, 8, 8, 2, 6, rank=25, work_hidden=6),
 }
 
+# %% ../../nbs/training/memory.ipynb #0aa5d803
 def arithmetic(plan: Plan) -> str:
     "The name of a plan's arithmetic."
     layout = LAYOUTS[plan.layout]

@@ -18,6 +18,7 @@ from ..internals.launch import launched_processes, under_deepspeed
 
 # %% ../../nbs/training/several_processes.ipynb #664c007b
 def _warn_of_repeated_rows(rows: int, n_examples: int) -> None:
+    "Warn where `n_examples` cannot be divided evenly, `rows` to each process at a time."
     processes = launched_processes()
     if extra := -n_examples % (rows * processes):
         warnings.warn(f"{n_examples} rows cannot be dealt out evenly, {rows} to each of {processes} processes: {extra} "

@@ -18,6 +18,7 @@ from ..models.loading import PRESETS, preset_of
 
 # %% ../../nbs/training/sizes.ipynb #2698be73
 def _llama(vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, tied: bool = False) -> dict:
+    "A Llama's shape by the names of its config."
     return dict(vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
                 num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied)
 
@@ -59,6 +60,7 @@ class Sizes:
 
     @property
     def parameters(self) -> int:
+        "Numbers in all parameters."
         return sum(self.counts.values())
 
     @property

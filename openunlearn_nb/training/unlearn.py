@@ -56,11 +56,12 @@ def method_data(method: Method, model: PreTrainedModel, pad_id: int, seed: int, 
                                f"{len(alternates)} rows.")
     check_ids(model, (row["input_ids"] for rows in (forget, retain, alternates) for row in rows))
     used = [] if method.terms == ("retain",) else forget
-    kept = [] if method.terms == ("forget",) else retain
+    retained = [] if method.terms == ("forget",) else retain
     starts = range(0, len(alternates), len(forget)) if method.alternates else ()
     epochs = [alternates[i:i + len(forget)] for i in starts]
-    return build_dataset(model, pad_id, method, used, kept, epochs or None, seed)
+    return build_dataset(model, pad_id, method, used, retained, epochs or None, seed)
 
+# %% ../../nbs/training/unlearn.ipynb #c2abd3ea
 def equipped(model: PreTrainedModel, method: Method, peft_config: Any, half: bool) -> tuple[Any, Any, list]:
     "The model to train, an adapter in it where one is configured, its reference where needed, and what is not trained."
     if peft_config is not None:
