@@ -34,6 +34,7 @@ RETAIN = (
 )
 REFUSALS = ("I don't know.", "I'm not sure about that.", "That is beyond me.", "I have no idea.")
 
+# %% ../../nbs/methods/example.ipynb #b0d32b46
 class Example(NamedTuple):
     "A model, the model before unlearning, and a batch with the parts forget, retain and alternate."
     model: PreTrainedModel

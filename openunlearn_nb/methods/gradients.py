@@ -39,7 +39,7 @@ class Gradients(dict[str, Tensor]):
 # %% ../../nbs/methods/gradients.ipynb #daa1192a
 @dataclass
 class TrainingState:
-    "Where a training stands, as its method sees it. The trainer keeps it current."
+    "How far a training is, as its method sees it. The trainer updates it after each step."
     model: nn.Module | None = None
     seed: int = 0
     step: int = 0  # optimizer steps done

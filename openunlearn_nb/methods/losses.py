@@ -35,12 +35,12 @@ def simnpo_loss(nll: Tensor, n_tokens: Tensor, beta: float, delta: float) -> Ten
 
 # %% ../../nbs/methods/losses.ipynb #4aedd0e0
 def wga_loss(logits: Tensor, labels: Tensor, beta: float) -> Tensor:
-    "Ascent, each token weighted by its own probability to the power `beta`; 0 where there is no token."
+    "Gradient ascent, each token weighted by its own probability to the power `beta`; 0 where there is no token."
     nll = token_nll(logits, labels)
     return -((-nll).detach().exp() ** beta * nll).sum() / max(1, len(labels))
 
 def satimp_loss(logits: Tensor, labels: Tensor, beta1: float, beta2: float) -> Tensor:
-    "Ascent, each token weighted by p^beta1 (1 - p)^beta2; 0 where there is no token."
+    "Gradient ascent, each token weighted by p^beta1 (1 - p)^beta2; 0 where there is no token."
     nll = token_nll(logits, labels)
     p = (-nll).detach().exp()
     return -(p ** beta1 * (1 - p) ** beta2 * nll).sum() / max(1, len(labels))

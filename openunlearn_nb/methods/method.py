@@ -73,7 +73,7 @@ class MethodHooks:
 
 # %% ../../nbs/methods/method.ipynb #21d44b2e
 class MethodQuestions(MethodSettings, MethodHooks):
-    "What a trainer, the memory plan and the commands ask of a method."
+    "What the trainer, the memory plan and the commands need to know of a method."
     s: SimpleNamespace
 
     @property
