@@ -29,7 +29,7 @@ def device_type() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 def computes_in_bf16() -> bool:
-    "Whether the device has bf16 arithmetic of its own; says so, once, where a GPU has not."
+    "Whether the device has bf16 arithmetic of its own; warns once where a GPU has none."
     if device_type() != "cuda":
         return False
     capability = torch.cuda.get_device_capability()
@@ -39,6 +39,7 @@ def computes_in_bf16() -> bool:
 
 @lru_cache
 def _say_fp32(name: str, capability: tuple[int, int]) -> None:
+    "Warn that everything is computed in fp32; once for each GPU."
     warnings.warn(f"{name} (compute capability {capability[0]}.{capability[1]}) has no bf16 arithmetic of its own: "
                   "everything is computed in fp32.")
 

@@ -70,6 +70,7 @@ def latex_text(text: str) -> str:
     return "".join(_LATEX.get(c, c) for c in one_line(text))
 
 def _is_number(text: str) -> bool:
+    "Whether a text is a number."
     try:
         float(text)
     except ValueError:

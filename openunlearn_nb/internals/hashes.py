@@ -24,6 +24,7 @@ def text_hash(text: str) -> str:
 # %% ../../nbs/internals/hashes.ipynb #a9c20dca
 @lru_cache(maxsize=4096)
 def _hash_of(path: Path, *state: int) -> str:
+    "The hash of a file in this state (its size, times and inode), which is part of the cache's key."
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 24):

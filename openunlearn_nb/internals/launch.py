@@ -84,6 +84,7 @@ def _cuda_variable() -> str:
     return "HIP_VISIBLE_DEVICES" if hip else "CUDA_VISIBLE_DEVICES"
 
 def _listed(variable: str) -> list[str]:
+    "The entries of an environment variable with commas."
     return [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()]
 
 def own_device() -> str | None:
@@ -104,6 +105,7 @@ def visible_devices() -> list[str]:
     return chosen or here
 
 def _check_chosen(chosen: list[str], here: list[str]) -> None:
+    "Raise where a chosen device is named twice or is not here."
     if len(set(chosen)) < len(chosen):
         raise OpenUnlearnError(f"{DEVICES_VARIABLE} names a device twice: {','.join(chosen)}.")
     unknown = [name for name in chosen if here and name not in here and not name.startswith(("GPU-", "MIG-"))]

@@ -34,6 +34,7 @@ def output_lock(output: str | Path, kind: str = "folder") -> Iterator[Path]:
             lock.release()
 
 def _acquire(output: str | Path, kind: str, locks: list[FileLock]) -> Path:
+    "Take the lock of an output and add it to `locks`; returns the output's path."
     path = output_path(output, kind)
     file = _lock_file(real_path(path))
     try:
@@ -52,6 +53,7 @@ def _acquire(output: str | Path, kind: str, locks: list[FileLock]) -> Path:
     return output_path(output, kind)  # checked again: another process may have finished there just now
 
 def _lock_file(place: Path) -> Path:
+    "Where the lock file of an output is: next to it, or inside it where nothing else can be written."
     if place.is_dir() and (os.path.ismount(place) or not os.access(place.parent, os.W_OK)):
         return place / ".lock"
     return place.with_name(f".{place.name}.lock")

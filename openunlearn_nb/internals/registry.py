@@ -54,6 +54,7 @@ class Declared(Mapping[str, T], Generic[T]):
         self._complete = catalogue is None
 
     def _fill(self) -> None:
+        "Import the catalogue, once."
         if self.catalogue and not self._complete:
             self._complete = True  # before the import, whose modules may look up names themselves
             import_module(self.catalogue)
@@ -152,7 +153,7 @@ class Registry(Declared[T]):
         return value
 
     def remove(self, *names: str) -> None:
-        "Take objects out again, such as the toys of a notebook."
+        "Remove objects, such as the examples of a notebook."
         for name in names:
             del self._objects[name]
 
