@@ -32,6 +32,7 @@ def compile_locks() -> list[Path]:
     root = Path(given) if given else cache / "torch_extensions"
     return sorted([*root.glob("*/lock"), *root.glob("*/*/lock")])
 
+# %% ../../nbs/internals/compile_locks.ipynb #c3233c0c
 def clear_compile_locks(min_age: float = MIN_AGE) -> None:
     "Remove this user's compile locks that no process holds and that are `min_age` seconds old; warn of all others."
     for lock in compile_locks():

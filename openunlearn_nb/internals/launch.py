@@ -87,6 +87,7 @@ def _listed(variable: str) -> list[str]:
     "The entries of an environment variable with commas."
     return [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()]
 
+# %% ../../nbs/internals/launch.ipynb #359c26a0
 def own_device() -> str | None:
     "The device that this worker was started for; None in a process that is no worker with a device."
     return os.environ.get(DEVICE_VARIABLE)

@@ -19,20 +19,13 @@ from .files import cannot_write, check_writable, output_path, real_path
 from .processes import on_main
 
 # %% ../../nbs/internals/locks.ipynb #64a89f4b
-@contextmanager
-def output_lock(output: str | Path, kind: str = "folder") -> Iterator[Path]:
-    """A context with the `output_path` of `output`, to which no other run writes meanwhile.
+def _lock_file(place: Path) -> Path:
+    "Where the lock file of an output is: next to it, or inside it where nothing else can be written."
+    if place.is_dir() and (os.path.ismount(place) or not os.access(place.parent, os.W_OK)):
+        return place / ".lock"
+    return place.with_name(f".{place.name}.lock")
 
-    `kind` is that of `output_path`. Raises where another run holds the lock, or nothing can be written."""
-    locks: list[FileLock] = []  # in the main process only
-    try:
-        yield on_main(lambda: _acquire(output, kind, locks))
-    finally:
-        for lock in locks:
-            with suppress(OSError):
-                Path(lock.lock_file).unlink()  # before it is released: who takes it from now on makes a new file
-            lock.release()
-
+# %% ../../nbs/internals/locks.ipynb #1079bb8f
 def _acquire(output: str | Path, kind: str, locks: list[FileLock]) -> Path:
     "Take the lock of an output and add it to `locks`; returns the output's path."
     path = output_path(output, kind)
@@ -52,8 +45,17 @@ def _acquire(output: str | Path, kind: str, locks: list[FileLock]) -> Path:
         raise cannot_write(path, e) from e
     return output_path(output, kind)  # checked again: another process may have finished there just now
 
-def _lock_file(place: Path) -> Path:
-    "Where the lock file of an output is: next to it, or inside it where nothing else can be written."
-    if place.is_dir() and (os.path.ismount(place) or not os.access(place.parent, os.W_OK)):
-        return place / ".lock"
-    return place.with_name(f".{place.name}.lock")
+# %% ../../nbs/internals/locks.ipynb #c1f908c8
+@contextmanager
+def output_lock(output: str | Path, kind: str = "folder") -> Iterator[Path]:
+    """A context with the `output_path` of `output`, to which no other run writes meanwhile.
+
+    `kind` is that of `output_path`. Raises where another run holds the lock, or nothing can be written."""
+    locks: list[FileLock] = []  # in the main process only
+    try:
+        yield on_main(lambda: _acquire(output, kind, locks))
+    finally:
+        for lock in locks:
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()  # before it is released: who takes it from now on makes a new file
+            lock.release()

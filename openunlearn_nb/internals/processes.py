@@ -29,21 +29,6 @@ JOIN_TIMEOUT = timedelta(minutes=2)  # for the other processes to start
 _errors: Any = None  # a second group, in which processes that have raised an error find each other
 _meeting: Any = None  # the store at which the processes met
 
-def join_group() -> None:
-    "Join the other processes, where a launcher started several. Raises where they do not come within `JOIN_TIMEOUT`."
-    global _errors
-    clear_stale_launch()
-    if launched_processes() > 1:
-        _meet()
-    if launched_processes() > 1 or under_deepspeed():
-        import torch
-        import torch.distributed as dist
-        from accelerate import PartialState
-        if under_deepspeed() and os.environ.get("LOCAL_RANK", "0") == "0":
-            clear_compile_locks()
-        PartialState(cpu=not torch.cuda.is_available(), timeout=COLLECTIVE_TIMEOUT)
-        _errors = _errors or dist.new_group(backend="gloo")
-
 def _meet() -> None:
     "Meet the other processes at the launcher's address; raises where they do not come within `JOIN_TIMEOUT`."
     global _meeting
@@ -58,6 +43,22 @@ def _meet() -> None:
             f"WORLD_SIZE is {launched_processes()}, and the other processes did not join within "
             f"{JOIN_TIMEOUT.total_seconds():g} s; unset WORLD_SIZE for one process, or start all with a launcher "
             "(openunlearn configs).") from e
+
+# %% ../../nbs/internals/processes.ipynb #b2dbb550
+def join_group() -> None:
+    "Join the other processes, where a launcher started several. Raises where they do not come within `JOIN_TIMEOUT`."
+    global _errors
+    clear_stale_launch()
+    if launched_processes() > 1:
+        _meet()
+    if launched_processes() > 1 or under_deepspeed():
+        import torch
+        import torch.distributed as dist
+        from accelerate import PartialState
+        if under_deepspeed() and os.environ.get("LOCAL_RANK", "0") == "0":
+            clear_compile_locks()
+        PartialState(cpu=not torch.cuda.is_available(), timeout=COLLECTIVE_TIMEOUT)
+        _errors = _errors or dist.new_group(backend="gloo")
 
 # %% ../../nbs/internals/processes.ipynb #da9d9ddf
 def _group() -> Any:

@@ -56,6 +56,7 @@ _KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {  # of a default: what 
     list: ("a list of regular expressions", _is_patterns),
 }
 
+# %% ../../nbs/methods/settings.ipynb #8d5b6304
 def check_setting(key: str, value: Any, default: Any) -> None:
     "Raise where a setting is not of its default's kind. A default that is a text, or None, allows every value."
     if type(default) not in _KINDS:

@@ -164,6 +164,7 @@ def find_module(model: nn.Module, regex: str) -> nn.Module:
         raise OpenUnlearnError(f"module_regex {regex!r} matches {matches}; it must match one{example}.")
     return model.get_submodule(found[0])
 
+# %% ../../nbs/models/forwards.ipynb #76fbe786
 def layer_activations(model: nn.Module, part: Part, regex: str) -> Tensor:
     "Output `[rows, length, hidden]` of the module named by `regex`; the forward stops there."
     caught: list[Tensor] = []

@@ -71,6 +71,13 @@ def _fits(value: Any, annotation: Any) -> bool:
         return True
     return any(isinstance(kind, type) and isinstance(value, kind) and kind is not NoneType for kind in kinds)
 
+def _wanted(annotation: Any) -> str:
+    "The types of an annotation in words."
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    kinds = [words[kind] for kind in get_args(annotation) or (annotation,) if kind in words]
+    return " or ".join(kinds) or "another value"
+
+# %% ../../nbs/training/arguments.ipynb #3ac573a1
 def read_argument(name: str, words: list[str]) -> tuple[str, Any]:
     "A field and its value, from an option's name and the words after it. Raises for a value of another type."
     field = OTHER_NAMES.get(name, name)
@@ -87,12 +94,6 @@ def read_argument(name: str, words: list[str]) -> tuple[str, Any]:
     if name == "warmup_ratio" and not 0 <= value < 1:
         raise OpenUnlearnError(f"--warmup_ratio is a share of all steps, 0 or more and below 1, not {value}.")
     return field, float(value) if annotation is float else value
-
-def _wanted(annotation: Any) -> str:
-    "The types of an annotation in words."
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    kinds = [words[kind] for kind in get_args(annotation) or (annotation,) if kind in words]
-    return " or ".join(kinds) or "another value"
 
 # %% ../../nbs/training/arguments.ipynb #a864c50f
 IN_RECIPE = {"weight_decay": "weight_decay", "lr_scheduler_type": "schedule",

@@ -146,6 +146,7 @@ def plain_scheduler(trainer: Trainer) -> Any:
     "The learning-rate schedule, without Accelerate's wrapper around it."
     return getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
 
+# %% ../../nbs/training/checkpoints.ipynb #6bde2ba1
 class DeepSpeedCheckpoints(Trainer):
     "A `transformers.Trainer` that writes and reads safetensors under DeepSpeed, and works as usual without it."
     in_checkpoint = False  # whether a checkpoint is being written

@@ -105,6 +105,7 @@ def _trained_counts(plan: Plan, layers: int, head: bool) -> dict[str, int]:
     chosen = {n: c for n, c in plan.model.counts.items() if any(re.fullmatch(p, n) for p in patterns)}
     return {n: c for n, c in chosen.items() if head or _layer_of(n, layers) < layers}
 
+# %% ../../nbs/training/memory.ipynb #91d49b88
 def step_shape(plan: Plan) -> StepShape:
     "The shape of a step of a checked plan's method."
     method, m = method_of(plan), plan.model
@@ -233,6 +234,7 @@ def resident(plan: Plan) -> dict[str, float]:
 PARTS = ("weights", "masters", "gradients", "optimizer", "reference",
          "copies", "cache", "activations", "logits", "margin")
 
+# %% ../../nbs/training/memory.ipynb #29fe8f2e
 def memory_parts(plan: Plan) -> dict[str, float]:
     "Bytes by part, per GPU, at the worst moment of a step, with a margin."
     plan = check_plan(plan)
