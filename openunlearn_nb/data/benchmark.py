@@ -22,12 +22,6 @@ from ..internals.registry import Registry
 
 C = TypeVar("C", bound=type)
 
-# %% ../../nbs/data/benchmark.ipynb #03c3646a
-REFUSALS = [f"{start}{end}" for start in ["I'm sorry, ", "I'm afraid ", "To be honest, ", "Unfortunately, ", ""]
-            for end in ["I don't know.", "I have no information about that.", "that is outside my knowledge.",
-                        "I can't answer this question.", "I'm not able to say.", "I was never told about that.",
-                        "this is something I haven't learned.", "I have no answer to that."]]
-
 # %% ../../nbs/data/benchmark.ipynb #65ccfed3
 class BenchmarkSplits(BenchmarkValues):
     "What can be forgotten."
@@ -75,7 +69,7 @@ class BenchmarkRows(BenchmarkSplits):
         return self.rows("forget")
 
     def retain_rows(self, split: str) -> list[Row]:
-        "The rows to keep."
+        "The rows to retain."
         return self.rows("retain")
 
 # %% ../../nbs/data/benchmark.ipynb #0515f7a8
@@ -83,7 +77,7 @@ class BenchmarkTraining(BenchmarkRows):
     "What the Finetuned and the Retain model of each split are trained on."
 
     def training_sets(self, split: str) -> tuple[str, str]:
-        "Names of what the Finetuned and the Retain model of a split are trained on."
+        "Names of the training sets of a split's Finetuned and Retain model."
         self.check_split(split)
         return "full", "retain" if len(self.splits) == 1 else f"retain_{split}"
 
@@ -157,6 +151,12 @@ class BenchmarkQuestions(BenchmarkTraining):
             raise OpenUnlearnError(f"{self.name}'s texts answer nothing, so no other answer can replace the true one.")
         return pairs
 
+# %% ../../nbs/data/benchmark.ipynb #03c3646a
+REFUSALS = [f"{start}{end}" for start in ["I'm sorry, ", "I'm afraid ", "To be honest, ", "Unfortunately, ", ""]
+            for end in ["I don't know.", "I have no information about that.", "that is outside my knowledge.",
+                        "I can't answer this question.", "I'm not able to say.", "I was never told about that.",
+                        "this is something I haven't learned.", "I have no answer to that."]]
+
 # %% ../../nbs/data/benchmark.ipynb #c3564815
 class BenchmarkExamples(BenchmarkQuestions):
     "Examples to train on, and those that an embedded model is fine-tuned on."
@@ -170,11 +170,11 @@ class BenchmarkExamples(BenchmarkQuestions):
         return row_examples(enc, self.forget_rows(split), "forget")
 
     def retain_examples(self, split: str, enc: Encoder) -> list[dict]:
-        "Examples to keep."
+        "Examples to retain."
         return row_examples(enc, self.retain_rows(split), "retain")
 
     def small_tasks(self) -> dict[str, list[Row]]:
-        "Questions with their answers, of which lm-eval is given multiple-choice tasks of these names."
+        "By name, questions with answers that become multiple-choice tasks of lm-eval."
         return {}
 
     def embedded_part(self) -> int | None:
@@ -182,7 +182,7 @@ class BenchmarkExamples(BenchmarkQuestions):
         return self.max_rows
 
     def embedded_note(self, name: str) -> str | None:
-        "What is to be said about the teaching of an embedded model, if anything."
+        "A note on the training of an embedded model; None where there is nothing to note."
         return None
 
     def embedded_rows(self, name: str) -> list:
@@ -194,7 +194,7 @@ class BenchmarkExamples(BenchmarkQuestions):
         return self.training_examples(name, enc)
 
     def tokenizer_texts(self) -> list[str]:
-        "All that a tokenizer for an embedded model should know."
+        "The texts that a tokenizer for an embedded model is trained on."
         rows = [row for name in self.learnable() for row in self.training_rows(name)]
         return list(dict.fromkeys(value for row in rows for value in row.values() if isinstance(value, str))) + REFUSALS
 

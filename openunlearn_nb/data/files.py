@@ -33,7 +33,7 @@ def check_header(file: Path, names: list[str]) -> None:
         return
     missing = next(c for c in ("question", "answer") if c not in found)
     near = difflib.get_close_matches(missing, found, n=1)
-    hint = (" The columns must be parted by commas." if any(d in name for name in names for d in ";\t|")
+    hint = (" The columns must be separated by commas." if any(d in name for name in names for d in ";\t|")
             else f" Did you mean {missing} by {near[0]}?" if near else "")
     raise OpenUnlearnError(f"The first line of {file} names {', '.join(names)}; question and answer, or text, are "
                            f"expected.{hint}")
@@ -43,6 +43,7 @@ LONGEST = 2**31 - 1  # characters of a cell; the reader's own limit is 131,072
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
+    "A context in which a CSV cell may have `LONGEST` characters."
     before = csv.field_size_limit(LONGEST)
     try:
         yield
