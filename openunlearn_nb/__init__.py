@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .training.config import UnlearnConfig
     from .training.unlearn import UnlearnTrainer
 
-_MODULES = {  # where each name stands: it is imported when it is first asked for, so that this package stays light
+_MODULES = {  # where each name stands: it is imported when it is first used, so that this package stays light
     "data.benchmark": ("BENCHMARKS", "Benchmark", "benchmark"),
     "evaluation.attacks": ("ATTACKS", "Attack", "attack"),
     "evaluation.callback": ("EvaluateCallback",),

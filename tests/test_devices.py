@@ -167,7 +167,7 @@ def test_a_device_that_fails_leaves_the_others_at_work(two_devices, tmp_path):
     lost = (tmp_path / "killed").read_text()
     assert set(ends) == set("abcdef") and all(values["device"] == "fake0" for values in ends.values())
     assert len({values["pid"] for values in ends.values()}) == 1  # the other's process is the one that it was
-    assert notes == [f"{lost} cell: its process on device fake1 ended; it is tried again, alone."]
+    assert notes == [f"{lost} cell: its process on device fake1 ended; it is tried again by itself."]
 
 
 @pytest.mark.slow

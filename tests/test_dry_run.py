@@ -100,7 +100,7 @@ TRAIN = "train --method NPO --output x"
     (f"{TRAIN} --epochs 3 --max_steps 10", "--epochs and --max_steps both say how long to train"),
     (f"{TRAIN} --run_name a", "--run_name is for a logger, and none is given"),
     (f"{TRAIN} --ddp_backend gloo", "--ddp_backend is for several processes"),
-    ("train --method Finetune --model m --output x --on full --split forget01", "--split does nothing beside --on"),
+    ("train --method Finetune --model m --output x --on full --split forget01", "--split does nothing with --on"),
     ("eval tofu --classifier characters --metrics forget_Q_A_Prob", "--classifier judges gibberish"),
     ("eval tofu --retain-log x --metrics forget_Q_A_Prob", "--retain-log does nothing here"),
     ("eval lm --model m --tasks mmlu --split forget01", "--split says which embedded model or preset is meant"),

@@ -385,7 +385,7 @@ def test_an_ascii_terminal(tmp_path, monkeypatch):
 @pytest.mark.checks(
     area="Environment",
     given="WORLD_SIZE, RANK or LOCAL_RANK left behind without what a launcher sets beside them",
-    then="One process works alone, and says so.",
+    then="A single process works, with a note.",
 )
 @pytest.mark.parametrize(
     "left",
@@ -405,7 +405,7 @@ def test_variables_of_no_launch(left, tiny, tmp_path, capsys, monkeypatch):
     out = sys.stdout
     assert main(train(tiny, "--output", str(tmp_path / "out"))) == 0 and sys.stdout is out
     said = capsys.readouterr()
-    assert "1 steps" in said.out and "this process works alone" in said.err and len(said.err.splitlines()) == 1
+    assert "1 steps" in said.out and "this process is the only one" in said.err and len(said.err.splitlines()) == 1
     assert launch.launched_processes() == 1 and (tmp_path / "out/train.json").exists()
 
 

@@ -43,7 +43,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 # %% ../../nbs/commands/cli.ipynb #6c103791
 def _prepare_streams() -> None:
-    "Let streams that know ASCII alone print a question mark for other characters."
+    "Let streams that only know ASCII print a question mark for other characters."
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -91,6 +91,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         say(f"openunlearn: cannot write {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
     except KeyboardInterrupt:
-        say("\nInterrupted. What is finished is kept; the same command goes on from there.", file=sys.stderr)
+        say("\nInterrupted. What is finished stays; the same command goes on from there.", file=sys.stderr)
         return 130
     return 2

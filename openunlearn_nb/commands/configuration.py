@@ -40,7 +40,7 @@ def split_values(settings: dict[str, Any]) -> tuple[dict[str, Any], Several]:
 
 # %% ../../nbs/commands/configuration.ipynb #805b7388
 def _with_qlora(settings: dict[str, Any], rank: int | None) -> dict[str, Any]:
-    "The settings with those that `--qlora` stands for; raises beside `--lora`."
+    "The settings with those that `--qlora` stands for; raises where `--lora` is given too."
     if rank is None:
         return settings
     if "lora" in settings:

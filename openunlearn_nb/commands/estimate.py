@@ -86,7 +86,7 @@ def device_rate() -> float:
 
 # %% ../../nbs/commands/estimate.ipynb #570e3968
 def parameters_of(config: "RunConfig") -> float:
-    "Parameters of a run's model, from its configuration alone; of the embedded one about."
+    "Parameters of a run's model, from its configuration; of the embedded one about."
     from openunlearn_nb.experiments.embedded import embedded_config
     from openunlearn_nb.training.sizes import model_config, model_sizes
     if config.model != "embedded":

@@ -83,7 +83,7 @@ TOOLS = {
     "table": Command(TableOptions, "rebuild a table from records or published logs", f"runs/{FIRST} --markdown"),
 }
 AT_ONCE = ("configs", "plan", "table")  # need no progress bar
-NO_MODEL = ("configs", "report", "table")  # read files alone, and import neither torch nor transformers
+NO_MODEL = ("configs", "report", "table")  # read only files, and import neither torch nor transformers
 
 # %% ../../nbs/commands/grammar.ipynb #0371e72d
 def commands() -> dict[str, Command]:
@@ -125,8 +125,8 @@ def parser() -> Parser:
     "The command line's grammar."
     top = Parser(prog="openunlearn", description="Make a language model forget, and know whether it did.",
                  epilog=f"example: openunlearn {FIRST} --methods {METHOD_NAMES[0]},{DEFAULT_METHOD}. Exit codes: "
-                 "0 done; 1 a cell of a grid failed, or a record no longer matches; 2 something asked for "
-                 "cannot be; 130 interrupted.")
+                 "0 done; 1 a cell of a grid failed, or a record no longer matches; 2 the input was wrong; "
+                 "130 interrupted.")
     top.add_argument("--version", action="version", version=f"openunlearn_nb {__version__}")
     group = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     suites = None

@@ -25,7 +25,7 @@ def model_options(args: argparse.Namespace) -> Iterator[str]:
         if model == "embedded" and args.settings.get(name):
             yield f"--{name.replace('_', '-')} does nothing for the embedded model, which {why}."
     if "shots" in args.settings and not hasattr(BENCHMARKS.find(args.benchmark), "shots"):
-        yield f"--shots does nothing for {args.benchmark}, whose questions are asked without worked examples."
+        yield f"--shots does nothing for {args.benchmark}, whose questions have no worked examples."
 
 # %% ../../nbs/commands/no_effect.ipynb #f9e8977e
 REPORTING = ("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
@@ -42,7 +42,7 @@ def training_options(args: argparse.Namespace) -> Iterator[str]:
         if name.startswith("ddp_") and launched_processes() == 1:
             yield f"--{name} is for several processes, and this is one; start it by accelerate launch."
     if args.full_name == "train" and args.method == FINETUNE and args.on and args.split:
-        yield f"--split does nothing beside --on, which says what {FINETUNE} learns."
+        yield f"--split does nothing with --on, which says what {FINETUNE} learns."
     length = args.settings.keys() & {"epochs", "save_each"} or "max_steps" in given
     if args.full_name == "bench" and length:
         yield "bench makes --steps steps, whatever a recipe says; leave out --epochs, --max_steps and --save-each."

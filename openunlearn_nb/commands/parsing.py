@@ -156,7 +156,7 @@ class _Sentences(argparse.ArgumentParser):
                 raise argparse.ArgumentError(None, str(e)) from None
 
     def unknown_option(self, word: str, others: Iterable[str] = ()) -> NoReturn:
-        "End with the option nearest to one that is not known; `others`: names that the command takes beside its own."
+        "End with the option nearest to one that is not known; `others`: names that the command takes besides its own."
         name = word.partition("=")[0]
         if not name.startswith("-"):
             self.error(f"{name!r} is one word too many")

@@ -56,7 +56,7 @@ def finished_training(config: "RunConfig", name: str, folder: Path) -> dict[str,
 # %% ../../nbs/commands/train_model.ipynb #fc3b6607
 def _train(args: argparse.Namespace, config: "RunConfig", settings: dict[str, Any], name: str | None,
            output: str) -> tuple[dict[str, Any], list[str]]:
-    "Train a model and upload it where that is asked for; returns what to print of it, as JSON and as lines."
+    "Train a model, upload it if that is wanted, and return what to print of it, as JSON and as lines."
     from openunlearn_nb.experiments.cards import push_to_hub
     from openunlearn_nb.experiments.runs import train_model
     with progress_of(args.method, args.quiet) as progress:

@@ -173,7 +173,7 @@ def joined(lists: Sequence[list[T]]) -> list[T]:
     return list(chain.from_iterable(lists))
 
 def plain(rows: list[dict]) -> list[dict]:
-    "The rows with question and answer alone."
+    "The rows with only question and answer."
     return [{column: row[column] for column in ("question", "answer")} for row in rows]
 
 def split_configs(percent: int, authors: list[list[dict]], n_authors: int) -> dict[str, list[dict]]:

@@ -56,7 +56,7 @@ def few_shot(enc: Encoder, rows: list[Row], shots: list[Row], what: str) -> list
     ids = all_conversation_ids(enc.tokenizer, questions, enc.fmt, pairs, published=True)
     if long := [len(i) for i in ids if len(i) > limit]:
         warnings.warn(f"{len(long)} of {len(ids)} few-shot prompts of {what} have more than {limit} tokens (up to "
-                      f"{max(long)}) and would lose their question: they are not asked and score null. A larger "
+                      f"{max(long)}) and would lose their question: they are left out and score null. A larger "
                       "--max-length (if the model reads as much) or fewer --shots would fit.")
     return [i if len(i) <= limit else None for i in ids]
 
@@ -64,7 +64,7 @@ def few_shot(enc: Encoder, rows: list[Row], shots: list[Row], what: str) -> list
 def first_shots(rows: list[Row], number: int, name: str) -> list[Row]:
     "The first `number` worked examples; raises where there are fewer. `name`: what their data set is called."
     if len(rows) < number:
-        raise OpenUnlearnError(f"{name} has {len(rows)} few-shot examples, fewer than the {number} asked for; give "
+        raise OpenUnlearnError(f"{name} has {len(rows)} few-shot examples, fewer than the {number} wanted; give "
                                f"--shots {len(rows)} or less.")
     return rows[:number]
 
@@ -130,7 +130,7 @@ class MuseTraining(MuseQuestions):
         corpus, what = check_choice(name, names, "MUSE texts to learn").split("_")
         texts = self.documents(corpus, *(["forget"] if what == "target" else []), "retain1", "retain2")
         if not any(text.strip() for text in texts):
-            raise OpenUnlearnError(f"{source_name(self.data, corpus)} has no texts to teach {name}.")
+            raise OpenUnlearnError(f"{source_name(self.data, corpus)} has no texts to train {name} on.")
         return texts
 
     def training_rows(self, name: str) -> list[Row]:
@@ -177,8 +177,8 @@ class MuseEmbedded(MuseTraining):
         if not self.max_rows:
             return None
         source = source_name(self.data, "{corpus}")  # of both corpora
-        return (f"The embedded {name} is taught at most {self.max_rows} documents of each set of {source}, those first "
-                "whose continuation is asked for; --train-rows says how many.")
+        return (f"The embedded {name} is trained on at most {self.max_rows} documents of each set of {source}, those "
+                "first whose continuation is evaluated; --train-rows says how many.")
 
     def tokenizer_texts(self) -> list[str]:
         "The texts of all raw splits."

@@ -121,11 +121,11 @@ class Wmdp(WmdpCorpora):
         return Muse().training_sets(_LIKE[self.check_split(split)])
 
     def learnable(self) -> list[str]:
-        raise OpenUnlearnError(f"Nothing is taught for {self.name}, so there is nothing to fine-tune: the model knows "
+        raise OpenUnlearnError(f"Nothing is fine-tuned for {self.name}: the model knows "
                                "it from pretraining.")
 
     def training_rows(self, name: str) -> list[Row]:
-        raise OpenUnlearnError(f"Nothing is taught for {self.name}: the model knows it from pretraining.")
+        raise OpenUnlearnError(f"Nothing is fine-tuned for {self.name}: the model knows it from pretraining.")
 
     def corpus_pieces(self, split: str, side: str, enc: Encoder) -> list[dict]:
         "Examples of a corpus's pieces; of a large corpus, of texts drawn at random until there are enough."

@@ -62,7 +62,7 @@ class Metric:
 
     name: str
     function: Callable
-    reads: tuple[str, ...]  # 'DATA/PART', a part alone, or names of other metrics
+    reads: tuple[str, ...]  # 'DATA/PART', only a part, or names of other metrics
     range: tuple[float, float] = (0, 1)
     better: str = "lower"  # on what is to be forgotten: lower, higher, 'nearest 0' (or another number)
     on_retain: str | None = None  # the same on data to retain; None: no difference

@@ -30,7 +30,7 @@ TOGETHER = 64  # prompts in a batch; fixed, because what is sampled depends on w
 
 def sample_answers(model: PreTrainedModel, enc: Encoder, pairs: Sequence[tuple[str, str]], instruct: bool,
                    temperature: float) -> list[str]:
-    "One sampled answer to each (question, true answer). `instruct`: by `INSTRUCTION`, else by the question alone."
+    "One sampled answer to each (question, true answer). `instruct`: by `INSTRUCTION`, else by the question itself."
     questions = [INSTRUCTION.format(question=q, answer=a) if instruct else q for q, a in pairs]
     prompts = all_conversation_ids(enc.tokenizer, [(question, None) for question in questions], enc.fmt)
     texts = generate(model, enc.tokenizer, prompts, 200, TOGETHER, temperature=temperature)

@@ -29,7 +29,7 @@ def attacked_row(row: str, attack: str) -> str:
     return f"{row} + {attack}"
 
 def attacked_folder(folder: Path, attack: str) -> Path:
-    "The folder of an attacked cell, beside that of the cell."
+    "The folder of an attacked cell, next to that of the cell."
     return folder.with_name(f"{folder.name}+{attack}")
 
 # %% ../../nbs/experiments/attacked.ipynb #21718df8
@@ -52,7 +52,7 @@ def _robustness(config: RunConfig, name: str, before: Mapping, after: Mapping,
 # %% ../../nbs/experiments/attacked.ipynb #0ddf31fc
 def run_attack(config: RunConfig, name: str, split: str, row: str, folder: Path, retain: Path | None,
                model: PreTrainedModel, enc: Encoder, before: Mapping, record: dict[str, Any]) -> Evaluation:
-    """Attack a model, evaluate what is left, and write it beside the cell. The model may be changed.
+    """Attack a model, evaluate what is left, and write it next to the cell. The model may be changed.
 
     `folder`: of the cell; `retain`: of the Retain cell, if it is there; `before`: the cell's summary; `record`: what
     the cell's record says."""

@@ -88,7 +88,7 @@ def check_combinations(config: RunConfig) -> None:
     "Raise for settings that contradict each other."
     if config.quantize and config.best:
         raise OpenUnlearnError(
-            "The best epoch of a four-bit model cannot be kept; leave out best, or take lora without quantize."
+            "The best epoch of a four-bit model cannot be stored; leave out best, or take lora without quantize."
         )
     if config.quantize and not config.lora:
         raise OpenUnlearnError(
@@ -97,7 +97,7 @@ def check_combinations(config: RunConfig) -> None:
 
 # %% ../../nbs/experiments/checks.ipynb #491b4557
 def check_retain_model(config: RunConfig) -> None:
-    "Raise for a retain model beside a model that has one of its own."
+    "Raise for a retain model given with a model that has one of its own."
     if config.retain_model is not None and config.model in ("embedded", *PRESETS):
         raise OpenUnlearnError(
             f"retain_model {config.retain_model!r} has no use with --model {config.model}, which has its own."

@@ -26,7 +26,7 @@ Progress = Callable[[float], None]  # called with the share of the work that is 
 
 # %% ../../nbs/experiments/config.ipynb #23e21fec
 def weights_in(text: str) -> dict[str, float]:
-    """The weight of each metric in a text: a metric's name alone (its weight is 1), or NAME=WEIGHT with commas between.
+    """The weight of each metric in a text: a metric's name (its weight is 1), or NAME=WEIGHT with commas between.
 
     Raises for a weight that is not a number; whether the metrics exist is not checked here."""
     weights = {}

@@ -16,7 +16,7 @@ from ..models.loading import PRESETS
 
 # %% ../../nbs/experiments/naming.ipynb #479cd5cc
 def training_record(path: str) -> dict[str, Any]:
-    "What `openunlearn train` wrote beside the model at `path`; empty where it did not make it."
+    "The `train.json` of the model at `path`; empty where `openunlearn train` did not make it."
     file = Path(path).expanduser() / "train.json"
     return read_json(file, "training record") if file.is_file() else {}
 

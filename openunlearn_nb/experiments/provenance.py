@@ -32,7 +32,7 @@ def deciding_files(folder: Path) -> list[Path]:
     return sorted(file for file in found if file.is_file())
 
 # %% ../../nbs/experiments/provenance.ipynb #f375ba2c
-LARGE = 1 << 26  # bytes; the hash of a larger file is kept in the cache
+LARGE = 1 << 26  # bytes; the hash of a larger file is stored in the cache
 
 def _note_of(file: Path) -> Path:
     "Where the cache keeps the hash of a file in its present state."

@@ -48,7 +48,7 @@ def _other_seeds(grid: GridConfig, output: Path) -> Iterator[tuple[GridConfig, P
     for folder in sorted(file.parent for file in output.glob("seed*/grid.json")):
         seed = seed_in_name(folder)
         if seed is None:
-            warnings.warn(f"The folder {folder} is ignored: beside the folders of seeds, it is not called after one.")
+            warnings.warn(f"The folder {folder} is ignored: it is next to folders of seeds and not named after one.")
         else:
             yield check_grid(replace(grid, seed=seed)), folder
 

@@ -125,7 +125,7 @@ LATE = tuple(f.name for f in fields(RunSettings) if f.metadata.get("late"))
 # %% ../../nbs/experiments/settings.ipynb #f9b73d78
 @dataclass(frozen=True)
 class GridSettings:
-    "What a grid has beside the settings of its runs."
+    "What a grid has besides the settings of its runs."
     splits: tuple[str, ...] = setting((), "what to forget (default: every split of the benchmark's table that the data "
                                       "have)",
                                       metavar="NAME", aliases=("corpora", "forget_split"))

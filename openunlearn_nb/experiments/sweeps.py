@@ -46,7 +46,7 @@ def _with_values(config: RunConfig, chosen: Sequence[tuple[Sweep, Any]]) -> RunC
 
 # %% ../../nbs/experiments/sweeps.ipynb #323cc114
 def variants_of(config: RunConfig, method: str, sweeps: Sequence[Sweep] = ()) -> list[Variant]:
-    "A method with every combination of the values that it takes. Without sweeps its row is called after it alone."
+    "A method with every combination of the values that it takes. Without sweeps its row has its name."
     known = METHODS.find(method).defaults
     own = {name: value for name, value in (config.method_args or {}).items() if name in known}
     config = replace(config, method_args=own or None)

@@ -195,7 +195,7 @@ def _next(waiting: list[Task], running: list[Task], failed: list[Task], killed: 
     hopeless = [task for task in waiting if lost & set(task.needs)]
     ready = [task for task in waiting if not unmet & set(task.needs)]
     fresh = [task for task in ready if task not in killed]
-    if any(task in killed for task in running):  # nothing else beside it
+    if any(task in killed for task in running):  # nothing else at the same time
         return [], hopeless
     return fresh[:free] if fresh or running else ready[:1], hopeless
 
@@ -238,7 +238,7 @@ class _Schedule:
             self.killed.append(task)
             self.waiting.insert(0, task)
             where = f" on device {dead.device}" if dead.device else ""
-            return self.pool.report(None, f"{task}: its process{where} ended; it is tried again, alone.")
+            return self.pool.report(None, f"{task}: its process{where} ended; it is tried again by itself.")
         error = OpenUnlearnError(KILLED_TWICE) if dead else error
         self.end(task, None if error else future.result(), error)
 

@@ -40,7 +40,7 @@ def clear_stale_launch() -> None:
         os.environ.pop(name, None)
     if left := ", ".join(f"{name}={value}" for name, value in numbers.items() if value):
         why = f"{missing[0]} is not set" if missing else f"{wrong[0]} is no number"
-        warnings.warn(f"{left} in the environment was left by something else, as {why}: this process works alone.")
+        warnings.warn(f"{left} in the environment was left by something else, as {why}: this process is the only one.")
 
 # %% ../../nbs/internals/launch.ipynb #a11eb64d
 CONFIGS = {"ddp": "the whole model and its optimizer on every GPU, without DeepSpeed: for models that fit",

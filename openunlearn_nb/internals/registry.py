@@ -45,7 +45,7 @@ def check_name(name: Any, what: str, reserved: tuple[str, ...] = ()) -> str:
 class Declared(Mapping[str, T], Generic[T]):
     """A mapping that is filled by importing the module `catalogue`, at the first look-up.
 
-    With `any_case`, names that differ in case alone are one name."""
+    With `any_case`, names that differ only in case are one name."""
 
     def __init__(self, catalogue: str | None = None, any_case: bool = False):
         self.catalogue = catalogue
@@ -130,7 +130,7 @@ class Registry(Declared[T]):
 
     `kind` is the word for an object in sentences. `catalogue` is the module that declares the package's own objects.
     `aliases` are other names that look-ups accept; `reserved` names cannot be declared.
-    With `any_case`, `find` takes a name in any case, and two names may not differ in case alone."""
+    With `any_case`, `find` takes a name in any case, and two names may not differ only in case."""
 
     def __init__(self, kind: str, catalogue: str | None = None, aliases: Mapping[str, str] | None = None,
                  reserved: tuple[str, ...] = (), any_case: bool = False):

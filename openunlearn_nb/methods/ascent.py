@@ -27,6 +27,6 @@ def gradient_ascent(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tenso
     return -mean_nll(*sequence_nll(model, batch["forget"]))
 
 # %% ../../nbs/methods/ascent.ipynb #21674e01
-@method("Finetune", paper="the retain loss alone: ordinary supervised fine-tuning", equation="0")
+@method("Finetune", paper="only the retain loss: ordinary supervised fine-tuning", equation="0")
 class Finetune(Method):
     "Ordinary supervised fine-tuning on the retain examples."

@@ -92,7 +92,7 @@ class MethodQuestions(MethodSettings, MethodHooks):
 
     @property
     def changes_gradients(self) -> bool:
-        "Whether it makes a step's gradient itself, so that the terms' gradients are kept apart."
+        "Whether it makes a step's gradient itself, so that the terms' gradients are separate."
         hooks = (type(self).gradients, type(self).combine_gradients)
         return hooks != (MethodHooks.gradients, MethodHooks.combine_gradients)
 
@@ -212,7 +212,7 @@ METHODS = MethodRegistry("method", "openunlearn_nb.methods.catalogue", aliases=M
 def wrap(outer: type[Method], inner: type[Method]) -> type[Method]:
     "The class of a method that `outer` wraps: a hook is the wrapper's where it defines one, else the wrapped method's."
     if not outer.wraps:
-        raise OpenUnlearnError(f"{outer.name} wraps no other method; it is used by its name alone.")
+        raise OpenUnlearnError(f"{outer.name} wraps no other method; it is used by its own name.")
     return type(f"{outer.name}({inner.name})", (outer, inner), {
         "name": f"{outer.name}({inner.name})", "paper": f"{outer.paper}; {inner.paper}", "equation": inner.equation,
         "wraps": False, "needs": outer.needs | inner.needs, "alternates": outer.alternates or inner.alternates,

@@ -86,7 +86,7 @@ def find_runs(folder: str | Path, pattern: str = "**/", suites: Iterable[str] | 
     runs: dict[tuple, Run] = {}
     for file in (file for suite in suites for file in sorted(path.glob(f"{pattern}{suite}_EVAL.json"))):
         if odd := _odd_folder(path, file):
-            warnings.warn(f"The folder {odd} is ignored: beside the folders of seeds, it is not called after one.")
+            warnings.warn(f"The folder {odd} is ignored: it is next to folders of seeds and not named after one.")
         elif run := identify(file):
             _add(runs, run)
     if not runs:
@@ -95,7 +95,7 @@ def find_runs(folder: str | Path, pattern: str = "**/", suites: Iterable[str] | 
     return list(runs.values())
 
 # %% ../../nbs/reporting/collect.ipynb #2bdc9cc3
-REMARKS = ("diverged_at", "null_rows")  # beside a row's metrics, where there is something to say
+REMARKS = ("diverged_at", "null_rows")  # stored with a row's metrics, where there are any
 
 def remarks_of(run: Run, entries: dict[str, Entry]) -> dict[str, int]:
     """What a table must say of a run: the step at which its training diverged, and its null rows.

@@ -66,7 +66,7 @@ def seed_of(file: Path, record: dict[str, Any]) -> int | None:
 
 # %% ../../nbs/reporting/identify.ipynb #183fb178
 def identify(file: Path) -> Run | None:
-    """What the evaluation in `file` is of, by the `run.json` beside it, else by its folders' names.
+    """What the evaluation in `file` is of, by the `run.json` next to it, else by its folders' names.
 
     None where neither says. Raises where the record is damaged."""
     suite = file.name.removesuffix("_EVAL.json")

@@ -84,7 +84,7 @@ def _has_rows(evaluation: dict, metric: str) -> bool:
     return bool(evaluation.get(metric, {}).get("value_by_index"))
 
 def _truth_ratios(evaluations: dict[str, dict]) -> Any:
-    "A panel for each row: its truth ratios beside Retain's. None where they are not recorded."
+    "A panel for each row: its truth ratios next to Retain's. None where they are not recorded."
     import matplotlib.pyplot as plt
 
     from openunlearn_nb.reporting.plots import truth_ratio_ecdf

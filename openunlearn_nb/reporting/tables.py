@@ -121,7 +121,7 @@ def _markdown_row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 def to_markdown(values: dict, columns: Sequence[str] = COLUMNS) -> str:
-    "A Markdown table, split and metric in one header line (a lone split beside the first column)."
+    "A Markdown table, split and metric in one header line (a lone split next to the first column)."
     over, head, body = grid(values, columns)
     names = [f"{s} {h}".strip() for s, h in zip(over, head)]
     if len(values) == 1:

@@ -190,7 +190,7 @@ class PreparedTraining(RowEvaluation):
         return super()._prepare_for_training(*args)
 
     def train(self, *args, **kwargs):
-        "Train, and let the method change the finished weights; a method without a loss does this alone."
+        "Train, and let the method change the finished weights; a method without a loss does only this."
         try:
             found = super().train(*args, **kwargs) if self.method.terms else None
         finally:
