@@ -77,7 +77,7 @@ def test_compat_takes_the_mean_of_means(start):
     assert losses[0] != pytest.approx(whole[0][0], rel=1e-3) and torch.cosine_similarity(moved, whole[1], 0) < 0.999
 
 
-@pytest.mark.checks(area="Training", given="a method of one's own", then="its scalar counts as a mean over rows; one declared `mean_over=labelled_tokens`, over tokens")
+@pytest.mark.checks(area="Training", given="a method of your own", then="its scalar counts as a mean over rows; one declared `mean_over=labelled_tokens`, over tokens")
 def test_a_scalar_of_ones_own_is_a_mean_over_rows_unless_it_says_otherwise(start, monkeypatch):
     def longest(model, batch, ref_model, s):
         "No mean over tokens, and not of this package."

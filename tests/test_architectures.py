@@ -134,7 +134,7 @@ def test_scores_are_those_of_single_rows(case):
 
 @pytest.mark.checks(
     area="Models",
-    given="any of 18 architectures, from Llama to mixtures of experts and Mamba, asked",
+    given="any of 18 architectures, from Llama to mixtures of experts and Mamba, evaluated",
     then="answers are those of step-by-step greedy decoding",
 )
 def test_answers_are_those_of_step_by_step_greedy(case):

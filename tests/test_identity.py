@@ -76,7 +76,7 @@ DECIDES = {
 
 
 @pytest.mark.checks(area="Identity", given="a model of which any deciding file has changed: weights, configuration, eos, tokenizer, template, code, adapter",
-                    then="it is another model for grids, checkpoints, kept rows and `table --check`, which names the file")
+                    then="it is another model for grids, checkpoints, cached rows and `table --check`, which names the file")
 @pytest.mark.parametrize("what", DECIDES)
 def test_every_file_that_decides_is_part_of_the_identity(place, what):
     model, before = place / "model", model_identity(str(place / "model"))
@@ -176,7 +176,7 @@ def train_until_first_checkpoint(config, output, monkeypatch):
 
 
 @pytest.mark.checks(area="Identity", given="a training that was interrupted, when its model or its rows have changed since",
-                    then="it does not go on from the checkpoint: one sentence says what is another")
+                    then="it does not go on from the checkpoint: one sentence names what differs")
 @pytest.mark.parametrize("what", ["model", "training set"])
 def test_a_checkpoint_of_another_model_or_other_rows(place, monkeypatch, what):
     config = runs.RunConfig(benchmark="OWN", model=str(place / "model"), data=str(place / "data"), save_each="epoch", epochs=2)
@@ -197,7 +197,7 @@ def test_a_checkpoint_is_of_the_same_data_by_another_path(place, monkeypatch):
     assert runs.train_model(replace(config, data="link"), "GradAscent", "own", None, {}, place / "out")["losses"]
 
 
-@pytest.mark.checks(area="Identity", given="an eos that was corrected in generation_config.json between two evaluations", then="the answers are generated anew")
+@pytest.mark.checks(area="Identity", given="an eos that was corrected in generation_config.json between two evaluations", then="the answers are generated again")
 def test_answers_do_not_outlive_another_end(place):
     model = tiny_llama(train_tokenizer(["words"], 300), hidden=16, layers=1)
     path, folder = str(place / "model"), place / "rows"
@@ -207,7 +207,7 @@ def test_answers_do_not_outlive_another_end(place):
     assert cached_texts([[1]], lambda: ["short"], ResultCache(folder, model_identity(path), model)) == ["short"]
 
 
-@pytest.mark.checks(area="Identity", given="kept rows in which a bit has flipped", then="they are not believed: the model is asked again")
+@pytest.mark.checks(area="Identity", given="cached rows in which a bit has flipped", then="they are not used: the model is run again")
 def test_a_flipped_bit_in_kept_rows(tmp_path):
     model = tiny_llama(train_tokenizer(["words"], 300), hidden=16, layers=1)
     rows = ResultCache(tmp_path, {"identity": "x"}, model)
@@ -217,7 +217,7 @@ def test_a_flipped_bit_in_kept_rows(tmp_path):
     assert cached_texts([[1]], lambda: ["anew"], rows) == ["anew"] == cached_texts([[1]], lambda: ["?"], rows)
 
 
-@pytest.mark.checks(area="Identity", given="a damaged embedded model in the cache", then="it is removed and made anew, with a note")
+@pytest.mark.checks(area="Identity", given="a damaged embedded model in the cache", then="it is removed and made again, with a note")
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut off", "a file is gone", "without checksums, cut off"])
 def test_a_damaged_embedded_model_is_made_anew(tmp_path, monkeypatch, damage):
     monkeypatch.setenv("OPENUNLEARN_CACHE", str(tmp_path / "cache"))
@@ -262,8 +262,8 @@ def two_yardsticks(tmp_path):
     return tmp_path
 
 
-@pytest.mark.checks(area="Identity", given="a table of a run that was measured against another retain evaluation than the Retain row beside it",
-                    then="it is set against the one that its record names")
+@pytest.mark.checks(area="Identity", given="a table of a run that was measured against another retain evaluation than the Retain row next to it",
+                    then="it is compared with the one that its record names")
 def test_a_table_takes_the_retain_evaluation_that_a_record_names(two_yardsticks):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -272,7 +272,7 @@ def test_a_table_takes_the_retain_evaluation_that_a_record_names(two_yardsticks)
 
 
 @pytest.mark.checks(area="Identity", given="a table of a run whose retain evaluation has changed or is gone",
-                    then="it is set against the Retain row beside it, and a note says so")
+                    then="it is compared with the Retain row next to it, with a note")
 @pytest.mark.parametrize("what", ["changed", "gone"])
 def test_a_table_says_where_the_retain_evaluation_is_another(two_yardsticks, what):
     file = two_yardsticks / "elsewhere/TOFU_EVAL.json"
@@ -282,8 +282,8 @@ def test_a_table_says_where_the_retain_evaluation_is_another(two_yardsticks, wha
     assert table["Evaluated"]["ks_distance"] > 0.5
 
 
-@pytest.mark.checks(area="Identity", given="a Retain row of another prompt, other data or another family of models than the run beside it",
-                    then="it is no yardstick: forget quality and privleak stay empty, and a note says why")
+@pytest.mark.checks(area="Identity", given="a Retain row of another prompt, other data or another family of models than the run next to it",
+                    then="it is not used: forget quality and privleak stay empty, and a note gives the reason")
 def test_a_table_sets_nothing_against_a_retain_row_that_does_not_fit(tmp_path):
     retain_log(tmp_path / "Retain", [0.5] * 20, row="Retain", prompt={"chat": True})
     retain_log(tmp_path / "Mine", [0.5] * 20, row="Evaluated", prompt={"chat": False})
@@ -298,7 +298,7 @@ OTHERS = {"benchmark": "OWN", "split": "forget10", "data": {"forget01_perturbed"
 
 
 @pytest.mark.checks(area="Identity", given="a retain log whose record is of another benchmark, split, data, prompt or family of models",
-                    then="refused in one sentence that says what is another; a published log has no record and is taken by its rows")
+                    then="refused in one sentence that names what differs; a published log has no record and is taken by its rows")
 @pytest.mark.parametrize("what", OTHERS)
 def test_a_retain_log_that_does_not_fit(tmp_path, what):
     file = retain_log(tmp_path, [0.5] * 20, **{"row": "Retain", **MINE, what: OTHERS[what]})

@@ -158,7 +158,7 @@ def test_weights_that_are_not_the_models_are_errors(changed, weights, config, to
 
 
 @pytest.mark.checks(
-    area="Models", given="tied weights stored twice, and buffers of older versions", then="loaded without a word"
+    area="Models", given="tied weights stored twice, and buffers of older versions", then="loaded without a warning"
 )
 def test_what_is_no_weight_is_no_error(changed):
     def more(stored):
@@ -397,7 +397,7 @@ def test_nothing_to_adapt_is_told():
 @pytest.mark.checks(
     area="Models",
     given="a model that reads padding as tokens, such as RWKV",
-    then="rows are trained and answered as if each were alone",
+    then="each row is trained on and answered as if it were the only one",
 )
 def test_a_model_that_does_not_heed_the_mask(tokenizer):
     model = random_model("rwkv", **RWKV)
@@ -451,7 +451,7 @@ def test_a_model_that_counts_columns_shares_no_prefix(tokenizer, kind, config):
 @pytest.mark.checks(
     area="Models",
     given="a model whose text configuration is nested (Gemma 3 with a vision tower)",
-    then="scored, asked and trained as others are",
+    then="scored, generated from and trained as other models are",
 )
 @pytest.mark.parametrize("lora", [None, 4])
 def test_a_nested_text_configuration(tokenizer, tmp_path, lora):

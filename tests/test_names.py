@@ -1,4 +1,4 @@
-"""Names that lead astray: of methods, of seeds' folders; weights below 0; rows that are to be forgotten and to be kept."""
+"""Names that lead astray: of methods, of seeds' folders; weights below 0; rows that are both to be forgotten and to be retained."""
 
 import json
 import shutil
@@ -121,7 +121,7 @@ def test_seeds_as_a_grid_leaves_them(two_seeds):
 @pytest.mark.checks(
     area="Names",
     given="a folder called seed5 whose record says seed 1",
-    then="The record counts, and the contradiction is told.",
+    then="The record counts, and a warning names the contradiction.",
 )
 def test_the_records_seed_counts(two_seeds):
     (two_seeds / "seed1").rename(two_seeds / "seed5")
@@ -131,7 +131,7 @@ def test_the_records_seed_counts(two_seeds):
 
 
 @pytest.mark.checks(
-    area="Names", given="a seed's folder copied as another seed's", then="It is told, and counted once."
+    area="Names", given="a seed's folder copied as another seed's", then="It is counted once, with a warning."
 )
 def test_a_copy_is_no_other_seed(two_seeds, capsys):
     shutil.copytree(two_seeds / "seed0", two_seeds / "seed2")
@@ -147,7 +147,7 @@ def test_a_copy_is_no_other_seed(two_seeds, capsys):
 
 
 @pytest.mark.checks(
-    area="Names", given="a folder seed0.bak or seedx beside those of seeds", then="It is ignored, and that is told."
+    area="Names", given="a folder seed0.bak or seedx next to those of seeds", then="It is ignored, with a warning."
 )
 def test_folders_beside_seeds(two_seeds, tmp_path, capsys, monkeypatch):
     for name in ("seed0.bak", "seedx", "seed", "seed-1", "seed²"):
@@ -174,8 +174,8 @@ def encoder(texts: list[str]) -> Encoder:
 
 @pytest.mark.checks(
     area="Names",
-    given="rows that are to be forgotten and to be kept",
-    then="Their number is told, and stands in the record.",
+    given="rows that are both to be forgotten and to be retained",
+    then="A warning gives their number, which is also in the record.",
 )
 @pytest.mark.parametrize("both, told", [(0, None), (2, "2 of 3 examples"), (3, "3 of 3 examples")])
 def test_rows_to_forget_and_to_keep(both, told, tmp_path, capsys):

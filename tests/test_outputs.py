@@ -234,7 +234,7 @@ def test_a_place_that_cannot_be(tiny, tmp_path, capsys):
 @pytest.mark.checks(
     area="Output",
     given="two trainings, evaluations, grids or reports into one place at a time",
-    then="The second is told that another process is writing there.",
+    then="The second is refused, with the number of the process that is writing there.",
 )
 def test_one_at_a_time(tiny, tmp_path, capsys, monkeypatch):
     with output_lock(tmp_path / "out"):
@@ -322,7 +322,7 @@ def test_a_read_only_folder_is_found_first(tiny, tmp_path, capsys, monkeypatch):
 @pytest.mark.checks(
     area="Environment",
     given="a cache (OPENUNLEARN_CACHE) in which nothing can be written",
-    then="It is told before a model is trained for it.",
+    then="It is an error before a model is trained for it.",
 )
 def test_a_read_only_cache_is_found_first(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OPENUNLEARN_CACHE", str(tmp_path / "cache"))
@@ -364,7 +364,7 @@ def test_an_optimizer_that_is_not_there(tiny, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.checks(
     area="Environment",
-    given="a terminal for ASCII alone (PYTHONIOENCODING=ascii)",
+    given="a terminal for ASCII only (PYTHONIOENCODING=ascii)",
     then="A question mark stands for ±.",
 )
 def test_an_ascii_terminal(tmp_path, monkeypatch):
@@ -384,7 +384,7 @@ def test_an_ascii_terminal(tmp_path, monkeypatch):
 
 @pytest.mark.checks(
     area="Environment",
-    given="WORLD_SIZE, RANK or LOCAL_RANK left behind without what a launcher sets beside them",
+    given="WORLD_SIZE, RANK or LOCAL_RANK left behind without the others that a launcher sets",
     then="A single process works, with a note.",
 )
 @pytest.mark.parametrize(

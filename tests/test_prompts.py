@@ -83,7 +83,7 @@ def test_an_empty_think_block_is_no_part_of_the_answer():
 
 
 @pytest.mark.checks(area="Prompts", given="a generation prompt that opens a think block, which finished conversations lack",
-                    then="the whole answer is labelled, and a warning tells")
+                    then="the whole answer is labelled, with a warning")
 def test_a_prompt_that_is_no_beginning_of_its_conversation_is_told():
     tokenizer = byte_level(TURNS.replace("<turn>assistant\n{% endif %}", "<turn>assistant\n<think>\n{% endif %}"))
     with pytest.warns(UserWarning, match="generation prompt.*is not how its conversations go on"):
@@ -182,7 +182,7 @@ def test_the_published_models_read_what_they_read_before(make, name, data, reque
 
 
 @pytest.mark.checks(area="Prompts", given="a question that, with its answer, is longer than the model can read",
-                    then="it is not asked; its generation is null and counted in a warning")
+                    then="nothing is generated; its generation is null and counted in a warning")
 def test_a_question_longer_than_the_positions_is_not_asked():
     enc = Encoder(byte_level(), PROMPTS["plain"], 512, positions=250)
     with pytest.warns(UserWarning, match="1 of 2 questions have up to .* no answer is generated for them"):
@@ -196,7 +196,7 @@ def test_a_question_longer_than_the_positions_is_not_asked():
 DATED = "{{ strftime_now('%d %b %Y %H:%M:%S') }}" + TURNS
 
 
-@pytest.mark.checks(area="Prompts", given="a template that writes today's date", then="it is always told the same date, 10 April 2025")
+@pytest.mark.checks(area="Prompts", given="a template that writes today's date", then="it always gets the same date, 10 April 2025")
 def test_the_clock_stands_still_in_templates_and_runs_elsewhere():
     from transformers.utils import chat_template_utils
 
