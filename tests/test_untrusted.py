@@ -236,7 +236,7 @@ WRONG = {
 }
 
 
-@pytest.mark.checks(area="Untrusted text", given="a run record, evaluation, summary, retain log, epochs.json, training record or grid.json with something else in a field",
+@pytest.mark.checks(area="Untrusted text", given="a run record, evaluation, summary, retain log, epochs.json, training record or grid.json with another value in a field",
                     then="one sentence names file and field")
 @pytest.mark.parametrize("what", WRONG)
 def test_a_file_of_the_wrong_shape_is_refused(what, tmp_path):
