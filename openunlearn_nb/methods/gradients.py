@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..internals.devices import at_least_fp32
+
 # %% ../../nbs/methods/gradients.ipynb #160c544a
 class Gradients(dict[str, Tensor]):
     "A tensor for each trained parameter, by its name; as one vector it can be added, scaled and multiplied."
 
     def dot(self, other: Mapping[str, Tensor]) -> Tensor:
         "Inner product over all parameters: a scalar."
-        return torch.stack([(g.float() * other[name].float()).sum() for name, g in self.items()]).sum()
+        return torch.stack([(at_least_fp32(g) * at_least_fp32(other[name])).sum() for name, g in self.items()]).sum()
 
     def norm(self) -> Tensor:
         "Euclidean length over all parameters: a scalar."

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..internals.devices import at_least_fp32
 from ..models.forwards import token_nll
 
 # %% ../../nbs/methods/losses.ipynb #01e38d03
@@ -78,7 +79,7 @@ def activation_mse(h: Tensor, goal: Tensor, mask: Tensor, each_row: bool = True)
     """Mean over rows of each row's mean squared error over its masked tokens.
 
     `h` and `goal` are `[rows, length, hidden]`, `mask` is `[rows, length]`."""
-    errors = ((h.float() - goal.float()).square().mean(-1) * mask).sum(1)
+    errors = ((at_least_fp32(h) - at_least_fp32(goal)).square().mean(-1) * mask).sum(1)
     counts = mask.sum(1).clamp(min=1)
     return (errors / counts).mean() if each_row else errors.mean() * (1 / counts).mean()
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..internals.devices import at_least_fp32
 from ..internals.errors import OpenUnlearnError
 from ..internals.zero import is_sharded
 from .tokenizers import vocabulary_size
@@ -85,11 +86,11 @@ def model_inputs(part: Part) -> dict[str, Tensor]:
     return {"input_ids": part["input_ids"], "attention_mask": mask, "position_ids": positions}
 
 def answer_logits(model: nn.Module, part: Part) -> tuple[Tensor, Tensor, Tensor]:
-    "fp32 logits `[n, vocabulary]` of a part's n labelled tokens, their ids `[n]`, and their row indices `[n]`."
+    "fp32 (or fp64) logits `[n, vocabulary]` of a part's n labelled tokens, their ids `[n]`, and their row indices `[n]`."
     labels = part["labels"][:, 1:]  # position t predicts token t + 1
     rows, cols = (labels != -100).nonzero(as_tuple=True)
     logits = logits_at(model, model_inputs(part) | {"use_cache": False}, rows, cols)
-    return logits.float(), labels[rows, cols], rows
+    return at_least_fp32(logits), labels[rows, cols], rows
 
 # %% ../../nbs/models/forwards.ipynb #bbc41825
 class _TokenNLL(torch.autograd.Function):
@@ -140,8 +141,9 @@ def reference_nll(ref_model: nn.Module | None, part: Part) -> Tensor:
 
 # %% ../../nbs/models/forwards.ipynb #be5a9fc5
 def all_logits(model: nn.Module, part: Part) -> Tensor:
-    "fp32 logits `[rows, length, vocabulary]`, padding included."
-    return model(input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False).logits.float()
+    "fp32 (or fp64) logits `[rows, length, vocabulary]`, padding included."
+    logits = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False).logits
+    return at_least_fp32(logits)
 
 def without_first_tokens(part: Part, n: int) -> Part:
     "The part with the first `n` labelled tokens of each row unlabelled."

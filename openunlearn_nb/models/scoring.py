@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..data.encoding import collate
-from ..internals.devices import free_memory, halve_until_it_fits
+from ..internals.devices import at_least_fp32, free_memory, halve_until_it_fits
 from ..internals.processes import merged, own_share
 from .forwards import answer_logits, check_ids, logits_at
 from .prefixes import (MAX_PADDING, PrefixCache, can_share_prefixes, common_prefix_length,
@@ -38,7 +38,7 @@ def slice_scores(logits: torch.Tensor, labels: torch.Tensor, moments: bool) -> l
     """Columns of `TokenScores` for n tokens, `[n]` each, from logits `[n, vocabulary]` and labels `[n]`.
 
     Log-probabilities and greedy hits; with `moments` also means and variances."""
-    logps = logits.float().log_softmax(-1)
+    logps = at_least_fp32(logits).log_softmax(-1)
     columns = [logps.gather(1, labels[:, None])[:, 0], logits.argmax(-1) == labels]
     if moments:
         p = logps.exp()

@@ -47,10 +47,12 @@ class TrainConfig:
     optim: str | None = None  # transformers' name of an optimizer; None: by the device
     lora: int | None = None  # rank of an adapter that is trained in place of the weights
     arguments: dict[str, Any] | None = None  # further fields of TrainingArguments, by their names
+    reproducible: bool = False  # in fp64 with rounded gradients: the same weights on every processor; small Llamas
 
     def as_dict(self) -> dict[str, Any]:
-        "For a record: without `arguments` where there are none, as version 0.1 wrote it."
-        return {name: value for name, value in asdict(self).items() if name != "arguments" or value}
+        "For a record: `arguments` and `reproducible` only where they are given, as version 0.1 wrote it."
+        later = ("arguments", "reproducible")
+        return {name: value for name, value in asdict(self).items() if name not in later or value}
 
     def rows(self, n_devices: int) -> int:
         "Rows per device and forward: `batch_size`, or less where several devices share a small effective batch."

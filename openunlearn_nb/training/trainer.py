@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,11 +36,14 @@ from .checkpoints import last_checkpoint
 from .deepspeed_state import whole_model
 from .method_trainer import MethodTrainer, reference_copy
 from .pairs import PairDataset, TrainConfig, build_dataset, collate_parts
+from .reproducible import can_be_reproducible, in_fp32_again, reproducible
 from .several_processes import check_launch, fresh_accelerator
 
 # %% ../../nbs/training/trainer.ipynb #78c6a308
 def optimizer_of(config: TrainConfig) -> str:
     "transformers' name of the recipe's optimizer."
+    if config.reproducible:
+        return config.optim or "adamw_torch_fused"
     if config.optim or device_type() != "cuda":
         return config.optim or "adamw_torch"
     return "paged_adamw_32bit" if importlib.util.find_spec("bitsandbytes") is not None else "adamw_torch_fused"
@@ -61,8 +65,9 @@ def training_arguments(config: TrainConfig, n_examples: int, output_dir: str) ->
         per_device_train_batch_size=config.rows(devices), gradient_accumulation_steps=config.accumulation(devices),
         warmup_steps=warmup, lr_scheduler_type=config.schedule, max_steps=config.max_steps or -1,
         weight_decay=config.weight_decay, seed=config.seed, optim=optimizer_of(config),
-        bf16=computes_in_bf16(), use_cpu=device_type() == "cpu", save_strategy="no", save_total_limit=1,
-        report_to=[], logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, remove_unused_columns=False,
+        bf16=computes_in_bf16() and not config.reproducible,
+        use_cpu=device_type() == "cpu", save_strategy="no", save_total_limit=1, report_to=[],
+        logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, remove_unused_columns=False,
         dataloader_pin_memory=device_type() == "cuda", activation_checkpointing=config.gradient_checkpointing)
     try:
         args = TrainingArguments(**ours | (config.arguments or {}))
@@ -89,12 +94,12 @@ def diverged_at(model: nn.Module, losses: list[float]) -> int | None:
 
 # %% ../../nbs/training/trainer.ipynb #869fe923
 def in_evaluation_dtype(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model itself, its fp32 weights rounded to the dtype of evaluation (default: the device's).
+    """The model itself, its fp32 and fp64 weights rounded to the dtype of evaluation (default: the device's).
 
     Buffers stay: rotary frequencies need fp32."""
     dtype = dtype or evaluation_dtype()
     for p in model.parameters():
-        if p.dtype == torch.float32 and dtype != torch.float32:
+        if p.dtype in (torch.float32, torch.float64) and dtype != p.dtype:
             p.data = p.data.to(dtype)
     return model
 
@@ -240,6 +245,13 @@ def _warn_of_divergence(method: str, config: TrainConfig, trained: Trained) -> N
         warnings.warn(f"{method} diverged: at step {step} of {len(trained.losses)} its loss or its weights are no "
                       f"finite numbers any more. The learning rate was {config.learning_rate:g}; a lower one may do.")
 
+@contextmanager
+def _quiet_training() -> Iterator[None]:
+    "A context without the warnings of libraries that say nothing about this training."
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(pin_memory|lr_scheduler|all_gather_into|reduce_scatter_t).*")
+        yield
+
 # %% ../../nbs/training/trainer.ipynb #f56c72ba
 def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], retain: list[dict],
           config: TrainConfig = TrainConfig(), settings: dict | None = None, alternates: list[list[dict]] | None = None,
@@ -257,24 +269,26 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
         raise OpenUnlearnError(f"{method} answers with another model than the one it trains, so there is no one model "
                                "to save; run it in a grid.")
     check_ids(model, (row["input_ids"] for rows in (forget, retain, *(alternates or [])) for row in rows))
-    side = "left" if respects_padding_mask(model) else "right"  # what stands before a row's padding never sees it
-    used = [] if chosen.terms == ("forget",) else retain
-    data = build_dataset(model, pad_id, chosen, forget, used, alternates, config.seed)
-    chosen.prepare(model, data)
     quantized = getattr(model, "is_quantized", False)
-    model, reference, frozen = with_reference(model, chosen, config)
-    set_seed(config.seed)
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(), not_trained(frozen), fresh_accelerator():
-        warnings.filterwarnings("ignore", message=".*(pin_memory|lr_scheduler|all_gather_into|reduce_scatter_t).*")
-        args = training_arguments(config, len(data), scratch)
-        check_launch(args, quantized, len(data))
-        collate = partial(collate_parts, pad_id=pad_id, compat=compat, side=side)
-        trainer = MethodTrainer(chosen, reference, model=model, args=args, train_dataset=data, data_collator=collate,
-                                callbacks=[_Progress(data, progress)])
-        follow(trainer, after_epoch, checkpoints, identity or {}, dtype)
-        _run(trainer, last_checkpoint(checkpoints, identity or {}) if checkpoints else None)
-        model = finished_model(trainer, for_saving)
-        model = chosen.for_generation(chosen.after(model, data) or model)
+    config = replace(config, reproducible=config.reproducible and can_be_reproducible(quantized))
+    with reproducible(model, config.reproducible) as callbacks:
+        side = "left" if respects_padding_mask(model) else "right"  # what precedes a row's padding never sees it
+        used = [] if chosen.terms == ("forget",) else retain
+        data = build_dataset(model, pad_id, chosen, forget, used, alternates, config.seed)
+        chosen.prepare(model, data)
+        model, reference, frozen = with_reference(model, chosen, config)
+        set_seed(config.seed)
+        with tempfile.TemporaryDirectory() as scratch, _quiet_training(), not_trained(frozen), fresh_accelerator():
+            args = training_arguments(config, len(data), scratch)
+            check_launch(args, quantized, len(data))
+            collate = partial(collate_parts, pad_id=pad_id, compat=compat, side=side)
+            trainer = MethodTrainer(chosen, reference, model=model, args=args, train_dataset=data,
+                                    data_collator=collate, callbacks=[_Progress(data, progress), *callbacks])
+            follow(trainer, after_epoch, checkpoints, identity or {}, dtype)
+            _run(trainer, last_checkpoint(checkpoints, identity or {}) if checkpoints else None)
+            model = finished_model(trainer, for_saving)
+            model = chosen.after(model, data) or model
+    model = chosen.for_generation(in_fp32_again(model) if config.reproducible else model)
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     _warn_of_divergence(method, config, Trained(model, losses))
     return Trained(model, losses)
