@@ -30,7 +30,8 @@ from openunlearn_nb.reporting.report import write_report
 from openunlearn_nb.experiments.runs import train_model
 from openunlearn_nb.reporting.tables import to_text
 from openunlearn_nb.data.tofu import Tofu
-from openunlearn_nb.training.trainer import diverged_at, train
+from openunlearn_nb.training.divergence import diverged_at
+from openunlearn_nb.training.trainer import train
 
 
 def scored(*logps: float) -> dict:

@@ -27,7 +27,8 @@ from ..internals.zero import is_sharded
 from ..methods.method import METHODS
 from ..methods.names import FINETUNE
 from ..training.pairs import TrainConfig, alternate_examples, published_recipe
-from ..training.trainer import diverged_at, in_evaluation_dtype, train
+from ..training.divergence import diverged_at
+from ..training.trainer import in_evaluation_dtype, train
 
 # %% ../../nbs/experiments/unlearning.ipynb #6d60cd9d
 def alternates_for(config: RunConfig, method: str, split: str, model: PreTrainedModel,

@@ -86,7 +86,7 @@ def model_inputs(part: Part) -> dict[str, Tensor]:
     return {"input_ids": part["input_ids"], "attention_mask": mask, "position_ids": positions}
 
 def answer_logits(model: nn.Module, part: Part) -> tuple[Tensor, Tensor, Tensor]:
-    "fp32 (or fp64) logits `[n, vocabulary]` of a part's n labelled tokens, their ids `[n]`, and their row indices `[n]`."
+    "fp32 or fp64 logits `[n, vocabulary]` of a part's n labelled tokens, their ids `[n]` and row indices `[n]`."
     labels = part["labels"][:, 1:]  # position t predicts token t + 1
     rows, cols = (labels != -100).nonzero(as_tuple=True)
     logits = logits_at(model, model_inputs(part) | {"use_cache": False}, rows, cols)
@@ -141,7 +141,7 @@ def reference_nll(ref_model: nn.Module | None, part: Part) -> Tensor:
 
 # %% ../../nbs/models/forwards.ipynb #be5a9fc5
 def all_logits(model: nn.Module, part: Part) -> Tensor:
-    "fp32 (or fp64) logits `[rows, length, vocabulary]`, padding included."
+    "fp32 or fp64 logits `[rows, length, vocabulary]`, padding included."
     logits = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False).logits
     return at_least_fp32(logits)
 

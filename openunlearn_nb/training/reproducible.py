@@ -47,7 +47,7 @@ def _rotary(rotary: LlamaRotaryEmbedding, x: Tensor, position_ids: Tensor) -> tu
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
-_OWN: dict[type, Callable[..., Any]] = {LlamaRMSNorm: _rms_norm, LlamaRotaryEmbedding: _rotary}
+_IN_FP64: dict[type, Callable[..., Any]] = {LlamaRMSNorm: _rms_norm, LlamaRotaryEmbedding: _rotary}
 
 def in_fp64(model: nn.Module) -> nn.Module:
     "A Llama, changed in place to compute in fp64 throughout. Raises for other architectures."
@@ -56,14 +56,14 @@ def in_fp64(model: nn.Module) -> nn.Module:
         raise OpenUnlearnError(f"A reproducible training is for small Llamas with plain rotary positions, such as the "
                                f"embedded models; {type(model).__name__} is none. Leave `reproducible` out.")
     for module in model.modules():
-        if type(module) in _OWN:
-            module.forward = MethodType(_OWN[type(module)], module)
+        if type(module) in _IN_FP64:
+            module.forward = MethodType(_IN_FP64[type(module)], module)
     return model.double()
 
 def in_fp32_again(model: nn.Module) -> nn.Module:
     "The model with its weights rounded to fp32 and transformers' own norms and positions."
     for module in model.modules():
-        if type(module) in _OWN:
+        if type(module) in _IN_FP64:
             module.__dict__.pop("forward", None)
     return model.float()
 
