@@ -21,7 +21,8 @@ ROOMS = {  # folder: title, question, and what a reader should know before the c
     "methods": ("Methods", "What does each method make more likely, and what less?",
                 "A method is a loss over forget and retain rows, with settings whose defaults cite their source. The losses are "
                 "pure functions of tensors, each tested against its equation. Begin with `Losses`; then each family of methods "
-                "has a chapter, and `Method` shows how one of your own is declared."),
+                "has a chapter, and `Method` shows how one of your own is declared. [Methods compared](../reference/methods/index.ipynb) "
+                "has a page about each method, with its settings and results."),
     "training": ("Training", "How does a loss become a run?",
                  "The trainer is a `transformers.Trainer` over pairs of forget and retain rows. To train in Python, read "
                  "`Unlearning with a trainer`; the chapters before it have its arguments and its data, the ones after it show how "

@@ -136,7 +136,7 @@ def test_no_other_module_names_a_benchmark():
 def test_no_other_module_names_a_method():
     """`names` is the list that tables and helps read; `losses` holds the formulas, called after their methods."""
     families = "ascent", "preference", "representation", "distillation", "weighted", "constrained"
-    own = {f"methods/{name}" for name in (*families, "names", "losses")}
+    own = {f"methods/{name}" for name in (*families, "names", "losses", "published_settings")}
     assert named_outside([*METHOD_NAMES, *METHOD_ALIASES], own, [FINETUNE]) == []
 
 
