@@ -85,12 +85,14 @@ def embedded_values(file: str, *lines: str) -> str:
     "A Markdown table of some lines of the embedded runs in a CSV file, a row for each benchmark, split and method."
     runs = pd.read_csv(file)
     there = [line for line in lines if line in runs and runs[line].notna().any()]
+    if not there:
+        return f"The file of embedded runs has no {' and no '.join(f'`{line}`' for line in lines)}."
     groups = runs.dropna(subset=there, how="all").groupby(["benchmark", "split", "row"])
     ordered = sorted(groups, key=lambda group: (group[0][0], group[0][1], row_order(group[0][2])))
     rows = [[*key, str(len(part)), *(spread(part[line], line) for line in there)] for key, part in ordered]
     return markdown_table(["benchmark", "split", "row", "runs", *(f"`{line}`" for line in there)], rows)
 
-# %% ../../nbs/reporting/metric_pages.ipynb #cd775215
+# %% ../../nbs/reporting/metric_pages.ipynb #469f0344
 EXAMPLE_LOSSES = {  # mean loss, nats a token: answer, paraphrase, wrong answer, held-out text
     "Finetuned": (0.12, 0.7, 2.0, 1.9),
     "Retain": (1.7, 1.8, 2.0, 1.9),
@@ -104,7 +106,7 @@ def _scored(loss: float, rng: np.random.Generator, tokens: int = 12) -> dict[str
     losses = loss * rng.exponential(size=tokens)
     return {"logps": -losses, "hits": np.exp(-losses) > 0.3}
 
-# %% ../../nbs/reporting/metric_pages.ipynb #5f68d0f0
+# %% ../../nbs/reporting/metric_pages.ipynb #e98e99c5
 def example_models(rows: int = 200, seed: int = 0,
                    losses: Mapping[str, Sequence[float]] = EXAMPLE_LOSSES) -> dict[str, dict[str, list]]:
     "Synthetic scored rows `{model: {answer, paraphrase, perturbed, holdout: rows}}`; a row is as hard for all models."
