@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .estimate import (Work, checkpoint_bytes, disk_of, evaluation_work, overhead,
                                              parameters_of, seconds_of, tokens_in, training_work)
+from .options import seeds_of
 from .origins import RUN, TRAIN, Resolved, resolved_method, resolved_run, resolved_training
 from .output import print_result
 from ..internals.files import output_path
@@ -77,19 +78,23 @@ def _models_kept(grid: "GridConfig", tasks: "list[Task]") -> int:
 # %% ../../nbs/commands/dry_run.ipynb #ed22e11c
 def _needs_work(grid: "GridConfig", task: "Task") -> bool:
     "Whether a task of a grid is more than a look into the cache, where a model trained beforehand may be."
-    from openunlearn_nb.experiments.embedded import embedded_folder, is_whole
-    return bool(task.row) or not is_whole(embedded_folder(task.split, grid.source.embedded_benchmark))
+    from openunlearn_nb.experiments.embedded import embedded_config, embedded_folder, is_whole
+    if task.row:
+        return True
+    benchmark = grid.source.embedded_benchmark
+    return not is_whole(embedded_folder(task.split, benchmark, embedded_config(benchmark, grid.embedded_seed)))
 
 # %% ../../nbs/commands/dry_run.ipynb #911e75b7
 def _unfinished(args: argparse.Namespace, grid: "GridConfig", output: Path) -> "list[tuple[Path, Task]]":
     """The tasks that a checked grid would do, each with the folder that its results would go to.
 
-    Raises for a folder that holds something else. `args`: for the seeds and the worker processes."""
+    Raises for a folder that holds something else. `args`: for the seeds, the teachings and the worker processes."""
     from openunlearn_nb.experiments.grid import check_grid_folder, plan
-    from openunlearn_nb.experiments.seeds import check_seeds
-    if args.seeds:
-        check_seeds(grid, args.seeds, output)
-    places = {output / f"seed{seed}": replace(grid, seed=seed) for seed in args.seeds} or {output: grid}
+    from openunlearn_nb.experiments.seeds import check_seeds, with_seed
+    seeds, retrained = seeds_of(args)
+    if seeds:
+        check_seeds(grid, seeds, output, retrained)
+    places = {output / f"seed{seed}": with_seed(grid, seed, retrained) for seed in seeds} or {output: grid}
     for place, of in places.items():
         check_grid_folder(of, place, args.jobs)
     return [(place, task) for place, of in places.items()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ONLY', 'LOWEST', 'LOCAL', 'check_optimizer', 'check_choices', 'check_numbers', 'check_train_rows',
-           'check_combinations', 'check_retain_model', 'check_placeholders', 'check_model', 'check_classifier',
-           'check_config', 'check_split', 'check_method', 'check_alternates', 'check_measurable']
+           'check_embedded_seed', 'check_combinations', 'check_retain_model', 'check_placeholders', 'check_model',
+           'check_classifier', 'check_config', 'check_split', 'check_method', 'check_alternates', 'check_measurable']
 
 # %% ../../nbs/experiments/checks.ipynb #ac172a69
 import re
@@ -62,7 +62,7 @@ def check_choices(config: RunConfig) -> None:
 
 # %% ../../nbs/experiments/checks.ipynb #42d44771
 LOWEST = {"epochs": 1, "train_rows": 1, "max_length": 1, "shots": 0, "batch_size": 1, "per_device_batch": 1,
-          "lora": 0, "seed": 0}  # of settings that are whole numbers
+          "lora": 0, "seed": 0, "embedded_seed": 0}  # of settings that are whole numbers
 
 def check_numbers(config: RunConfig) -> None:
     "Raise for a number that is out of its range."
@@ -81,6 +81,14 @@ def check_train_rows(config: RunConfig) -> None:
         raise OpenUnlearnError(
             f"train_rows {config.train_rows} counts what the embedded model is trained on, and does nothing for "
             f"{config.model}: leave it out, or give a folder with fewer rows as --data."
+        )
+
+def check_embedded_seed(config: RunConfig) -> None:
+    "Raise for `embedded_seed` with a model other than the embedded one, which is not trained here."
+    if config.embedded_seed and config.model != "embedded":
+        raise OpenUnlearnError(
+            f"embedded_seed {config.embedded_seed} is the seed by which the embedded model is trained, and does "
+            f"nothing for {config.model}: leave it out."
         )
 
 # %% ../../nbs/experiments/checks.ipynb #328fdd0b
@@ -142,6 +150,7 @@ def check_config(config: RunConfig) -> None:
     template_arguments(config.template_args)
     check_arguments(config.training_args or {})
     check_train_rows(config)
+    check_embedded_seed(config)
     check_choices(config)
     check_combinations(config)
     check_numbers(config)

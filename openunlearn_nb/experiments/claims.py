@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..data.sources import same_place
 from ..evaluation.records import read_json
-from .embedded import embedded_folder
+from .embedded import embedded_config, embedded_folder
 from .grid_config import GridConfig, has_retain
 from .provenance import difference, model_identity
 from .recipes import recipe_of
@@ -30,7 +30,8 @@ def models_of(grid: GridConfig) -> dict[str, dict]:
     if grid.model == "embedded":
         learned = {name for split in grid.splits for name in grid.source.training_sets(split)}
         benchmark = grid.source.embedded_benchmark
-        return {name: {"revision": embedded_folder(name, benchmark).name} for name in sorted(learned)}
+        recipe = embedded_config(benchmark, grid.embedded_seed)
+        return {name: {"revision": embedded_folder(name, benchmark, recipe).name} for name in sorted(learned)}
     sides = (False, True) if has_retain(grid) else (False,)
     paths = [model_path(grid, split, retain) for split in grid.splits for retain in sides]
     judge = [grid.classifier] if Path(grid.classifier).expanduser().is_dir() else []

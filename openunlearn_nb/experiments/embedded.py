@@ -44,9 +44,9 @@ class EmbeddedConfig:
     prompt: str = "chat"
     seed: int = 0
 
-def embedded_config(benchmark: Benchmark | type[Benchmark]) -> EmbeddedConfig:
+def embedded_config(benchmark: Benchmark | type[Benchmark], seed: int = 0) -> EmbeddedConfig:
     "How the embedded model of a benchmark is built and trained: the values above, where the benchmark has no others."
-    return EmbeddedConfig(**benchmark.embedded)
+    return EmbeddedConfig(**benchmark.embedded, seed=seed)
 
 # %% ../../nbs/experiments/embedded.ipynb #9d0f44d1
 CHECKSUMS = "checksums.json"  # in a cached model's folder: a hash of each of the other files

@@ -22,7 +22,7 @@ from openunlearn_nb.experiments.cells import (
 from .claims import check_claim, claim
 from .config import Progress
 from .display import Display, reason_of
-from .embedded import embedded_model
+from .embedded import embedded_config, embedded_model
 from .grid_config import GridConfig, check_grid, has_retain
 from .workers import Task, check_main, run_all
 from ..internals.errors import OpenUnlearnError
@@ -104,7 +104,8 @@ def run_task(grid: GridConfig, output: str, task: Task, progress: Progress) -> d
     for file in grid.imports:
         import_file(file)
     if not task.row:
-        embedded_model(task.split, grid.source.embedded_benchmark, progress=progress)
+        benchmark = grid.source.embedded_benchmark
+        embedded_model(task.split, benchmark, embedded_config(benchmark, grid.embedded_seed), progress)
         return {}
     variant = grid.variants.get(task.row)
     if variant is None:

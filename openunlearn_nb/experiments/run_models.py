@@ -17,7 +17,7 @@ from ..data.encoding import Encoder
 from ..data.prompts import PromptFormat, prompt_format
 from ..evaluation.records import read_json
 from .config import Progress, RunConfig, template_arguments
-from .embedded import embedded_model
+from .embedded import embedded_config, embedded_model
 from .recipes import adapter_rank
 from ..internals.devices import evaluation_dtype
 from ..internals.errors import OpenUnlearnError
@@ -45,7 +45,9 @@ def model_path(config: RunConfig, split: str, retain: bool = False, progress: Pr
     Empty where the user gave no retain model. An embedded model is trained now, if the cache does not have it."""
     training_set = config.source.training_sets(split)[retain]
     if config.model == "embedded":
-        return str(embedded_model(training_set, config.source.embedded_benchmark, progress=progress))
+        benchmark = config.source.embedded_benchmark
+        recipe = embedded_config(benchmark, config.embedded_seed)
+        return str(embedded_model(training_set, benchmark, recipe, progress))
     if config.model in PRESETS:
         return _published_path(config, training_set)
     given = config.retain_model if retain else config.model

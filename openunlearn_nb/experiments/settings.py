@@ -34,6 +34,7 @@ class ModelSettings:
     data: str | Mapping[str, Any] = setting("miniature", "'miniature', a folder shaped like the benchmark's "
                                             "data set, or a Hub id")
     seed: int = setting(0, "seed of unlearning")
+    embedded_seed: int = setting(0, "seed of the embedded model's own training", metavar="N", late=True)
     prompt: str | None = setting(None, "chat, llama-2, llama-3 or plain (default: the preset's; chat where the "
                                  "tokenizer has a template)")
     system: str | None = setting(None, "system message of the chat template; '' for none (default: the prompt's own)",

@@ -1,0 +1,18 @@
+"""`--teachings N`: every repetition trains its own Finetuned and Retain, and the table shows the spread of all of it."""
+
+import json
+
+from openunlearn_nb.commands.cli import main
+from openunlearn_nb.reporting.collect import find_runs, measured
+from openunlearn_nb.reporting.seeds import by_seed
+
+
+def test_each_teaching_has_a_pair_of_its_own_and_the_table_has_their_spread(small_data, tmp_path, capsys):
+    command = ["tofu", "--data", small_data, "--splits", "forget01", "--methods", "GradAscent", "--epochs", "1", "--teachings", "2", "--jobs", "1"]
+    assert main([*command, "--quiet", "--output", str(tmp_path / "grid")]) == 0
+    assert "seeds 0, 1: mean" in capsys.readouterr().out
+    runs = by_seed(find_runs(tmp_path / "grid"))
+    utilities = {row: {measured(of)["embedded"]["forget01"][row]["model_utility"] for of in runs.values()} for row in ("Finetuned", "Retain")}
+    assert set(runs) == {0, 1} and all(len(values) == 2 for values in utilities.values())
+    configs = [json.loads((tmp_path / f"grid/seed{seed}/grid.json").read_text()) for seed in (0, 1)]
+    assert [config.get("embedded_seed") for config in configs] == [None, 1]  # version 0.1 had no such field
