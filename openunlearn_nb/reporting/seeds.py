@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from .collect import Values
 from .identify import Run
+from .tables import p_digits
 
 # %% ../../nbs/reporting/seeds.ipynb #ec1c6018
 def by_seed(runs: Iterable[Run]) -> dict[int | None, list[Run]]:
@@ -49,7 +50,7 @@ def in_words(metric: str, spread: Spread | None, seeds: int) -> str | None:
     if spread.seeds < seeds:
         return f"{spread.seeds} of {seeds} seeds"
     if metric == "forget_quality":
-        return f"{spread.median:.2g} ({spread.low:.2g} to {spread.high:.2g})"
+        return f"{p_digits(spread.median)} ({p_digits(spread.low)} to {p_digits(spread.high)})"
     if spread.sd is None:
         return f"{spread.mean:.2f}"
     return f"{spread.mean:.2f} ± {spread.sd:.2f}"
