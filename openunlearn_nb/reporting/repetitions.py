@@ -63,7 +63,7 @@ def floor_frame(runs: Iterable[Run]) -> "DataFrame":
     for (suite, split), ratios in retains.items():
         for a, b in combinations(sorted(ratios), 2):
             p, distance = ks_test(ratios[a], ratios[b])
-            lines.append({"benchmark": suite, "split": split, "seed_a": a, "seed_b": b, "ks_distance": distance, "p": p})
+            lines.append((suite, split, a, b, distance, p))
     return pd.DataFrame(lines, columns=["benchmark", "split", "seed_a", "seed_b", "ks_distance", "p"])
 
 # %% ../../nbs/reporting/repetitions.ipynb #d13865e6
