@@ -73,6 +73,7 @@ def build() -> None:
     shutil.move(MADE / "_docs", DOCS)
     for file in DOCS.rglob("*.html"):
         file.write_text(equations(file.read_text(encoding="utf-8")), encoding="utf-8")
+    shutil.copy(ROOT / "nbs" / "search.js", DOCS / "site_libs" / "fuse" / "fuse.min.js")  # it answers as Fuse does
 
 
 def equations(page: str) -> str:

@@ -1,5 +1,8 @@
 """The built site in a browser: pages have their tables, plots and equations, and text from models stays text."""
 
+import csv
+import html
+import json
 import os
 import re
 import shutil
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent
 DOCS = Path(__file__).resolve().parents[1] / "_docs"
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 pytestmark = [pytest.mark.skipif(not DOCS.is_dir(), reason="the site is not built: python scripts/site.py"),
@@ -42,3 +46,17 @@ def test_the_board_sorts(tmp_path):
     drawn = browser("--dump-dom", f"file://{tmp_path / 'board.html'}")
     methods = re.findall(r'<tr><td[^>]* data-v="(\w+)"', drawn)
     assert len(methods) == 12 and methods == sorted(methods)
+
+
+def test_search_finds_what_people_ask_for(tmp_path):
+    with open(HERE / "questions.csv", encoding="utf-8", newline="") as file:
+        wanted = {line["question"]: set(line["pages"].split()) for line in csv.DictReader(file)}
+    entries = (DOCS / "search.json").read_text(encoding="utf-8").replace("</", "<\\/")
+    script = (DOCS / "site_libs/fuse/fuse.min.js").read_text(encoding="utf-8")
+    ask = "const search = new Fuse(entries); document.body.textContent = JSON.stringify(questions.map((q) => search.search(q, {limit: 3}).map((r) => r.page)));"
+    (tmp_path / "ask.html").write_text(f"<meta charset='utf-8'><body><script>{script}</script><script>const entries = {entries}, "
+                                       f"questions = {json.dumps(list(wanted))}; {ask}</script></body>", encoding="utf-8")
+    drawn = browser("--dump-dom", f"file://{tmp_path / 'ask.html'}")
+    answers = json.loads(html.unescape(re.search(r"<body>(.*)</body>", drawn, re.S)[1]))
+    missed = [f"{question}: {', '.join(found)}" for (question, pages), found in zip(wanted.items(), answers, strict=True) if not pages & set(found)]
+    assert not missed, "\n".join(missed)
