@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..internals.devices import at_least_fp32
 from ..internals.errors import OpenUnlearnError, check_choice
 from ..internals.registry import ROWS, Registry
 from .gradients import Gradients, TrainingState
@@ -188,7 +187,7 @@ class Method(MethodTerms):
         loss, parts = torch.zeros(()), {}
         functions = {"forget": self.forget_loss, "retain": self.retain_loss}
         for term in (term for term in self.terms if term in terms):
-            parts[term] = at_least_fp32(functions[term](model, batch, ref_model)) * shares.get(term, 1)
+            parts[term] = functions[term](model, batch, ref_model).float() * shares.get(term, 1)
             weighted = self.weigh(term, parts[term])
             loss = weighted if len(parts) == 1 else loss + weighted
         return MethodLoss(loss, parts)
