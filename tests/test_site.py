@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -60,3 +61,23 @@ def test_search_finds_what_people_ask_for(tmp_path):
     answers = json.loads(html.unescape(re.search(r"<body>(.*)</body>", drawn, re.S)[1]))
     missed = [f"{question}: {', '.join(found)}" for (question, pages), found in zip(wanted.items(), answers, strict=True) if not pages & set(found)]
     assert not missed, "\n".join(missed)
+
+
+FAULTS = {"clipped <pre": '<div style="overflow: hidden"><pre style="overflow: hidden">' + "long " * 300 + "</pre></div>",
+          "the page is": '<div style="width: 2000px">wide</div>', "clipped <p": '<p style="overflow: hidden">' + "long" * 300 + "</p>",
+          "a backslash in": r"<p>avg\_loss</p>", "no alt text, <svg>": "<svg></svg>", "no alt text, <img>": '<img src="a.png">',
+          "requests https": "<style>@import url(https://example.invalid/font.css);</style>"}
+SOUND = ('<div style="overflow-x: auto"><pre>' + "long " * 300 + r"</pre></div><p>text</p><code>a\_b</code>"
+         '<svg role="img" aria-label="A plot"></svg><img src="a.png" alt="A plot">')
+
+
+def test_the_browser_finds_each_fault(tmp_path):
+    sys.path.insert(0, str(HERE.parent / "scripts" / "website"))
+    import browser as looked
+
+    for i, body in enumerate([SOUND, *FAULTS.values()]):
+        (tmp_path / f"{i}.html").write_text(f'<!doctype html><meta charset="utf-8"><main class="content">{body}</main>', encoding="utf-8")
+    found = looked.problems(tmp_path)
+    assert not [fault for fault in found if fault.startswith("0.html")]
+    for i, fault in enumerate(FAULTS, 1):
+        assert any(line.startswith(f"{i}.html") and fault in line for line in found), (fault, found)
