@@ -23,6 +23,7 @@ from fastcore import docments
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, MADE = ROOT / "_docs", ROOT / "_proc"
 PATHS = re.compile(r"(?:/home|/root|/tmp|/Users|/work|/private)/[\w.-]+|[A-Z]:\\\\?\w+")  # of a machine
+REMOTE_STYLE = re.compile(r"""@import\s+(?:url\(\s*)?["']?(?:https?:)?//[^"')]*["']?\s*\)?[^;]*;""")
 
 
 class Page(HTMLParser):
@@ -73,6 +74,8 @@ def build() -> None:
     shutil.move(MADE / "_docs", DOCS)
     for file in DOCS.rglob("*.html"):
         file.write_text(equations(file.read_text(encoding="utf-8")), encoding="utf-8")
+    for file in DOCS.rglob("*.css"):  # the reader's own fonts, which the themes name after those that they would load
+        file.write_text(REMOTE_STYLE.sub("", file.read_text(encoding="utf-8")), encoding="utf-8")
     shutil.copy(ROOT / "nbs" / "search.js", DOCS / "site_libs" / "fuse" / "fuse.min.js")  # it answers as Fuse does
 
 
@@ -110,6 +113,8 @@ def problems() -> list[str]:
         found += [f"{name}: loads {link}" for link in page.fetched if urlsplit(link).netloc]
         found += [f"{name}: LaTeX left over, {left[:60]}" for left in re.findall(r"\\\(.*?\\\)|\\\[.*?\\\]", "".join(page.words)) if "\\" in left[2:-2]]
         found += [f"{name}: a path of a machine, {path}" for path in sorted(set(PATHS.findall("".join(page.words))))]
+    for file in sorted(DOCS.rglob("*.css")):
+        found += [f"{file.relative_to(DOCS)}: loads {link}" for link in REMOTE_STYLE.findall(file.read_text(encoding="utf-8"))]
     return found
 
 
