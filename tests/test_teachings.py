@@ -3,11 +3,13 @@
 import json
 
 from openunlearn_nb.commands.cli import main
+from openunlearn_nb.data.tofu import Tofu
 from openunlearn_nb.reporting.collect import find_runs, measured
 from openunlearn_nb.reporting.seeds import by_seed
 
 
-def test_each_teaching_has_a_pair_of_its_own_and_the_table_has_their_spread(small_data, tmp_path, capsys):
+def test_each_teaching_has_a_pair_of_its_own_and_the_table_has_their_spread(small_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Tofu, "embedded", {"epochs": 2})
     command = ["tofu", "--data", small_data, "--splits", "forget01", "--methods", "GradAscent", "--epochs", "1", "--teachings", "2", "--jobs", "1"]
     assert main([*command, "--quiet", "--output", str(tmp_path / "grid")]) == 0
     assert "seeds 0, 1: mean" in capsys.readouterr().out
