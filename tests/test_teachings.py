@@ -14,7 +14,7 @@ def test_each_teaching_has_a_pair_of_its_own_and_the_table_has_their_spread(smal
     assert main([*command, "--quiet", "--output", str(tmp_path / "grid")]) == 0
     assert "seeds 0, 1: mean" in capsys.readouterr().out
     runs = by_seed(find_runs(tmp_path / "grid"))
-    utilities = {row: {measured(of)["embedded"]["forget01"][row]["model_utility"] for of in runs.values()} for row in ("Finetuned", "Retain")}
-    assert set(runs) == {0, 1} and all(len(values) == 2 for values in utilities.values())
+    probabilities = {row: {measured(of)["embedded"]["forget01"][row]["forget_Q_A_Prob"] for of in runs.values()} for row in ("Finetuned", "Retain")}
+    assert set(runs) == {0, 1} and all(len(values) == 2 for values in probabilities.values())
     configs = [json.loads((tmp_path / f"grid/seed{seed}/grid.json").read_text()) for seed in (0, 1)]
     assert [config.get("embedded_seed") for config in configs] == [None, 1]  # version 0.1 had no such field
