@@ -81,6 +81,7 @@ def test_second_call_does_nothing(small_grid):
     assert stamps == {f: f.stat().st_mtime_ns for f in folder.rglob("*.json")}
 
 
+@pytest.mark.slow  # a minute and a half, like the kills of test_nothing_lost
 def test_goes_on_after_an_interruption(small_grid, tmp_path):
     """Ctrl-C once the first cell stands; the second call's results equal an uninterrupted run's."""
     whole, grid = small_grid
