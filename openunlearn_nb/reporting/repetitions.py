@@ -32,6 +32,10 @@ def _origin(record: dict[str, Any], name: str) -> dict[str, Any]:
     return {"learning_rate": record.get("training", {}).get("learning_rate"), "settings": json.dumps(changed),
             "version": record["environment"]["openunlearn_nb"], "evaluation": record["files"][name]}
 
+def _teaching_of(run: Run) -> int:
+    "The seed from which the Finetuned and the Retain of a run's grid were trained."
+    return run.record.get("config", {}).get("embedded_seed") or 0
+
 def runs_frame(runs: Iterable[Run]) -> "DataFrame":
     "A table with a line for each run of a repeated grid: what it is of, its metrics, and how it was made."
     import pandas as pd
@@ -41,7 +45,7 @@ def runs_frame(runs: Iterable[Run]) -> "DataFrame":
         for run in sorted(of, key=lambda run: (run.suite, run.split, row_order(run.row))):
             config = run.record.get("config", {})
             what = {"benchmark": run.suite, "split": run.split, "row": run.row,
-                    "teaching": config.get("embedded_seed") or 0, "seed": config.get("seed", seed or 0)}
+                    "teaching": _teaching_of(run), "seed": config.get("seed", seed or 0)}
             metrics = values[run.suite][run.model][run.split][run.row]
             lines.append(what | metrics | _origin(run.record, run.file.name))
     frame = pd.DataFrame(lines)
@@ -50,15 +54,17 @@ def runs_frame(runs: Iterable[Run]) -> "DataFrame":
 
 # %% ../../nbs/reporting/repetitions.ipynb #057483bf
 def floor_frame(runs: Iterable[Run]) -> "DataFrame":
-    "KS distance and p-value between the Retain rows of each two seeds, for benchmarks that have truth ratios."
+    """KS distance and p-value between the Retain rows of each two teachings, for benchmarks that have truth ratios.
+
+    Empty for a grid of several seeds of unlearning: its retain model is one and the same."""
     import pandas as pd
     retains: dict[tuple[str, str], dict[int, list]] = {}
     for run in runs:
-        if run.row == "Retain" and run.seed is not None:
+        if run.row == "Retain":
             entries = recompute(read_json(run.file, "evaluation"), BENCHMARKS[run.suite])
             if "forget_truth_ratio" in entries:
                 found = retains.setdefault((run.suite, run.split), {})
-                found[run.seed] = rows_of(entries["forget_truth_ratio"])
+                found[_teaching_of(run)] = rows_of(entries["forget_truth_ratio"])
     lines = []
     for (suite, split), ratios in retains.items():
         for a, b in combinations(sorted(ratios), 2):
@@ -67,15 +73,15 @@ def floor_frame(runs: Iterable[Run]) -> "DataFrame":
     return pd.DataFrame(lines, columns=["benchmark", "split", "seed_a", "seed_b", "ks_distance", "p"])
 
 # %% ../../nbs/reporting/repetitions.ipynb #d13865e6
-def _rows_by_distance(frame: "DataFrame", without: tuple[str, ...] = ("Finetuned", "Retain")) -> list[str]:
-    "The rows of a table of runs, nearest to Retain first."
-    shown = frame[~frame["row"].isin(without)]
+def _rows_by_distance(frame: "DataFrame") -> list[str]:
+    "The rows of a table of runs except Retain, by their mean distance to it."
+    shown = frame[frame["row"] != "Retain"]
     return list(shown.groupby("row").ks_distance.mean().sort_values().index)
 
 def draw_distances(frame: "DataFrame", floor: "DataFrame", ax: "Axes") -> "Axes":
     "The KS distance of each run, a line of points for each row, over the band of the distances between retain models."
     from openunlearn_nb.reporting.plots import style_of, tidy
-    rows = _rows_by_distance(frame, without=("Retain",))
+    rows = _rows_by_distance(frame)
     ax.axvspan(floor.ks_distance.min(), floor.ks_distance.max(), color="0.88", label="between retain models")
     for place, row in enumerate(rows):
         distances = frame[frame["row"] == row].ks_distance
@@ -94,7 +100,7 @@ def draw_utility(frame: "DataFrame", floor: "DataFrame", ax: "Axes") -> "Axes":
     Best is at the top left: as near to Retain as retain models are to each other, with Retain's utility."""
     from openunlearn_nb.reporting.plots import style_of, tidy
     ax.axvspan(0, floor.ks_distance.max(), color="0.88", label="between retain models")
-    for row in _rows_by_distance(frame, without=("Retain",)):
+    for row in _rows_by_distance(frame):
         of = frame[frame["row"] == row]
         x, y = of.ks_distance, of.model_utility
         colour, marker, _ = style_of(row)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'THRESHOLDS', 'columns_of', 'published', 'digits', 'remarks', 'p_digits', 'cell_text', 'grid', 'to_text',
-           'to_markdown', 'to_latex', 'to_csv', 'by_study', 'difference']
+           'markdown_table', 'to_markdown', 'to_latex', 'to_csv', 'by_study', 'difference']
 
 # %% ../../nbs/reporting/tables.ipynb #e1e1fe21
 import csv
@@ -124,6 +124,11 @@ def to_text(values: dict, columns: Sequence[str] = COLUMNS) -> str:
 def _markdown_row(cells: Iterable[str]) -> str:
     "A line of a Markdown table."
     return "| " + " | ".join(cells) + " |"
+
+def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    "A Markdown table of a header and rows of texts that are Markdown themselves: a cell may hold a link."
+    names = list(head)
+    return "\n".join(map(_markdown_row, [names, ["---"] * len(names), *rows]))
 
 def to_markdown(values: dict, columns: Sequence[str] = COLUMNS) -> str:
     "A Markdown table, split and metric in one header line (a lone split next to the first column)."

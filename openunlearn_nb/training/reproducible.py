@@ -6,6 +6,7 @@
 __all__ = ['RoundedGradients', 'in_fp64', 'in_fp32_again', 'can_be_reproducible', 'reproducible']
 
 # %% ../../nbs/training/reproducible.ipynb #544baa99
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -69,8 +70,13 @@ def in_fp32_again(model: nn.Module) -> nn.Module:
 
 # %% ../../nbs/training/reproducible.ipynb #da434871
 def can_be_reproducible(quantized: bool = False) -> bool:
-    "Whether this process can train in fp64: not on an Apple GPU, under DeepSpeed, or over quantized weights."
-    return device_type() != "mps" and not under_deepspeed() and not quantized
+    "Whether this process can train in fp64. Warns where it cannot: Apple GPU, DeepSpeed, quantized weights."
+    reasons = {"on an Apple GPU": device_type() == "mps", "under DeepSpeed": under_deepspeed(),
+               "over quantized weights": quantized}
+    why = next((reason for reason, holds in reasons.items() if holds), None)
+    if why:
+        warnings.warn(f"No reproducible training {why}: the weights will depend on the machine.")
+    return why is None
 
 @contextmanager
 def reproducible(model: nn.Module, wanted: bool) -> Iterator[list[TrainerCallback]]:
