@@ -73,14 +73,25 @@ def listed(room: str) -> list[Path]:
 
 def update_sidebar() -> None:
     lines = SIDEBAR.read_text(encoding="utf-8").splitlines()
-    lines = [line for line in lines if not (name := re.search(r"- ([\w/]+\.ipynb)", line)) or (ROOT / "nbs" / name[1]).exists()]
+    named = re.compile(r"- ([\w/]+\.ipynb)")
+    lines = [line for line in lines if not named.search(line) or (ROOT / "nbs" / named.search(line)[1]).exists()]
     for room in ROOMS:
         for file in sorted((ROOT / "nbs" / room).glob("*.ipynb")):
-            entry = f"          - {room}/{file.name}"
-            places = [i for i, line in enumerate(lines) if line.startswith(f"          - {room}/")]
-            if entry not in lines:
-                lines.insert(places[0] if file.stem == "index" else places[-1] + 1, entry)
+            entry = f"- {room}/{file.name}"
+            places = [i for i, line in enumerate(lines) if line.strip().startswith(f"- {room}/")]
+            if entry not in map(str.strip, lines):
+                indent = lines[places[0]].split("-")[0]
+                lines.insert(places[0] if file.stem == "index" else places[-1] + 1, indent + entry)
     SIDEBAR.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def notebook(prefix: str, texts: list[str]) -> str:
+    """A notebook of markdown cells; their ids begin with the prefix."""
+    made = [{"cell_type": "markdown", "id": f"{prefix}-{i}", "metadata": {}, "source": text.splitlines(True)}
+            for i, text in enumerate(texts)]
+    kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    book = {"cells": made, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(book, indent=1, ensure_ascii=False) + "\n"
 
 
 def page(room: str) -> str:
@@ -90,12 +101,7 @@ def page(room: str) -> str:
     for file in listed(room):
         name, summary = title_and_summary(file)
         rows.append(f"| [{name}]({file.name}) | {summary} | {', '.join(f'`{d}`' for d in defined(file))} |")
-    texts = [f"# {title}\n\n> {question}", about, "\n".join(["## Chapters", "", *rows])]
-    made = [{"cell_type": "markdown", "id": f"{room[:5]}-{i}", "metadata": {}, "source": text.splitlines(True)}
-            for i, text in enumerate(texts)]
-    kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
-    book = {"cells": made, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
-    return json.dumps(book, indent=1, ensure_ascii=False) + "\n"
+    return notebook(room[:5], [f"# {title}\n\n> {question}", about, "\n".join(["## Chapters", "", *rows])])
 
 
 def main() -> None:

@@ -1,0 +1,107 @@
+"""Rendered pages before they are published: equations as MathML, long lines that wrap, nothing from elsewhere."""
+
+import html
+import re
+from collections import Counter
+from pathlib import Path
+
+CODE = re.compile(r"(<pre[^>]*><code[^>]*sourceCode[^>]*>)(.*?)(</code></pre>)", re.S)
+OUTPUT = re.compile(r"<pre><code>(.*?)</code></pre>", re.S)
+TABLE = re.compile(r'(<div class="(?:scroll|sd-table)">\s*)?(<table\b.*?</table>)', re.S)
+REMOTE = re.compile(r'<script[^>]*src="https?://[^>]*></script>|<link[^>]*rel="stylesheet"[^>]*href="https?://[^>]*>')
+INDENT = 4  # columns by which the rest of a wrapped line stands to the right of its beginning
+
+
+def equations(page: str) -> str:
+    """The page with MathML in the place of LaTeX."""
+    from latex2mathml.converter import convert
+
+    def drawn(found: re.Match) -> str:
+        latex = html.unescape(found[2]).replace(r"\lVert", r"\|").replace(r"\rVert", r"\|")  # which the converter knows
+        made = convert(latex, display="block" if found[1] == "display" else "inline")
+        made = re.sub(r"(?<=<mtext>)[^<]*", lambda text: text[0].replace("\\_", "_"), made)  # \text{avg\_loss}
+        return f'<div class="equation">{made}</div>' if found[1] == "display" else made
+
+    return re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', drawn, page, flags=re.S)
+
+
+def lines_in(code: str) -> list[str]:
+    """Highlighted code, line by line: a span over several lines is closed at each end and opened again."""
+    lines, line, opened = [], "", []
+    for piece in re.findall(r"<[^>]+>|\n|[^<\n]+", code):
+        if piece == "\n":
+            lines.append(line + "</span>" * len(opened))
+            line = "".join(opened)
+            continue
+        line += piece
+        if piece.startswith("</"):
+            opened.pop()
+        elif piece.startswith("<"):
+            opened.append(piece)
+    return [*lines, line]
+
+
+def hanging(text: str) -> int:
+    """The column at which a line goes on where it wraps: that of the bracket that it leaves open, else four on."""
+    opened = []
+    for column, sign in enumerate(text):
+        if sign in "([{":
+            opened.append(column + 1)
+        elif sign in ")]}" and opened:
+            opened.pop()
+    return opened[0] if opened and opened[0] < len(text) else len(text) - len(text.lstrip()) + INDENT
+
+
+def wrapping(code: str) -> str:
+    """Code of which each line is an element of its own, so that what does not fit goes on below, indented."""
+    made = []
+    for line in lines_in(code):
+        text = html.unescape(re.sub(r"<[^>]+>", "", line))
+        line = re.sub(r"^ {9,}", r'<span class="lead">\g<0></span>', line)
+        made.append(f'<span class="line" style="--in:{hanging(text)}">{line}</span>' if text.strip() else line)
+    return "\n".join(made)
+
+
+def has_columns(text: str) -> bool:
+    """Whether a text is a table: in three of its lines, a gap of two blanks begins or ends in the same column."""
+    gaps = [gap.span() for line in text.split("\n") for gap in re.finditer(r"(?<=\S) {2,}(?=\S)", line)]
+    return any(max(Counter(columns).values()) >= 3 for columns in zip(*gaps))
+
+
+def output(found: re.Match) -> str:
+    """A text output: paragraphs of columns scroll, all others wrap."""
+    made: list[tuple[bool, str]] = []
+    for paragraph in re.split(r"\n[ \t]*\n", found[1]):
+        columns = has_columns(html.unescape(paragraph))
+        if made and made[-1][0] == columns:
+            made[-1] = columns, f"{made[-1][1]}\n\n{paragraph}"
+        else:
+            made.append((columns, paragraph))
+    kinds = {True: " class=columns tabindex=0", False: ""}
+    return "".join(f"<pre{kinds[columns]}><code>{text}</code></pre>" for columns, text in made)
+
+
+def table(found: re.Match) -> str:
+    """A table in a box that scrolls, unless it is in one."""
+    boxed = f'<div class="scroll" tabindex="0">{found[2]}'
+    return boxed if found[1] else f"{boxed}</div>"
+
+
+def finished(page: str) -> str:
+    """A page of smalldocs as the site shows it."""
+    page = REMOTE.sub("", equations(page))
+    page = CODE.sub(lambda found: found[1] + wrapping(found[2]) + found[3], page)
+    return TABLE.sub(table, OUTPUT.sub(output, page))
+
+
+def own_fonts(style: str) -> str:
+    """A stylesheet that loads no font from elsewhere."""
+    return re.sub(r"@import\s+(url\([^)]*\)|[\"'][^\"']*[\"'])[^;]*;", "", style)
+
+
+def finish(docs: Path) -> None:
+    """Rewrite every page and stylesheet of a rendered site."""
+    for file in docs.rglob("*.html"):
+        file.write_text(finished(file.read_text(encoding="utf-8")), encoding="utf-8")
+    for file in docs.rglob("*.css"):
+        file.write_text(own_fonts(file.read_text(encoding="utf-8")), encoding="utf-8")
