@@ -63,7 +63,8 @@
   };
 
   class Search {
-    constructor(entries) {
+    constructor(given) {
+      const entries = given.length ? given : globalThis.siteEntries || [];
       const pages = new Map();
       entries.forEach((e) => {
         const href = e.href.split("#")[0];
@@ -134,5 +135,12 @@
       }).filter((found) => found.score > 0).sort((a, b) => b.score - a.score).slice(0, limit);
     }
   }
-  (typeof window === "undefined" ? globalThis : window).Fuse = Search;
+  globalThis.Fuse = Search;
+
+  // A browser fetches nothing for a page that is a file; then the entries come as a script.
+  if (globalThis.location?.protocol === "file:" && document.currentScript) {
+    const entries = document.createElement("script");
+    entries.src = document.currentScript.src.replace(/[^/]*$/, "entries.js");
+    document.head.append(entries);
+  }
 })();

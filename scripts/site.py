@@ -53,7 +53,7 @@ def render() -> None:
         sys.exit("smalldocs failed.")
     shutil.move(MADE / "_docs", DOCS)
     pages.finish(DOCS)
-    shutil.copy(ROOT / "nbs" / "search.js", DOCS / "site_libs" / "fuse" / "fuse.min.js")  # it answers as Fuse does
+    pages.add_search(DOCS, ROOT / "nbs" / "search.js")
 
 
 def main() -> None:

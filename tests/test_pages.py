@@ -77,6 +77,12 @@ def test_a_table_is_put_into_one_box_that_scrolls():
     assert pages.finished('<div class="sd-table">\n<table><tr></tr></table></div>') == box
 
 
+def test_words_begin_at_the_left_and_numbers_end_at_the_right():
+    head = "<tr><th></th><th>answer</th><th>p</th></tr>"
+    made = pages.aligned(f"<table>{head}<tr><th>0</th><td>two words</td><td>1e-5</td></tr></table>")
+    assert re.findall(r"<t. class=\"words\">([^<]*)", made) == ["answer", "two words"]
+
+
 def test_no_font_is_loaded_from_elsewhere():
     style = "@import url(https://example.invalid/css2?family=Lato:wght@0,400;1,700&display=swap);body{color:red}"
     assert checks.REMOTE_STYLE.search(style)

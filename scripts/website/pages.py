@@ -1,7 +1,9 @@
 """Rendered pages before they are published: equations as MathML, long lines that wrap, nothing from elsewhere."""
 
 import html
+import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +11,7 @@ CODE = re.compile(r"(<pre[^>]*><code[^>]*sourceCode[^>]*>)(.*?)(</code></pre>)",
 OUTPUT = re.compile(r"<pre><code>(.*?)</code></pre>", re.S)
 TABLE = re.compile(r'(<div class="(?:scroll|sd-table)">\s*)?(<table\b.*?</table>)', re.S)
 REMOTE = re.compile(r'<script[^>]*src="https?://[^>]*></script>|<link[^>]*rel="stylesheet"[^>]*href="https?://[^>]*>')
+NUMBER = re.compile(r"[-+−]?[\d,]*\.?\d+(e[-+]?\d+)?%?|nan|NaN|None|-?inf||True|False|-|–|—", re.I)
 INDENT = 4  # columns by which the rest of a wrapped line stands to the right of its beginning
 
 
@@ -57,7 +60,7 @@ def wrapping(code: str) -> str:
     made = []
     for line in lines_in(code):
         text = html.unescape(re.sub(r"<[^>]+>", "", line))
-        line = re.sub(r"^ {9,}", r'<span class="lead">\g<0></span>', line)
+        line = re.sub(r"^ {9,}", r'<span class="indent">\g<0></span>', line)
         made.append(f'<span class="line" style="--in:{hanging(text)}">{line}</span>' if text.strip() else line)
     return "\n".join(made)
 
@@ -81,9 +84,25 @@ def output(found: re.Match) -> str:
     return "".join(f"<pre{kinds[columns]}><code>{text}</code></pre>" for columns, text in made)
 
 
+def aligned(table: str) -> str:
+    """A table of pandas whose columns of words are marked, so that they begin at the left; numbers end at the right."""
+    rows = [re.findall(r"<td>(.*?)</td>", row, re.S) for row in re.findall(r"<tr.*?</tr>", table, re.S)]
+    columns = zip(*(row[::-1] for row in rows if row))  # from the right: an index is to the left of them
+    words = [not all(NUMBER.fullmatch(cell.strip()) for cell in column) for column in columns]
+
+    def marked(row: re.Match) -> str:
+        cells = re.split(r"(?=<t[dh]\b)", row[0])
+        for i, is_words in zip(range(len(cells) - 1, 0, -1), words):
+            cells[i] = re.sub(r"^<(t[dh])>", r'<\1 class="words">', cells[i]) if is_words else cells[i]
+        return "".join(cells)
+
+    return re.sub(r"<tr.*?</tr>", marked, table, flags=re.S)
+
+
 def table(found: re.Match) -> str:
     """A table in a box that scrolls, unless it is in one."""
-    boxed = f'<div class="scroll" tabindex="0">{found[2]}'
+    shown = aligned(found[2]) if 'class="dataframe"' in found[2] else found[2]
+    boxed = f'<div class="scroll" tabindex="0">{shown}'
     return boxed if found[1] else f"{boxed}</div>"
 
 
@@ -97,6 +116,18 @@ def finished(page: str) -> str:
 def own_fonts(style: str) -> str:
     """A stylesheet that loads no font from elsewhere."""
     return re.sub(r"@import\s+(url\([^)]*\)|[\"'][^\"']*[\"'])[^;]*;", "", style)
+
+
+def add_search(docs: Path, script: Path) -> None:
+    """Put the site's own search in Fuse's place, and its entries beside it, for pages that are opened as files."""
+    index, folder = docs / "search.json", docs / "site_libs" / "fuse"
+    shutil.copy(script, folder / "fuse.min.js")  # it answers as Fuse does
+    entries = json.loads(index.read_text(encoding="utf-8"))
+    for entry in entries:
+        entry["text"] = entry["text"].removeprefix("source ").replace("Open in Colab ", "")  # the text of links
+    text = json.dumps(entries, ensure_ascii=False)
+    index.write_text(text, encoding="utf-8")
+    (folder / "entries.js").write_text(f"globalThis.siteEntries = {text};\n", encoding="utf-8")
 
 
 def finish(docs: Path) -> None:
