@@ -15,7 +15,7 @@ from website import checks, notebooks, pages  # noqa: E402
 
 def shown(name: str) -> dict:
     """A cell as nbdev puts it before the source of a definition."""
-    text = f"---\n\n### {name}\n\n```python\ndef {name}(\n    *args, **kwargs\n):\n```\n\n*What {name} is.*"
+    text = f"---\n\n### {name}\n\n```python\ndef {name}(\n    *args, **kwargs\n):\n```\n\n*What {name} is.*\n\nMore."
     outputs = [{"data": {"text/markdown": text}}]
     return {"cell_type": "code", "source": f"#| echo: false\nshow_doc({name})", "outputs": outputs}
 
@@ -30,7 +30,7 @@ def test_each_definition_is_followed_by_its_own_source():
     made = notebooks.regrouped([shown("Two"), cell, shown("one")], {"one": "address#L3"})
     first_lines = [notebooks.text_of(cell).splitlines()[0] for cell in made]
     assert first_lines == ["### one", "LIMIT = 3", "### Two", "def _helper():"]
-    assert "[source](address#L3){.source-link}" in made[0]["source"] and "*What one is.*" in made[0]["source"]
+    assert "[source](address#L3){.source-link}" in made[0]["source"] and made[0]["source"].endswith("*What one is.*\n\nMore.")
     assert made[1]["source"].endswith("return LIMIT") and "kwargs" not in made[2]["source"]
 
 
@@ -75,6 +75,11 @@ def test_a_table_is_put_into_one_box_that_scrolls():
     box = '<div class="scroll" tabindex="0"><table><tr></tr></table></div>'
     assert pages.finished("<table><tr></tr></table>") == box
     assert pages.finished('<div class="sd-table">\n<table><tr></tr></table></div>') == box
+
+
+def test_an_option_is_not_broken_at_its_hyphens():
+    assert pages.whole_options("<code>tofu --dry-run</code>") == '<code>tofu <span class="option">--dry-run</span></code>'
+    assert pages.whole_options("<pre><code>--dry-run</code></pre>") == "<pre><code>--dry-run</code></pre>"
 
 
 def test_words_begin_at_the_left_and_numbers_end_at_the_right():

@@ -65,7 +65,7 @@ def parts_of(source: str) -> list[tuple[str | None, str]]:
 def described(cell: dict) -> str:
     """The docstring as nbdev shows it, with links, without its heading and its signature."""
     text = "".join(cell["outputs"][0]["data"]["text/markdown"]) if cell.get("outputs") else ""
-    return re.sub(r"^---\n+#+ .*\n+(```python\n.*?\n```\n*)?", "", text, count=1, flags=re.S)
+    return re.sub(r"^---\n+#+ [^\n]*\n+(```python\n.*?\n```\n*)?", "", text, count=1, flags=re.S)
 
 
 def heading(name: str, description: str, link: str) -> dict:

@@ -106,9 +106,17 @@ def table(found: re.Match) -> str:
     return boxed if found[1] else f"{boxed}</div>"
 
 
+def whole_options(page: str) -> str:
+    """The page with the options of a command (`--dry-run`) in its text marked, so that no line ends at their hyphens."""
+    def marked(found: re.Match) -> str:
+        return re.sub(r"(?<![\w-])--\w[\w-]*", r'<span class="option">\g<0></span>', found[0])
+
+    return re.sub(r"(?<!<pre>)<code>[^<]*--[^<]*</code>", marked, page)
+
+
 def finished(page: str) -> str:
     """A page of smalldocs as the site shows it."""
-    page = REMOTE.sub("", equations(page))
+    page = whole_options(REMOTE.sub("", equations(page)))
     page = CODE.sub(lambda found: found[1] + wrapping(found[2]) + found[3], page)
     return TABLE.sub(table, OUTPUT.sub(output, page))
 
