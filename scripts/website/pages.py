@@ -23,6 +23,7 @@ def equations(page: str) -> str:
         latex = html.unescape(found[2]).replace(r"\lVert", r"\|").replace(r"\rVert", r"\|")  # which the converter knows
         made = convert(latex, display="block" if found[1] == "display" else "inline")
         made = re.sub(r"(?<=<mtext>)[^<]*", lambda text: text[0].replace("\\_", "_"), made)  # \text{avg\_loss}
+        made = made.replace(r"\|", "&#x2016;")  # after \big
         return f'<div class="equation">{made}</div>' if found[1] == "display" else made
 
     return re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', drawn, page, flags=re.S)
