@@ -65,7 +65,8 @@ def test_search_finds_what_people_ask_for(tmp_path):
 
 FAULTS = {"clipped <pre": '<div style="overflow: hidden"><pre style="overflow: hidden">' + "long " * 300 + "</pre></div>",
           "the page is": '<div style="width: 2000px">wide</div>', "clipped <p": '<p style="overflow: hidden">' + "long" * 300 + "</p>",
-          "a backslash in": r"<p>avg\_loss</p>", "no alt text, <svg>": "<svg></svg>", "no alt text, <img>": '<img src="a.png">',
+          "a backslash in avg": r"<p>avg\_loss</p>", r"a backslash in \|": r"<math><mo>\|</mo></math>", "no alt text, <svg>": "<svg></svg>",
+          "no alt text, <img>": '<img src="a.png">',
           "requests https": "<style>@import url(https://example.invalid/font.css);</style>"}
 SOUND = ('<div style="overflow-x: auto"><pre>' + "long " * 300 + r"</pre></div><p>text</p><code>a\_b</code>"
          '<svg role="img" aria-label="A plot"></svg><img src="a.png" alt="A plot">')

@@ -10,6 +10,7 @@ host, by a stylesheet either; prose has no backslash; every image has a text. Wi
 import contextlib
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
@@ -17,14 +18,24 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parents[2] / "_docs"
 WIDTHS = (1280, 400)
+TABS = min(4, os.cpu_count() or 1)  # pages looked at at once
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--remote-debugging-port=0", "--remote-allow-origins=*")
+
+# What costs time and shows no fault: the search with its entries, menus, the dark theme, other hosts, and the drawing itself.
+UNREAD = ("*/site_libs/fuse/*", "*/bootstrap.bundle.min.js", "*/darkly.min.css", "http://*", "https://*")
+UNDRAWN = """new MutationObserver((_, seen) => {
+  if (!document.documentElement) return;
+  document.documentElement.style.visibility = "hidden";
+  seen.disconnect();
+}).observe(document, {childList: true})"""
 
 WIDE = """(() => {
   const scrolls = (e) => ["auto", "scroll"].includes(getComputedStyle(e).overflowX);
@@ -44,7 +55,8 @@ READ = """(() => {
   while (walker.nextNode()) {
     const node = walker.currentNode, parent = node.parentElement;
     if (parent.closest("pre, code, script, style, annotation")) continue;
-    const stray = node.data.match(/\\S*\\\\[_*<>#&%$]\\S*/) || (!parent.closest("table") && node.data.match(/\\S*\\\\[a-zA-Z]\\S*/));
+    const stray = (parent.closest("math") && node.data.match(/\\S*\\\\\\S*/)) || node.data.match(/\\S*\\\\[_*<>#&%$]\\S*/)
+      || (!parent.closest("table") && node.data.match(/\\S*\\\\[a-zA-Z]\\S*/));
     if (stray) found.push(`a backslash in ${stray[0]}`);
   }
   for (const e of document.querySelectorAll("main.content img, main.content svg")) {
@@ -63,11 +75,13 @@ class Tab:
         from websocket import create_connection
 
         self.socket = create_connection(address, timeout=60)
-        self.last = 0
+        self.last = self.width = 0
         self.loaded = False
         self.requested: list[str] = []
         for name in ("Page", "Network"):
             self.do(f"{name}.enable")
+        self.do("Network.setBlockedURLs", urls=UNREAD)
+        self.do("Page.addScriptToEvaluateOnNewDocument", source=UNDRAWN)
 
     def hear(self) -> dict[str, Any]:
         """The next message; of events, notes what is requested and that a page is there."""
@@ -86,7 +100,9 @@ class Tab:
         return message.get("result", {})
 
     def resize(self, width: int) -> None:
-        self.do("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        if width != self.width:
+            self.do("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self.width = width
 
     def open(self, address: str) -> None:
         """Show a page, until it is loaded."""
@@ -113,30 +129,51 @@ def port_of(profile: Path, seconds: float = 30) -> str:
     raise TimeoutError("Chromium does not listen.")
 
 
+def new_tab(address: str) -> Tab:
+    """A further tab of the Chromium that listens at `address`."""
+    request = urllib.request.Request(f"{address}/json/new?about:blank", method="PUT")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return Tab(json.load(answer)["webSocketDebuggerUrl"])
+
+
 @contextlib.contextmanager
-def tab(program: str) -> Iterator[Tab]:
-    """A tab of a Chromium with a profile of its own, which ends with it."""
+def chromium(program: str) -> Iterator[str]:
+    """The address of a Chromium with a profile of its own, which ends with it."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         running = subprocess.Popen([program, *FLAGS, f"--user-data-dir={profile}", "about:blank"], env={**os.environ, "HOME": profile},
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port_of(Path(profile))}/json", timeout=30) as answer:
-                page = next(found for found in json.load(answer) if found["type"] == "page")
-            yield Tab(page["webSocketDebuggerUrl"])
+            yield f"http://127.0.0.1:{port_of(Path(profile))}"
         finally:
             running.terminate()
             running.wait(30)
 
 
 def faults(shown: Tab, file: Path) -> list[str]:
-    """What is wrong with a page, a line each."""
-    shown.resize(WIDTHS[0])
+    """What is wrong with a page, a line each. It is opened at the width that the tab has."""
     shown.open(file.as_uri())
     found: list[str] = shown.value(READ)
-    for width in WIDTHS:
+    for width in sorted(WIDTHS, key=lambda width: width != shown.width):
         shown.resize(width)
         found += [f"at {width}: {fault}" for fault in shown.value(WIDE)]
     return found + [f"requests {url}" for url in shown.requested if url.startswith(("http:", "https:", "//"))]
+
+
+def looked_at(files: list[Path], program: str) -> Iterator[list[str]]:
+    """What is wrong with each of the files, `TABS` of them at once."""
+    with chromium(program) as address, ThreadPoolExecutor(TABS) as pool:
+        free: queue.SimpleQueue[Tab] = queue.SimpleQueue()
+        for _ in range(TABS):
+            free.put(new_tab(address))
+
+        def look(file: Path) -> list[str]:
+            shown = free.get()
+            try:
+                return faults(shown, file)
+            finally:
+                free.put(shown)
+
+        yield from pool.map(look, files)
 
 
 def problems(docs: Path, part: str = "") -> list[str]:
@@ -145,13 +182,8 @@ def problems(docs: Path, part: str = "") -> list[str]:
     if not program:
         print("The pages were not looked at in a browser: there is no Chromium here.")
         return []
-    found: list[str] = []
-    with tab(program) as shown:
-        for file in sorted(docs.rglob("*.html")):
-            name = file.relative_to(docs).as_posix()
-            if part in name:
-                found += [f"{name}: {fault}" for fault in faults(shown, file)]
-    return found
+    files = [file for file in sorted(docs.rglob("*.html")) if part in file.relative_to(docs).as_posix()]
+    return [f"{file.relative_to(docs).as_posix()}: {fault}" for file, found in zip(files, looked_at(files, program)) for fault in found]
 
 
 if __name__ == "__main__":
