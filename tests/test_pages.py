@@ -88,6 +88,12 @@ def test_words_begin_at_the_left_and_numbers_end_at_the_right():
     assert re.findall(r"<t. class=\"words\">([^<]*)", made) == ["answer", "two words"]
 
 
+def test_short_cells_of_a_table_of_prose_are_marked():
+    cells = '<td><code>run</code></td><td style="text-align:right">0.5</td><td>A sentence that is longer.</td>'
+    made = pages.finished(f'<table class="caption-top table"><tr>{cells}</tr></table>')
+    assert re.findall("<td([^>]*)>", made) == [' class="short"', ' class="short" style="text-align:right"', ""]
+
+
 def test_no_font_is_loaded_from_elsewhere():
     style = "@import url(https://example.invalid/css2?family=Lato:wght@0,400;1,700&display=swap);body{color:red}"
     assert checks.REMOTE_STYLE.search(style)

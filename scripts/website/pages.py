@@ -12,6 +12,7 @@ OUTPUT = re.compile(r"<pre><code>(.*?)</code></pre>", re.S)
 TABLE = re.compile(r'(<div class="(?:scroll|sd-table)">\s*)?(<table\b.*?</table>)', re.S)
 REMOTE = re.compile(r'<script[^>]*src="https?://[^>]*></script>|<link[^>]*rel="stylesheet"[^>]*href="https?://[^>]*>')
 NUMBER = re.compile(r"[-+−]?[\d,]*\.?\d+(e[-+]?\d+)?%?|nan|NaN|None|-?inf||True|False|-|–|—", re.I)
+SHORT = 22  # signs of a cell that stands on one line on a phone too
 INDENT = 4  # columns by which the rest of a wrapped line stands to the right of its beginning
 
 
@@ -100,9 +101,19 @@ def aligned(table: str) -> str:
     return re.sub(r"<tr.*?</tr>", marked, table, flags=re.S)
 
 
+def with_short_cells(table: str) -> str:
+    """A table of prose whose short cells are marked: on a phone they stay on one line, and the others have room."""
+    def marked(cell: re.Match) -> str:
+        text = html.unescape(re.sub(r"<[^>]+>", "", cell[2])).strip()
+        return f'<td class="short"{cell[1]}>{cell[2]}</td>' if len(text) <= SHORT else cell[0]
+
+    return re.sub(r"<td((?: style=[^>]*)?)>(.*?)</td>", marked, table, flags=re.S)
+
+
 def table(found: re.Match) -> str:
     """A table in a box that scrolls, unless it is in one."""
-    shown = aligned(found[2]) if 'class="dataframe"' in found[2] else found[2]
+    frame, prose = (name in found[2].split(">")[0] for name in ('"dataframe"', '"caption-top table"'))
+    shown = aligned(found[2]) if frame else with_short_cells(found[2]) if prose else found[2]
     boxed = f'<div class="scroll" tabindex="0">{shown}'
     return boxed if found[1] else f"{boxed}</div>"
 
