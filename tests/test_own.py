@@ -6,9 +6,11 @@ import json
 import pytest
 
 from openunlearn_nb.commands.cli import main
+from openunlearn_nb.commands.show_tables import print_tables
 from openunlearn_nb.models.saving import save_model
 from openunlearn_nb.models.tiny import tiny_llama, train_tokenizer
 from openunlearn_nb.data.tofu import question_pairs
+from openunlearn_nb.reporting.report import suite_part
 
 
 @pytest.fixture
@@ -53,3 +55,15 @@ def test_a_model_of_ones_own_and_texts(tmp_path, capsys):
     assert 0 < json.loads(capsys.readouterr().out)["forget_Q_A_Prob"] < 1
     assert main([*train, "--model", str(base), "--method", "IdkDPO", "--output", str(tmp_path / "idk")]) == 2
     assert "texts answer nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("benchmark, model, follows", [
+    ("OWN", "Llama-2-7b-chat", False), ("TOFU", "embedded", False), ("TOFU", "Llama-3.2-3B-Instruct", False), ("TOFU", "Llama-2-7b-chat", True),
+])
+def test_the_published_table_follows_a_table_of_the_same_benchmark_and_model_only(benchmark, model, follows, capsys):
+    """In the terminal and in the report, whatever the split is called."""
+    values = {"forget10": {"NPO": {"forget_quality": 0.2, "model_utility": 0.5, "forget_truth_ratio": 0.6}}}
+    print_tables({benchmark: {model: values}})
+    assert ("as published by OpenUnlearning" in capsys.readouterr().out) == follows
+    page = suite_part(benchmark, model, values, [])
+    assert ("As published by OpenUnlearning" in page) == follows

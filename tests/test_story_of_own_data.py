@@ -46,6 +46,8 @@ def test_five_json_files_become_a_table_and_a_report(domain, capsys):
     assert table["Retain"]["forget_quality"] == 1
     assert all({"forget_quality", "model_utility", "forget_truth_ratio"} <= row.keys() for row in table.values())
     assert len({row["forget_truth_ratio"] for row in table.values()}) == len(table)
+    assert main(["table", f"{domain}/grid"]) == 0
+    assert "as published" not in capsys.readouterr().out  # OpenUnlearning's tables are of other data
     assert main(["report", f"{domain}/grid", "--output", f"{domain}/report.html"]) == 0
     page = (domain / "report.html").read_text(encoding="utf-8")
-    assert "Where does Dawnroot grow?" in page and "It grows in marshes." in page
+    assert "Where does Dawnroot grow?" in page and "It grows in marshes." in page and "published" not in page
