@@ -38,7 +38,7 @@ class EmbeddedConfig:
     layers: int = 4
     vocabulary: int = 3000  # tokens
     learning_rate: float = 2e-3
-    epochs: int = 18
+    epochs: int = 14
     batch_size: int = 8
     max_length: int = 512  # tokens
     prompt: str = "chat"
@@ -53,7 +53,7 @@ CHECKSUMS = "checksums.json"  # in a cached model's folder: a hash of each of th
 
 def embedded_folder(training_set: str, benchmark: Benchmark, recipe: EmbeddedConfig | None = None) -> Path:
     "Where the cache has the embedded model of a training set (`full`, `retain90`, ...), whether it is there or not."
-    decides = [3, asdict(recipe or embedded_config(benchmark)), benchmark.tokenizer_texts(),
+    decides = [4, asdict(recipe or embedded_config(benchmark)), benchmark.tokenizer_texts(),
                benchmark.embedded_rows(training_set)]
     return cache_dir() / f"{benchmark.name.lower()}-{training_set}-{content_hash(decides)}"
 
@@ -100,7 +100,7 @@ def _train_embedded(training_set: str, benchmark: Benchmark, recipe: EmbeddedCon
     examples = benchmark.embedded_examples(training_set, enc)
     model = tiny_llama(tokenizer, recipe.hidden, recipe.layers, recipe.seed)
     config = TrainConfig(recipe.learning_rate, recipe.epochs, recipe.batch_size, recipe.batch_size, weight_decay=0.0,
-                         seed=recipe.seed, gradient_checkpointing=False)
+                         seed=recipe.seed, gradient_checkpointing=False, reproducible=True)
     trained = train(model, tokenizer.pad_token_id, FINETUNE, [], examples, config, progress=progress)
     save_model(trained.model, tokenizer, folder, same=True)
     sums = {file.name: file_hash(file) for file in folder.iterdir() if file.name != CHECKSUMS}
@@ -135,5 +135,5 @@ def embedded_recipe(method: str, benchmark: str = DEFAULT_BENCHMARK) -> tuple[Tr
     settings = method_recipe(of, method, "embedded")
     known = {f.name for f in fields(TrainConfig)}
     given = dict(of.embedded_recipe) | {name: value for name, value in settings.items() if name in known}
-    recipe = replace(TrainConfig(**of.recipe), gradient_checkpointing=False, **given)  # memory is no matter
+    recipe = replace(TrainConfig(**of.recipe), gradient_checkpointing=False, reproducible=True, **given)  # memory is no matter
     return recipe, {name: value for name, value in settings.items() if name not in known}

@@ -8,7 +8,9 @@ __all__ = ['CHAT_TEMPLATE', 'PIECES', 'SPECIAL_TOKENS', 'train_tokenizer', 'tiny
 # %% ../../nbs/models/tiny.ipynb #bac79f86
 from collections.abc import Iterable
 
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # %% ../../nbs/models/tiny.ipynb #b4ed52ad
 CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|assistant|>' "
@@ -44,8 +46,17 @@ def _pre_tokenizer(chat: bool) -> tuple:
 def tiny_llama(tokenizer: PreTrainedTokenizerBase, hidden: int = 128, layers: int = 4,
                seed: int = 0) -> LlamaForCausalLM:
     "An untrained Llama (about a million parameters) with `tokenizer`'s vocabulary; `seed` decides its weights."
-    set_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
+    model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
         num_attention_heads=4, max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id))
+    _draw_weights(model, seed)
+    return model
+
+@torch.no_grad()
+def _draw_weights(model: LlamaForCausalLM, seed: int) -> None:
+    "Draw all matrices of a model from a normal distribution with the configuration's standard deviation."
+    generator = np.random.default_rng(seed)  # torch's normal draws depend on the processor's instructions
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.copy_(torch.from_numpy(generator.normal(0, model.config.initializer_range, p.shape)))
