@@ -75,7 +75,8 @@ class WmdpValues(Benchmark):
     finetune_recipe = {}
     trains_at_max_length = False
     method_recipes = "corpora.json"
-    embedded_recipe = {"learning_rate": 5e-3, "effective_batch": 8, "batch_size": 8, "max_length": 128}
+    embedded_recipe = {"learning_rate": 5e-3, "effective_batch": 8, "batch_size": 8, "max_length": 128,
+                       "reproducible": False}
     presets = {"Zephyr-7b-beta": "HuggingFaceH4/zephyr-7b-beta"}
 
 # %% ../../nbs/data/wmdp.ipynb #707844fe

@@ -37,12 +37,13 @@ class EmbeddedConfig:
     hidden: int = 128  # width
     layers: int = 4
     vocabulary: int = 3000  # tokens
-    learning_rate: float = 2e-3
-    epochs: int = 14
-    batch_size: int = 8
+    learning_rate: float = 3e-3
+    epochs: int = 18
+    batch_size: int = 16
     max_length: int = 512  # tokens
     prompt: str = "chat"
     seed: int = 0
+    reproducible: bool = True  # to the same weights on every processor
 
 def embedded_config(benchmark: Benchmark | type[Benchmark], seed: int = 0) -> EmbeddedConfig:
     "How the embedded model of a benchmark is built and trained: the values above, where the benchmark has no others."
@@ -100,7 +101,8 @@ def _train_embedded(training_set: str, benchmark: Benchmark, recipe: EmbeddedCon
     examples = benchmark.embedded_examples(training_set, enc)
     model = tiny_llama(tokenizer, recipe.hidden, recipe.layers, recipe.seed)
     config = TrainConfig(recipe.learning_rate, recipe.epochs, recipe.batch_size, recipe.batch_size, weight_decay=0.0,
-                         seed=recipe.seed, gradient_checkpointing=False, reproducible=True)
+                         seed=recipe.seed, gradient_checkpointing=False, reproducible=recipe.reproducible,
+                         arguments={"train_sampling_strategy": "group_by_length"})
     trained = train(model, tokenizer.pad_token_id, FINETUNE, [], examples, config, progress=progress)
     save_model(trained.model, tokenizer, folder, same=True)
     sums = {file.name: file_hash(file) for file in folder.iterdir() if file.name != CHECKSUMS}
@@ -135,5 +137,5 @@ def embedded_recipe(method: str, benchmark: str = DEFAULT_BENCHMARK) -> tuple[Tr
     settings = method_recipe(of, method, "embedded")
     known = {f.name for f in fields(TrainConfig)}
     given = dict(of.embedded_recipe) | {name: value for name, value in settings.items() if name in known}
-    recipe = replace(TrainConfig(**of.recipe), gradient_checkpointing=False, reproducible=True, **given)  # memory is no matter
+    recipe = TrainConfig(**of.recipe | {"gradient_checkpointing": False, "reproducible": True} | given)
     return recipe, {name: value for name, value in settings.items() if name not in known}
