@@ -136,7 +136,8 @@ class LengthGroups(Sampler[int]):
         generator = np.random.default_rng((self.seed, self.epoch, 2))
         rows = generator.permutation(len(self)).tolist()
         step = WINDOW * self.batch
-        rows = [row for at in range(0, len(rows), step) for row in sorted(rows[at:at + step], key=self.lengths.__getitem__)]
+        windows = [sorted(rows[at:at + step], key=self.lengths.__getitem__) for at in range(0, len(rows), step)]
+        rows = [row for window in windows for row in window]
         *batches, last = [rows[at:at + self.batch] for at in range(0, len(rows), self.batch)]
         yield from (row for i in generator.permutation(len(batches)) for row in batches[i])
         yield from last  # it may be smaller
