@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..data.benchmark import BENCHMARKS
-from ..data.values import method_recipe
+from ..data.values import embedded_recipe, method_recipe
 from ..experiments.settings import ComparisonSettings, EvaluationSettings, ModelSettings, TrainingSettings
 from ..methods.names import FINETUNE
 
@@ -37,9 +37,8 @@ def recipe_layers(config: "RunConfig", method: str) -> Layers:
     from openunlearn_nb.methods.method import METHODS
     of, name = BENCHMARKS.find(config.benchmark), config.benchmark
     if config.model == "embedded":
-        own = {**of.embedded_recipe, "gradient_checkpointing": False}
         return [(f"{name}'s recipe of {method} for the embedded model", method_recipe(of, method, "embedded")),
-                (f"{name}'s recipe for the embedded model", own), (f"{name}'s recipe", of.recipe)]
+                (f"{name}'s recipe for the embedded model", embedded_recipe(of)), (f"{name}'s recipe", of.recipe)]
     common = of.finetune_recipe if method == FINETUNE else of.recipe
     return [(f"{name}'s recipe of {method}", method_recipe(of, method, "published")),
             (f"recipe of {method}", METHODS.find(method).recipe), (f"{name}'s recipe", common)]

@@ -10,16 +10,16 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from ..data import values
 from ..data.benchmark import BENCHMARKS, Benchmark
 from ..data.catalogue import DEFAULT_BENCHMARK
 from ..data.encoding import Encoder
 from ..data.prompts import PROMPTS
-from ..data.values import method_recipe
 from ..internals.errors import OpenUnlearnError
 from ..internals.files import check_writable, write_bytes
 from ..internals.hashes import content_hash, file_hash
@@ -134,8 +134,8 @@ def embedded_recipe(method: str, benchmark: str = DEFAULT_BENCHMARK) -> tuple[Tr
 
     As published, but for what the benchmark says for the embedded model, of all methods and of this one."""
     of = BENCHMARKS.find(benchmark)
-    settings = method_recipe(of, method, "embedded")
+    settings = values.method_recipe(of, method, "embedded")
     known = {f.name for f in fields(TrainConfig)}
-    given = dict(of.embedded_recipe) | {name: value for name, value in settings.items() if name in known}
-    recipe = TrainConfig(**of.recipe | {"gradient_checkpointing": False, "reproducible": True} | given)
+    given = values.embedded_recipe(of) | {name: value for name, value in settings.items() if name in known}
+    recipe = TrainConfig(**{**of.recipe, **given})
     return recipe, {name: value for name, value in settings.items() if name not in known}
