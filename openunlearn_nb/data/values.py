@@ -58,7 +58,8 @@ def _package_text(folder: str, file: str) -> str:
     place = own if own.is_absolute() else resources.files("openunlearn_nb") / folder / file
     return place.read_text(encoding="utf-8")
 
-EMBEDDED = {"gradient_checkpointing": False, "reproducible": True}  # it has memory to spare; the same on every processor
+# Memory is no matter for so small a model, and a seed is to give the same one on every processor.
+EMBEDDED = {"gradient_checkpointing": False, "reproducible": True}
 
 def embedded_recipe(of: type[BenchmarkValues]) -> dict[str, Any]:
     "The recipe of unlearning on a benchmark's embedded model, of all methods: what differs from the benchmark's own."
