@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ANOTHER_RETAIN', 'runs_frame', 'floor_frame', 'of_split', 'within_noise', 'by_verdict', 'spread_table',
-           'verdict_text', 'recipe_table', 'made_by', 'draw_distances', 'draw_utility']
+           'verdict_text', 'recipe_table', 'made_by', 'p_ranges', 'draw_distances', 'draw_utility', 'distance_panels',
+           'split_summary', 'floor_table', 'draw_floor']
 
 # %% ../../nbs/reporting/repetitions.ipynb #10ef0d09
 import json
@@ -20,10 +21,11 @@ from ..evaluation.records import read_json
 from .collect import measured
 from .identify import Run, row_order
 from .seeds import by_seed, spread_in_words
-from .tables import markdown_table
+from .tables import markdown_table, p_digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
 # %% ../../nbs/reporting/repetitions.ipynb #44c6e943
@@ -129,9 +131,9 @@ def verdict_text(runs: "DataFrame", floor: "DataFrame") -> str:
     if not len(floor):
         return "No noise floor was measured on this split."
     largest = floor["ks_distance"].max()
-    lines = [f"Retain models of different seeds are at most {largest:.3f} apart ({len(floor)} distances). The methods:", ""]
+    first = f"Retain models of different seeds are at most {largest:.3f} apart ({len(floor)} distances). The methods:"
     groups = by_verdict(runs, floor)
-    return "\n".join([*lines, *(f"- {_SAYINGS[key]}: {', '.join(of) or 'none'}" for key, of in groups.items())])
+    return "\n".join([first, "", *(f"- {_SAYINGS[key]}: {', '.join(of) or 'none'}" for key, of in groups.items())])
 
 # %% ../../nbs/reporting/repetitions.ipynb #3b9882bb
 def recipe_table(runs: "DataFrame") -> str:
@@ -143,7 +145,8 @@ def recipe_table(runs: "DataFrame") -> str:
         settings = ", ".join(f"`{name} = {value}`" for name, value in json.loads(one["settings"]).items())
         hashes = ", ".join(f"`{text[:8]}`" for text in of.sort_values("teaching")["evaluation"])
         rows.append([str(method), f"{one['learning_rate']:g}", settings, hashes])
-    return markdown_table(["method", "learning rate", "settings that differ from the published ones", "evaluations"], rows)
+    head = ["method", "learning rate", "settings that differ from the published ones", "evaluations"]
+    return markdown_table(head, rows)
 
 def made_by(runs: "DataFrame") -> str:
     "One sentence on some runs: how many pairs, their seeds, and the version of the package."
@@ -152,26 +155,45 @@ def made_by(runs: "DataFrame") -> str:
     versions = ", ".join(sorted(set(runs["version"])))
     return f"Measured on {named} of Finetuned and Retain (seeds {', '.join(map(str, seeds))}) by version {versions}."
 
+# %% ../../nbs/reporting/repetitions.ipynb #85c1abc8
+def p_ranges(runs: "DataFrame", show: int = 8) -> str:
+    """Markdown: lowest and highest p-value and KS distance over the runs of a row on a split, of `show` such lines.
+
+    First the lines whose p-values lie on both sides of 0.05, then those with the widest range."""
+    of = runs[~runs["row"].isin(["Finetuned", "Retain"]) & (runs["forget_quality"] > 0)]
+    lines = []
+    for keys, group in of.groupby(["benchmark", "split", "row"]):
+        p, distance = group["forget_quality"], group["ks_distance"]
+        texts = f"{p_digits(p.min())} to {p_digits(p.max())}", f"{distance.min():.3f} to {distance.max():.3f}"
+        order = p.min() < 0.05 < p.max(), p.max() / p.min()
+        lines.append((order, [*keys, str(len(group)), *texts]))
+    widest = sorted(lines, key=lambda line: line[0], reverse=True)[:show]
+    head = ["benchmark", "split", "method", "runs", "forget quality", "KS distance"]
+    return markdown_table(head, [texts for _, texts in widest])
+
 # %% ../../nbs/reporting/repetitions.ipynb #d13865e6
 def _rows_by_distance(frame: "DataFrame") -> list[str]:
     "The rows of a table of runs except Retain, by their mean distance to it."
     shown = frame[frame["row"] != "Retain"]
     return list(shown.groupby("row").ks_distance.mean().sort_values().index)
 
-def draw_distances(frame: "DataFrame", floor: "DataFrame", ax: "Axes") -> "Axes":
-    "The KS distance of each run, a line of points for each row, over the band of the distances between retain models."
+def draw_distances(frame: "DataFrame", floor: "DataFrame", ax: "Axes", rows: Sequence[str] | None = None) -> "Axes":
+    """The KS distance of each run, a line of points for each row, over the band of the distances between retain models.
+
+    `rows`: which, from top to bottom; by default all but Retain, the nearest first."""
     from openunlearn_nb.reporting.plots import style_of, tidy
-    rows = _rows_by_distance(frame)
-    ax.axvspan(floor.ks_distance.min(), floor.ks_distance.max(), color="0.88", label="noise floor")
+    rows = rows or _rows_by_distance(frame)
+    if len(floor):
+        ax.axvspan(0, floor.ks_distance.max(), color="0.88", label="noise floor")
     for place, row in enumerate(rows):
         distances = frame[frame["row"] == row].ks_distance
         colour, marker, _ = style_of(row)
         ax.plot(distances, [place] * len(distances), marker, color=colour, markersize=6, alpha=0.8)
     ax.set_yticks(range(len(rows)), rows)
     ax.set_xlim(left=0)
-    ax.invert_yaxis()
-    ax.margins(y=0.15)
-    ax.legend(frameon=False, loc="upper right", fontsize=9)
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    if len(floor):
+        ax.legend(frameon=False, loc="upper right", fontsize=9)
     return tidy(ax, xlabel="KS distance to Retain (0: the same distribution)")
 
 def draw_utility(frame: "DataFrame", floor: "DataFrame", ax: "Axes") -> "Axes":
@@ -179,7 +201,8 @@ def draw_utility(frame: "DataFrame", floor: "DataFrame", ax: "Axes") -> "Axes":
 
     Best is at the top left: as near to Retain as retain models are to each other, with Retain's utility."""
     from openunlearn_nb.reporting.plots import style_of, tidy
-    ax.axvspan(0, floor.ks_distance.max(), color="0.88", label="noise floor")
+    if len(floor):
+        ax.axvspan(0, floor.ks_distance.max(), color="0.88", label="noise floor")
     for row in _rows_by_distance(frame):
         of = frame[frame["row"] == row]
         x, y = of.ks_distance, of.model_utility
@@ -193,3 +216,60 @@ def draw_utility(frame: "DataFrame", floor: "DataFrame", ax: "Axes") -> "Axes":
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return tidy(ax, xlabel="KS distance to Retain", ylabel="model utility")
+
+# %% ../../nbs/reporting/repetitions.ipynb #7a556a8e
+def distance_panels(runs: "DataFrame", floor: "DataFrame") -> "Figure":
+    "A panel for each split of a benchmark: the KS distance of each run, a line for each row, over the noise floor."
+    import matplotlib.pyplot as plt
+    splits = sorted(runs["split"].unique())
+    size = (2.3 + 2.4 * len(splits), 0.9 + 0.26 * runs["row"].nunique())
+    fig, axes = plt.subplots(1, len(splits), figsize=size, sharey=True, squeeze=False)
+    order = _rows_by_distance(runs)
+    for ax, split in zip(axes[0], splits):
+        draw_distances(runs[runs["split"] == split], floor[floor["split"] == split], ax, order)
+        ax.set(title=split, xlabel="", xlim=(0, 1.02))
+        if legend := ax.get_legend():
+            legend.remove()
+    fig.supxlabel("KS distance to Retain (grey: noise floor)", fontsize=10)
+    fig.tight_layout()
+    return fig
+
+def split_summary(runs: "DataFrame", floor: "DataFrame") -> str:
+    "Markdown: for each method and split of a benchmark, in how many runs it is within the noise floor."
+    splits = sorted(runs["split"].unique())
+    lines: dict[str, list[str]] = {}
+    for split in splits:
+        of = runs[runs["split"] == split]
+        near, count = within_noise(of, floor[floor["split"] == split]), of["row"].value_counts()
+        for row in sorted(set(near) - {"Finetuned", "Retain"}):
+            lines.setdefault(row, []).append(f"{near[row]} of {count[row]}")
+    return markdown_table(["method", *splits], [[row, *cells] for row, cells in lines.items()])
+
+# %% ../../nbs/reporting/repetitions.ipynb #2e4a6347
+def floor_table(runs: "DataFrame", floor: "DataFrame") -> str:
+    "Markdown: for each split the distances between retain models, their p-values, and Finetuned's distance to Retain."
+    rows = []
+    for (benchmark, split), of in floor.groupby(["benchmark", "split"]):
+        start = of_split(runs, benchmark, split).query("row == 'Finetuned'").ks_distance
+        distances = f"{of.ks_distance.min():.3f} to {of.ks_distance.max():.3f}"
+        rows.append([benchmark, split, str(len(of)), distances, f"{of.ks_distance.median():.3f}",
+                     f"{p_digits(of.p.min())} to {p_digits(of.p.max())}", spread_in_words("ks_distance", start)])
+    head = ["benchmark", "split", "distances", "between retain models", "median", "p-values", "Finetuned to Retain"]
+    return markdown_table(head, rows)
+
+def draw_floor(runs: "DataFrame", floor: "DataFrame", ax: "Axes") -> "Axes":
+    "A line for each split of the noise floor: its distances, and above them Finetuned's distances to Retain."
+    from openunlearn_nb.reporting.plots import tidy
+    splits = list(floor["split"].unique())
+    for place, split in enumerate(splits):
+        between = floor[floor["split"] == split].ks_distance
+        start = runs[(runs["split"] == split) & (runs["row"] == "Finetuned")].ks_distance
+        ax.plot(between, [place + 0.12] * len(between), "o", color="0.45", alpha=0.8, label="two retain models")
+        ax.plot(start, [place - 0.12] * len(start), "s", color="black", alpha=0.8, label="Finetuned and Retain")
+    ax.set_yticks(range(len(splits)), splits)
+    ax.set_xlim(0, 1)
+    ax.margins(y=0.3)
+    ax.invert_yaxis()
+    handles, labels = ax.get_legend_handles_labels()
+    ax.legend(handles[:2], labels[:2], frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    return tidy(ax, xlabel="KS distance")
