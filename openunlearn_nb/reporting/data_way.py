@@ -47,11 +47,13 @@ def kinds_of(part: "dict[str, Tensor]") -> "Tensor":
 def draw_part(part: "dict[str, Tensor]", ax: "Axes", title: str) -> "Axes":
     "A part of a batch as a field of colours: padding white, prompt grey, response blue."
     from matplotlib.colors import ListedColormap
+    from matplotlib.ticker import MaxNLocator
     ax.imshow(kinds_of(part), aspect="auto", cmap=ListedColormap([PADDING, PROMPT, RESPONSE]), vmin=0, vmax=2,
               interpolation="nearest")
     ax.set_yticks(range(len(part["labels"])))
     tidy(ax, title=title, xlabel="token", ylabel="row")
     ax.grid(False)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
 # %% ../../nbs/reporting/data_way.ipynb #093f9937

@@ -30,7 +30,8 @@ def draw_gap(one: Sequence[float], other: Sequence[float], ax: "Axes",
         ax.plot(sample, [y] * len(sample), "|", color=colour, markersize=8)
     low, high = sorted(float(np.mean(np.asarray(sample) <= at)) for sample in (one, other))
     ax.annotate("", (at, low), (at, high), arrowprops={"arrowstyle": "<->", "shrinkA": 0, "shrinkB": 0})
-    ax.annotate(f"D = {test.statistic:.2f}", (at, (low + high) / 2), (8, 0), textcoords="offset points", va="center")
+    ax.annotate(f"D = {test.statistic:.2f}", (at, (low + high) / 2), (8, 0), textcoords="offset points", va="center",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     ax.legend(frameon=False, loc="upper left")
     return tidy(ax, xlabel="truth ratio", ylabel="share of questions up to here")
 

@@ -151,9 +151,10 @@ def recipe_table(runs: "DataFrame") -> str:
 def made_by(runs: "DataFrame") -> str:
     "One sentence on some runs: how many pairs, their seeds, and the version of the package."
     seeds = sorted(set(runs["teaching"]))
-    named = "one pair" if len(seeds) == 1 else f"{len(seeds)} pairs"
+    pairs, seed = ("one pair", "seed") if len(seeds) == 1 else (f"{len(seeds)} pairs", "seeds")
     versions = ", ".join(sorted(set(runs["version"])))
-    return f"Measured on {named} of Finetuned and Retain (seeds {', '.join(map(str, seeds))}) by version {versions}."
+    named = ", ".join(map(str, seeds))
+    return f"Measured on {pairs} of Finetuned and Retain ({seed} {named}) by version {versions}."
 
 # %% ../../nbs/reporting/repetitions.ipynb #85c1abc8
 def p_ranges(runs: "DataFrame", show: int = 8) -> str:
@@ -267,9 +268,7 @@ def draw_floor(runs: "DataFrame", floor: "DataFrame", ax: "Axes") -> "Axes":
         ax.plot(between, [place + 0.12] * len(between), "o", color="0.45", alpha=0.8, label="two retain models")
         ax.plot(start, [place - 0.12] * len(start), "s", color="black", alpha=0.8, label="Finetuned and Retain")
     ax.set_yticks(range(len(splits)), splits)
-    ax.set_xlim(0, 1)
-    ax.margins(y=0.3)
-    ax.invert_yaxis()
+    ax.set(xlim=(0, 1), ylim=(len(splits) - 0.5, -0.5))
     handles, labels = ax.get_legend_handles_labels()
     ax.legend(handles[:2], labels[:2], frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     return tidy(ax, xlabel="KS distance")
