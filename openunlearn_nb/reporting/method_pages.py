@@ -168,8 +168,9 @@ def settings_table(method: str) -> str:
     return markdown_table(head, rows)
 
 # %% ../../nbs/reporting/method_pages.ipynb #578294a3
+# the columns of the files that are shown, where they have a value
 _SPREADS = ("model_utility", "forget_knowmem_ROUGE", "forget_verbmem_ROUGE", "retain_knowmem_ROUGE", "privleak",
-            "forget_Q_A_ROUGE", "extraction_strength")  # the columns of the files that are shown, where they have a value
+            "forget_Q_A_ROUGE", "extraction_strength")
 
 def _embedded_row(runs: pd.DataFrame, floor: pd.DataFrame) -> dict[str, str]:
     "Texts of a row of the table, from the runs of one split and row and the noise floor of the split."

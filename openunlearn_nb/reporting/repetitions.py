@@ -197,6 +197,7 @@ def draw_distances(frame: "DataFrame", floor: "DataFrame", ax: "Axes", rows: Seq
         ax.legend(frameon=False, loc="upper right", fontsize=9)
     return tidy(ax, xlabel="KS distance to Retain (0: the same distribution)")
 
+# %% ../../nbs/reporting/repetitions.ipynb #bed8af0e
 def draw_utility(frame: "DataFrame", floor: "DataFrame", ax: "Axes") -> "Axes":
     """Utility against KS distance: a point with the range over its runs for each row, and the noise floor as a band.
 
