@@ -40,15 +40,6 @@ def test_a_page_has_what_it_should(page, tmp_path):
         assert shot.stat().st_size > 20_000  # an empty page is smaller
 
 
-def test_the_board_sorts(tmp_path):
-    page = (DOCS / "results/leaderboard.html").read_text(encoding="utf-8")
-    click = "<script>document.querySelectorAll('#leaderboard th')[0].click()</script>"
-    (tmp_path / "board.html").write_text(page.replace("</body>", f"{click}</body>"), encoding="utf-8")
-    drawn = browser("--dump-dom", f"file://{tmp_path / 'board.html'}")
-    methods = re.findall(r'<tr><td[^>]* data-v="(\w+)"', drawn)
-    assert len(methods) == 12 and methods == sorted(methods)
-
-
 def test_search_finds_what_people_ask_for(tmp_path):
     with open(HERE / "questions.csv", encoding="utf-8", newline="") as file:
         wanted = {line["question"]: set(line["pages"].split()) for line in csv.DictReader(file)}

@@ -25,6 +25,7 @@ from ..models.forwards import Batch, answer_logits, all_logits
 # %% ../../nbs/methods/constrained.ipynb #159d4681
 class Multiplier(Method):
     "A weight of the retain term that moves until the retain loss is at its bound."
+    logs = ("multiplier",)
 
     @property
     def multiplier(self) -> float:

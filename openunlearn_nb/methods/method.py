@@ -35,6 +35,7 @@ class MethodLoss(NamedTuple):
 class MethodHooks:
     "What a method may do to a training. Each hook does nothing unless a method defines it."
     memory: dict[str, Any]
+    logs: tuple[str, ...] = ()  # names of its own numbers in the training's log
 
     def prepare(self, model: nn.Module, data: Any) -> None:
         "Before training. `data.forget` and `data.retain` are lists of encoded rows, `data.tokenizer` made them."
@@ -217,6 +218,7 @@ def wrap(outer: type[Method], inner: type[Method]) -> type[Method]:
         "name": f"{outer.name}({inner.name})", "paper": f"{outer.paper}; {inner.paper}", "equation": inner.equation,
         "wraps": False, "needs": outer.needs | inner.needs, "alternates": outer.alternates or inner.alternates,
         "recipe": inner.recipe | outer.recipe, "own": inner.own | outer.own, "defaults": inner.defaults | outer.own,
+        "logs": inner.logs + outer.logs,
         "__doc__": outer.__doc__})
 
 def _of_function(function: Callable[..., Tensor]) -> type[Method]:

@@ -168,13 +168,16 @@ def settings_table(method: str) -> str:
     return markdown_table(head, rows)
 
 # %% ../../nbs/reporting/method_pages.ipynb #578294a3
+# the columns of the files that are shown, where they have a value
 _SPREADS = ("model_utility", "forget_knowmem_ROUGE", "forget_verbmem_ROUGE", "retain_knowmem_ROUGE", "privleak",
-            "extraction_strength")  # the columns of the files that are shown, where they have a value
+            "forget_Q_A_ROUGE", "extraction_strength")
 
 def _embedded_row(runs: pd.DataFrame, floor: pd.DataFrame) -> dict[str, str]:
     "Texts of a row of the table, from the runs of one split and row and the noise floor of the split."
-    texts = {"runs": str(len(runs)), "KS distance": spread_in_words("ks_distance", runs["ks_distance"]),
-             "KS distance between retain models": spread_in_words("ks_distance", floor["ks_distance"])}
+    near = (runs["ks_distance"] <= floor["ks_distance"].max()).sum()
+    texts = {"pairs": str(len(runs)), "KS distance": spread_in_words("ks_distance", runs["ks_distance"]),
+             "KS distance between retain models": spread_in_words("ks_distance", floor["ks_distance"]),
+             "within the noise floor": f"{near} of {len(runs)}" if len(floor) else ""}
     texts |= {key: spread_in_words(key, runs[key]) for key in _SPREADS if key in runs}
     return texts | {"forget_quality, median (range)": spread_in_words("forget_quality", runs["forget_quality"])}
 
@@ -225,5 +228,6 @@ def record_table(method: str, folder: Path) -> str:
 
 # %% ../../nbs/reporting/method_pages.ipynb #448b32a4
 def logged_names(method: str) -> list[str]:
-    "Names that a training by a method logs; a method's own numbers aside."
-    return ["loss", *(f"loss/{term}" for term in METHODS.find(method)().terms)]
+    "Names that a training by a method logs: the loss, its terms, and the method's own numbers."
+    chosen = METHODS.find(method)
+    return ["loss", *(f"loss/{term}" for term in chosen().terms), *chosen.logs]

@@ -63,12 +63,16 @@ def published_values(*lines: str) -> str:
     return markdown_table(["model", "split", "row", *(f"`{line}`" for line in lines)], rows)
 
 # %% ../../nbs/reporting/metric_pages.ipynb #331c152d
-def embedded_values(file: str, *lines: str) -> str:
-    "A Markdown table of some lines of the embedded runs in a CSV file, a row for each benchmark, split and method."
+def embedded_values(file: str, *lines: str, benchmark: str = "") -> str:
+    """A Markdown table of some lines of the embedded runs in a CSV file, a row for each benchmark, split and method.
+
+    `benchmark`: only its runs. A sentence where the runs have none of the lines."""
     runs = pd.read_csv(file)
+    runs = runs[runs["benchmark"] == benchmark] if benchmark else runs
     there = [line for line in lines if line in runs and runs[line].notna().any()]
     if not there:
-        return f"The file of embedded runs has no {' and no '.join(f'`{line}`' for line in lines)}."
+        of = f" of {benchmark}" if benchmark else ""
+        return f"The file of embedded runs{of} has no {' and no '.join(f'`{line}`' for line in lines)}."
     groups = runs.dropna(subset=there, how="all").groupby(["benchmark", "split", "row"])
     ordered = sorted(groups, key=lambda group: (group[0][0], group[0][1], row_order(group[0][2])))
     rows = [[*key, str(len(part)), *(spread_in_words(line, part[line]) for line in there)] for key, part in ordered]
