@@ -98,7 +98,8 @@ MANY = 1600  # examples from which a step may have all of its rows, and rows of 
 
 def _step_of(recipe: EmbeddedConfig, examples: int) -> tuple[float, int, dict[str, str]]:
     "Learning rate, rows of a step, and further arguments of a training on so many examples."
-    rows = recipe.batch_size if examples >= MANY else min(recipe.batch_size, 8)
+    few = max(4, min(8, examples // 32))
+    rows = recipe.batch_size if examples >= MANY else min(recipe.batch_size, few)
     order = {"train_sampling_strategy": "group_by_length"} if examples >= MANY else {}
     return recipe.learning_rate * (rows / recipe.batch_size) ** 0.5, rows, order
 

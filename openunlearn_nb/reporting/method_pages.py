@@ -61,7 +61,7 @@ def _descend(model: nn.Module, part: dict[str, Tensor], steps: int, rate: float)
         (nll.sum() / n_tokens.sum()).backward()
         optimizer.step()
 
-def two_moments(steps: int = 40, ascent: int = 2) -> Moments:
+def two_moments(steps: int = 40, ascent: int = 3) -> Moments:
     "A tiny Llama after `steps` steps on the example's responses, and after `ascent` more uphill on the first."
     tokenizer = train_tokenizer([answer for _, answer in FORGET + RETAIN] + list(REFUSALS), vocab_size=400)
     encoder = Encoder(tokenizer, PROMPTS["chat"])
