@@ -144,6 +144,7 @@ def test_amd_gpus_by_the_name_their_runtime_prefers(monkeypatch):
     assert os.environ["HIP_VISIBLE_DEVICES"] == "4,5"
 
 
+@pytest.mark.slow  # half a minute of two grids
 def test_three_methods_on_two_devices(two_devices, small_grid, tmp_path):
     """Both are used, by cells at the same time; the results are those of one process."""
     grid = replace(small_grid[1], methods=("NPO", "IdkDPO", "GradDiff"))

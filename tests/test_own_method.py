@@ -65,6 +65,7 @@ def test_a_script_without_a_guard_is_told(tmp_path):
     assert 'under if __name__ == "__main__":' in done.stderr and "Another run" not in done.stderr
 
 
+@pytest.mark.slow  # half a minute of a launch
 def test_a_file_to_import_reaches_every_process_of_a_launch(tmp_path):
     file = tmp_path / "aim.py"
     file.write_text(FILE.format(name="Hit", target=2.0) + f"""

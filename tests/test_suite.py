@@ -140,6 +140,7 @@ def test_alternates_are_made_read_and_used(tmp_path, capsys):
     assert "has no alternate for 2 of 20 questions" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # test_teachings has the same table with pairs of their own
 def test_seeds_make_one_table(tmp_path, small_data, capsys):
     command = ["tofu", "--splits", "forget01", "--methods", "WGA", "--data", small_data, "--epochs", "1", "--output", str(tmp_path), "--quiet"]
     assert main([*command, "--seeds", "0", "1"]) == 0

@@ -18,6 +18,7 @@ from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
 from ..data.benchmark import BENCHMARKS, made_benchmark
+from ..data.prompts import PROMPTS
 from ..data.values import published_methods
 from ..evaluation.gibberish import CLASSIFIER, load_judge
 from ..evaluation.metric import data_sets, metric_table
@@ -51,6 +52,8 @@ def check_choices(config: RunConfig) -> None:
     "Raise for a setting that is not one of its allowed values, in the settings that have only a few."
     if config.compat is not None:
         check_choice(config.compat, COMPAT, "compat")
+    if config.prompt is not None:
+        check_choice(config.prompt, PROMPTS, "prompt format")
     if config.optim is not None:
         check_optimizer(config.optim)
     for name, only in ONLY.items():
