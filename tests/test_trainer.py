@@ -188,6 +188,17 @@ def test_rows_of_a_dataset_train_as_those_of_a_list(tmp_path):
     assert torch.equal(weights(one.model), weights(other.model)) and one.evaluate()["eval_loss"] == other.evaluate()["eval_loss"]
 
 
+def test_rows_of_like_length_come_into_one_batch(tmp_path):
+    rows = [{"question": "Who?", "answer": "Ada did. " * (1 + i % 4)} for i in range(16)]
+    made = trainer(tmp_path, data=dict(forget_dataset=rows), train_sampling_strategy="group_by_length")
+    order = list(made._get_train_sampler())
+    lengths = [made.train_dataset.lengths[i] for i in order]
+    assert sorted(order) == list(range(16)) and all(len(set(lengths[at:at + 4])) == 1 for at in range(0, 16, 4))
+    made.train()
+    with pytest.raises(OpenUnlearnError, match="'batch_rebalance' cannot weigh .* give random, sequential or group_by_length"):
+        trainer(tmp_path, train_sampling_strategy="batch_rebalance").train()
+
+
 def test_init_adapter_may_change_a_fresh_adapter(tmp_path):
     from peft import LoraConfig
 

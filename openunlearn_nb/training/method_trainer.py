@@ -23,7 +23,7 @@ from ..methods.method import Method, MethodHooks
 from ..models.adapters import AdapterOff
 from .checkpoints import ResumedTraining
 from .deepspeed_state import sharded_reference
-from .pairs import LengthGroups, PairDataset, set_reference, with_ref_nll
+from .pairs import PairDataset, length_groups, set_reference, with_ref_nll
 
 # %% ../../nbs/training/method_trainer.ipynb #be4911d4
 def reference_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -142,10 +142,7 @@ class MethodTrainer(LoggedLosses):
         self.add_callback(_MethodSteps(self))
 
     def _get_train_sampler(self, train_dataset=None):
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroups(self.train_dataset.lengths, step, self.args.seed)
+        return length_groups(self.train_dataset, self.args) or super()._get_train_sampler(train_dataset)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         "A backward for each term; DeepSpeed wants one for both."
