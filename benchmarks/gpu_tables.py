@@ -55,9 +55,10 @@ def results(record: dict) -> dict[str, dict]:
 
 
 def label(record: dict) -> str:
-    """The card, and of run2 for how many epochs the models were fine-tuned: what tells its records apart."""
-    epochs = record.get("finetune_epochs")
-    return record["card"] + (f", {epochs} epochs" if epochs else "")
+    """The card, and of run2 for how many epochs the models were fine-tuned, and this package's version: what tells its
+    records apart."""
+    epochs, version = record.get("finetune_epochs"), record["environment"]["openunlearn_nb"]
+    return record["card"] + (f", {epochs} epochs, version {version}" if epochs else "")
 
 
 def named(values: dict, names: dict[str, str]) -> dict:
@@ -111,10 +112,10 @@ def fine_tunes(record: dict) -> Rows:
     ]
 
 
-def optimizers(record: dict) -> Rows:
-    names = {"first_loss": "first loss", "last_loss": "last loss", "seconds": "seconds"}
-    found = results(record).get("IdkDPO by two optimizers", {})
-    return [{"optimizer": name, **named(of, names)} for name, of in found.items()]
+def sharded(record: dict) -> Rows:
+    names = {"steps": "steps", "first_loss": "first loss", "last_loss": "last loss", "seconds": "seconds"}
+    found = results(record).get("ZeRO-3", {})
+    return [named(found, names) | {"peak GB": found["peak_gb"].get("gpu")}] if "steps" in found else []
 
 
 def methods(record: dict) -> Rows:
@@ -153,9 +154,9 @@ TABLES = {
     "run2": {
         "Fine-tuning": fine_tunes,
         "Methods": methods,
-        "IdkDPO by two optimizers": optimizers,
         "The same weights, scored in fp32 and in bf16": arithmetic,
         "In four bits": four_bits,
+        "NPO under ZeRO-3, one epoch": sharded,
         "Not measured": missing,
     },
 }

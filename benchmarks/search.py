@@ -48,7 +48,7 @@ def columns(benchmark: str) -> list[str]:
 
 
 @functools.cache
-def evaluation_of_retain(config: "RunConfig", split: str) -> dict:
+def evaluation_of_retain(config, split: str) -> dict:
     from openunlearn_nb.evaluation.evaluate import evaluate
     from openunlearn_nb.experiments.run_models import model_path, open_model
 

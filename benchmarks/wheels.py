@@ -218,7 +218,7 @@ def main() -> None:
     commands = p.add_subparsers(dest="command", required=True)
     g = commands.add_parser("gather")
     g.add_argument("--output", type=Path, required=True, help="folder, left out of what git tracks")
-    g.add_argument("--part", type=float, default=55, help="MiB of a part, at most (default: %(default)g)")
+    g.add_argument("--part", type=float, default=51, help="MiB of a part, at most (default: %(default)g)")
     i = commands.add_parser("install")
     i.add_argument("parts", type=Path, nargs="+", help="folders with wheels and pieces of wheels")
     i.add_argument("--target", type=Path, required=True, help="folder for PYTHONPATH")

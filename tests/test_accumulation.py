@@ -81,8 +81,9 @@ def test_compat_takes_the_mean_of_means(start):
 def test_a_scalar_of_ones_own_is_a_mean_over_rows_unless_it_says_otherwise(start, monkeypatch):
     def longest(model, batch, ref_model, s):
         "No mean over tokens, and not of this package."
-        logits = model(input_ids=batch["forget"]["input_ids"], attention_mask=batch["forget"]["attention_mask"]).logits
-        return logits[:, -1].square().mean(-1).mean()
+        mask = batch["forget"]["attention_mask"]
+        logits = model(input_ids=batch["forget"]["input_ids"], attention_mask=mask).logits
+        return logits[torch.arange(len(mask)), mask.sum(1) - 1].square().mean(-1).mean()
     monkeypatch.setattr(METHODS, "_objects", dict(METHODS))
     method("Own", alpha=0.0)(longest)
     assert_same(trained(start, "Own", 8), trained(start, "Own", 1))

@@ -80,9 +80,15 @@ def logits_at(model: nn.Module, inputs: dict, rows: Tensor, cols: Tensor) -> Ten
         handle.remove()
 
 def model_inputs(part: Part) -> dict[str, Tensor]:
-    "Inputs of a causal LM for a part: ids, mask, and positions that do not depend on the padding side."
+    """Inputs of a causal LM for a part: its ids, and a mask where one is needed, with positions counted from it.
+
+    Padding on the right needs no mask, unless `position_ids` are given: no token reads what comes after it."""
     mask = part["attention_mask"]
-    positions = part["position_ids"] if "position_ids" in part else (mask.cumsum(1) - 1).clamp(min=0)
+    if "position_ids" in part:
+        return {"input_ids": part["input_ids"], "attention_mask": mask, "position_ids": part["position_ids"]}
+    if (mask.int().diff(dim=1) <= 0).all():
+        return {"input_ids": part["input_ids"]}
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     return {"input_ids": part["input_ids"], "attention_mask": mask, "position_ids": positions}
 
 def answer_logits(model: nn.Module, part: Part) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
+from ..internals.devices import without_cudnn_attention
 from ..internals.errors import OpenUnlearnError
 from ..internals.zero import is_sharded, sharded_copy
 from ..methods.gradients import Gradients
@@ -144,6 +145,7 @@ class MethodTrainer(LoggedLosses):
     def _get_train_sampler(self, train_dataset=None):
         return length_groups(self.train_dataset, self.args) or super()._get_train_sampler(train_dataset)
 
+    @without_cudnn_attention()
     def training_step(self, model, inputs, num_items_in_batch=None):
         "A backward for each term; DeepSpeed wants one for both."
         if self.is_deepspeed_enabled:

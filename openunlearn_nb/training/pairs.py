@@ -152,15 +152,16 @@ def length_groups(data: PairDataset, args: TrainingArguments) -> LengthGroups | 
     return LengthGroups(data.lengths, args.train_batch_size * args.gradient_accumulation_steps, args.seed)
 
 # %% ../../nbs/training/pairs.ipynb #011a3bd4
-def collate_parts(items: list[dict[str, dict]], pad_id: int, compat: str | None = None,
-                  side: str = "left") -> dict[str, dict[str, torch.Tensor]]:
+def collate_parts(items: list[dict[str, dict]], pad_id: int,
+                  compat: str | None = None) -> dict[str, dict[str, torch.Tensor]]:
     """A batch of a `PairDataset`'s items: each part's `input_ids`, `attention_mask` and `labels`, `[rows, length]`.
 
-    `ref_nll`, `[rows]` in fp64, goes along where it was computed beforehand. `compat`: as the reference code does."""
+    Padded on the right. `ref_nll`, `[rows]` in fp64, goes along where it was computed beforehand. `compat`: as the
+    reference code does."""
     batch = {}
     for part in items[0]:
         examples = [item[part] for item in items]
-        batch[part] = collate(examples, pad_id, side="right" if compat else side)
+        batch[part] = collate(examples, pad_id, side="right")
         if compat:
             ids = batch[part]["input_ids"]
             positions = torch.arange(ids.shape[1]).expand_as(ids)

@@ -30,7 +30,6 @@ from ..internals.zero import is_sharded, release, unsharded
 from ..methods.method import METHODS, Method
 from ..models.adapters import AdapterOff, merge_adapter, with_adapter
 from ..models.forwards import check_ids
-from ..models.prefixes import respects_padding_mask
 from .checkpoints import last_checkpoint
 from .deepspeed_state import whole_model
 from .divergence import diverged_at
@@ -256,7 +255,6 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
     quantized = getattr(model, "is_quantized", False)
     config = replace(config, reproducible=config.reproducible and can_be_reproducible(quantized))
     with reproducible(model, config.reproducible) as callbacks:
-        side = "left" if respects_padding_mask(model) else "right"  # what precedes a row's padding never sees it
         used = [] if chosen.terms == ("forget",) else retain
         data = build_dataset(model, pad_id, chosen, forget, used, alternates, config.seed)
         chosen.prepare(model, data)
@@ -265,7 +263,7 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
         with tempfile.TemporaryDirectory() as scratch, _quiet_training(), not_trained(frozen), fresh_accelerator():
             args = training_arguments(config, len(data), scratch)
             check_launch(args, quantized, len(data))
-            collate = partial(collate_parts, pad_id=pad_id, compat=compat, side=side)
+            collate = partial(collate_parts, pad_id=pad_id, compat=compat)
             trainer = MethodTrainer(chosen, reference, model=model, args=args, train_dataset=data,
                                     data_collator=collate, callbacks=[_Progress(data, progress), *callbacks])
             follow(trainer, after_epoch, checkpoints, identity or {}, dtype)

@@ -22,7 +22,6 @@ from ..methods.terms import labelled_tokens
 from ..models.adapters import AdapterOff
 from ..models.forwards import check_ids, sequence_nll
 from ..models.loading import load_model, load_tokenizer
-from ..models.prefixes import respects_padding_mask
 from ..models.tokenizers import fit_tokenizer
 from .config import UnlearnConfig
 from .pairs import PairDataset, build_dataset, collate_parts
@@ -224,8 +223,7 @@ class UnlearnTrainer(PreparedTraining):
         made = set_up(args, start, tokenizer.pad_token_id, self.rows, peft_config)
         self.method_data, self.frozen = made.data, made.frozen
         evaluated = copy.copy(made.data) if eval_dataset is None else rows_to_evaluate(eval_dataset, self.encode)
-        side = "left" if respects_padding_mask(start) else "right"
-        collator = partial(collate_parts, pad_id=tokenizer.pad_token_id, compat=args.compat, side=side)
+        collator = partial(collate_parts, pad_id=tokenizer.pad_token_id, compat=args.compat)
         super().__init__(made.method, made.reference, model=made.model, args=args, train_dataset=made.data,
                          eval_dataset=evaluated, processing_class=tokenizer, data_collator=collator,
                          callbacks=callbacks, **kwargs)
