@@ -186,3 +186,16 @@ def test_an_unlearned_model_is_evaluated_in_the_precision_that_was_asked_for(tin
     start = open_model(config, path, for_training=True)
     unlearned, _ = unlearn(config, "GradDiff", "forget01", *start, after_epoch=lambda epoch, model: seen.append(model.dtype))
     assert {unlearned.dtype, *seen, open_model(config, path, for_training=False)[0].dtype} == {torch.bfloat16}
+
+
+def test_four_bit_weights_are_read_as_they_are_stored_on_every_processor(tmp_path, monkeypatch):
+    """bitsandbytes rearranges them on a CPU with AVX512-BF16, which rounds scales, and fails for layers as small as these."""
+    layers = pytest.importorskip("bitsandbytes.nn.modules")
+    tokenizer = train_tokenizer(["a b c"], 300)
+    save_model(tiny_llama(tokenizer, hidden=32, layers=1), tokenizer, tmp_path / "m")
+    ids, found = torch.tensor([[1, 2, 3, 4]]), []
+    for has in (False, True):
+        monkeypatch.setattr(layers, "has_avx512bf16", lambda: has)
+        with torch.no_grad():
+            found.append(load_model(str(tmp_path / "m"), quantize="nf4")(ids).logits)
+    assert torch.equal(*found)

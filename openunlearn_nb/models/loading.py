@@ -111,6 +111,12 @@ def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=dtype)
 
+def _same_on_every_cpu(model: PreTrainedModel) -> None:
+    "Let four-bit weights be read as they are stored; bitsandbytes' form for AVX512-BF16 rounds scales, or fails."
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
 def _placement(dtype: torch.dtype, quantize: str | None, attention: str | None, spread: bool) -> dict[str, Any]:
     "Arguments of `from_pretrained` for where and how the weights are held."
     arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
@@ -142,6 +148,7 @@ def load_model(path: str, dtype: torch.dtype = torch.float32, trust_remote_code:
             model, found = _from_pretrained(path, arguments | {"key_mapping": names})
         model._weight_conversions = None  # else saving would put them back
     check_names(path, found)
+    _same_on_every_cpu(model)
     placed = quantize or spread or is_sharded(model)
     model = (model if placed else model.to(device_type())).eval()
     check_types(path, model, stored_types(path))
