@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.benchmark import Benchmark
 from ..data.encoding import Encoder, common_beginning
@@ -103,18 +104,24 @@ def least_tokens(enc: Encoder, benchmark: Benchmark, split: str, metrics: Sequen
     return {"scoring": scored, "generation": _generated(enc, lines, evaluation), "gradients": gradients}
 
 # %% ../../nbs/experiments/bench.ipynb #23d66758
+def _without_padding(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
+    "Tokens in `ids` `[rows, length]` without the padding at the right; an eos that doubles as padding ends each row."
+    at_end = (ids == tokenizer.pad_token_id).flip(1).cumprod(1).sum(1)
+    ends = int(tokenizer.pad_token_id == tokenizer.eos_token_id)
+    return ids.numel() - int((at_end - ends).clamp(min=0).sum())
+
 class _Steps:
     "Counts the tokens of training forwards and of the reference's, with and without padding, and the times of steps."
 
-    def __init__(self, model: PreTrainedModel, progress: Progress):
-        self.progress = progress
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress):
+        self.tokenizer, self.progress = tokenizer, progress
         self.read, self.useful = {"reference": 0, "steps": 0}, 0
         self.times: dict[float, float] = {}  # by the share of the steps that is done
         self.handle = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, model, args, kwargs) -> None:
         self.read["steps" if model.training else "reference"] += kwargs["input_ids"].numel()
-        self.useful += int(kwargs["attention_mask"].sum()) if model.training else 0
+        self.useful += _without_padding(kwargs["input_ids"], self.tokenizer) if model.training else 0
 
     def step(self, share: float) -> None:
         "Note the time; called as the progress of a training."
@@ -142,7 +149,7 @@ def bench_training(config: RunConfig, method: str, split: str, model: PreTrained
     answers = alternates_for(config, method, split, model, enc)
     questions = [question for question, _ in source.forget_pairs(split)] if answers else []
     alternates = alternate_examples(questions, answers, enc, recipe) if answers else None
-    counted, begin = _Steps(model, progress), time.perf_counter()
+    counted, begin = _Steps(model, enc.tokenizer, progress), time.perf_counter()
     try:
         train(model, enc.tokenizer.pad_token_id, method, forget, retain, recipe, settings, alternates, counted.step)
     finally:
