@@ -36,7 +36,7 @@
   };
   const ROOMS = { tutorials: 1.7, "reference/methods": 1.35, "reference/metrics": 1.35, results: 1.1, "index.html": 1, internals: 0.6, commands: 0.85 };
   const PHRASES = [[/out[ -]of[ -]memory/g, "oom"], [/min-?k(%|\b)\S*/g, "mia"], [/p[ -]values?\b/g, "p-value"], [/own models?/g, "measure loading model"], [/my own/g, "own"], [/open ?unlearning/g, "published"],
-    [/zero-?3/g, "zero3"], [/hugging face/g, "hub"], [/learning rate/g, "lr"], [/from scratch/g, "pretrained"], [/fine-?tun\w*/g, "finetuned"], [/general[- ]ability/g, "lmeval"]];
+    [/own data(set)?s?/g, "own data files rows asks forgotten"], [/custom (metric|method|loss|benchmark|attack)s?/g, "extend add $1"], [/zero-?3/g, "zero3"], [/hugging face/g, "hub"], [/learning rate/g, "lr"], [/from scratch/g, "pretrained"], [/fine-?tun\w*/g, "finetuned"], [/general[- ]ability/g, "lmeval"]];
 
   const stem = (w) => w.length > 4 ? w.replace(/(ies)$/, "y").replace(/(?:ing|ed|es|s)$/, "").replace(/e$/, "") : w.replace(/([^s])s$/, "$1");
   const words = (text) => text.toLowerCase().replace(/’/g, "'").match(/[a-z0-9][a-z0-9_+-]*/g) || [];

@@ -111,10 +111,10 @@ def with_short_cells(table: str) -> str:
 
 
 def table(found: re.Match) -> str:
-    """A table in a box that scrolls, unless it is in one."""
+    """A table in a box that scrolls, unless it is in one; a mean and its spread stay on one line."""
     frame, prose = (name in found[2].split(">")[0] for name in ('"dataframe"', '"caption-top table"'))
     shown = aligned(found[2]) if frame else with_short_cells(found[2]) if prose else found[2]
-    boxed = f'<div class="scroll" tabindex="0">{shown}'
+    boxed = f'<div class="scroll" tabindex="0">{shown.replace(" ± ", "&nbsp;±&nbsp;")}'
     return boxed if found[1] else f"{boxed}</div>"
 
 
