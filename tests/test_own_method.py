@@ -58,7 +58,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_script_without_a_guard_is_told(tmp_path):
-    script = ("from openunlearn_nb.experiments.grid import *\n"
+    script = ("from openunlearn_nb import GridConfig, run_grid\n"
               "print(run_grid(GridConfig(train_rows=250, splits=('forget01',), methods=('GradAscent',), epochs=1), 'runs', jobs=2))\n")
     (tmp_path / "script.py").write_text(script)
     done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, cwd=tmp_path)
