@@ -21,5 +21,5 @@ for cell in json.loads((root / "nbs/index.ipynb").read_text(encoding="utf-8"))["
     for output in cell.get("outputs", []):
         if "text/markdown" in output.get("data", {}):
             parts.append("".join(output["data"]["text/markdown"]))
-text = re.sub(r"\]\(([\w/]+\.(?:ipynb|svg))\)", r"](nbs/\1)", "\n\n".join(parts))  # seen from the top level
+text = re.sub(r"\]\(([\w/]+\.(?:ipynb|svg)(?:#[\w-]+)?)\)", r"](nbs/\1)", "\n\n".join(parts))  # seen from the top level
 (root / "README.md").write_text(text + "\n", encoding="utf-8")
