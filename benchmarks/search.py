@@ -48,10 +48,13 @@ def columns(benchmark: str) -> list[str]:
 
 
 @functools.cache
-def evaluation_of_retain(config, split: str) -> dict:
+def evaluation_of_retain(benchmark: str) -> dict:
     from openunlearn_nb.evaluation.evaluate import evaluate
+    from openunlearn_nb.experiments.config import RunConfig
     from openunlearn_nb.experiments.run_models import model_path, open_model
 
+    split, seed = SPACES[benchmark][0], SEEDS[benchmark]
+    config = RunConfig(benchmark=benchmark, seed=seed, embedded_seed=seed)
     return evaluate(*open_model(config, model_path(config, split, retain=True), False), config.source, split).entries
 
 
@@ -71,7 +74,7 @@ def run(job: tuple[str, str, float, dict]) -> dict:
     started, split = time.time(), SPACES[benchmark][0]
     seed = SEEDS[benchmark]
     config = RunConfig(benchmark=benchmark, learning_rate=learning_rate or None, seed=seed, embedded_seed=seed)
-    retain = evaluation_of_retain(config, split)
+    retain = evaluation_of_retain(benchmark)
     model, enc = open_model(config, model_path(config, split), for_training=True)
     if method != "Finetuned":
         unlearn(config, method, split, model, enc, settings)
