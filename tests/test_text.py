@@ -221,6 +221,20 @@ def test_wmdps_corpus_is_checked(tmp_path):
     file.write_text('{"text": "a"}\n{"text": "\\udc1f"}\n')
     with pytest.raises(OpenUnlearnError, match="Line 2 .*half of a character"):
         read_texts(file)
+    file.write_text('\n\n{"text": "a"}\n\n{"title": "b"}\n')
+    with pytest.raises(OpenUnlearnError, match="Line 5 "):  # of the file, its empty lines counted
+        read_texts(file)
+
+
+@pytest.mark.checks(area="Text", given="a text file that begins with a bracket, as [Chapter 1] does",
+                    then="it is one text and no list of JSON")
+def test_a_text_file_may_begin_with_a_bracket(tmp_path):
+    from openunlearn_nb.data.custom import Own
+
+    (tmp_path / "forget.txt").write_text("[Chapter 1] The tower was rebuilt.")
+    (tmp_path / "retain.txt").write_text("[1] A note.")
+    own = Own(str(tmp_path))
+    assert [own.rows(side)[0]["text"] for side in ("forget", "retain")] == ["[Chapter 1] The tower was rebuilt.", "[1] A note."]
 
 
 @pytest.mark.checks(area="Text", given="alternates with a line separator (U+2028) within an answer",

@@ -34,7 +34,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "plan": plan_command, "bench": bench_command, "table": table_command, "eval lm": eval_lm_command}
 
 def run_command(args: argparse.Namespace) -> int:
-    "Run the files to import and then the command; returns the exit code."
+    """Import the Python files of `--import`, then run the command; returns the exit code.
+
+    Raises OpenUnlearnError if an option would have no effect."""
     for file in args.settings.get("imports") or getattr(args, "imports", ()):
         import_file(file)
     check_effect(args)
@@ -74,7 +76,10 @@ def _run_line(argv: list[str] | None) -> int:
         return code
 
 def main(argv: list[str] | None = None) -> int:
-    "Run a command line, by default that of this process; returns the exit code."
+    """Run a command line, and return its exit code.
+
+    `argv`: the words after the program's name; None: those of this process. Codes: 0 done, 1 a part failed or no longer
+    matches, 2 wrong input or nowhere to write, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _prepare_streams()
     try:

@@ -22,9 +22,10 @@ def _single(name: str, values: Any) -> Any:
     return values[0] if isinstance(values, tuple) else values
 
 def split_values(settings: dict[str, Any]) -> tuple[dict[str, Any], Several]:
-    """The settings with one value, and those with several as (dictionary, name, values).
+    """Separate the settings that have one value from those that have several: (single, several).
 
-    The dictionary is `method_args`, `training_args`, or empty for a setting of the run itself."""
+    An item of `several` is (dictionary, name, values); the dictionary is `method_args`, `training_args`, or an empty
+    text for a setting of the run itself."""
     single, several = dict(settings), []
     for name in (f.name for f in fields(TrainingSettings) if f.metadata.get("sweep")):
         values = single.pop(name, ())
@@ -49,7 +50,9 @@ def _with_qlora(settings: dict[str, Any], rank: int | None) -> dict[str, Any]:
 
 # %% ../../nbs/commands/configuration.ipynb #3e385d29
 def config_of(kind: type, args: argparse.Namespace) -> Any:
-    "A RunConfig or GridConfig (`kind`) of the settings that were given. Raises for several values in a RunConfig."
+    """A RunConfig or GridConfig (`kind`) with the settings that were given on the command line.
+
+    Raises OpenUnlearnError if a setting of a RunConfig has several values."""
     single, several = split_values(args.settings)
     single = _with_qlora(single, getattr(args, "qlora", None))
     if not several:

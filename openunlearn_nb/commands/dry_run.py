@@ -47,10 +47,10 @@ def _time(seconds: float) -> str:
 # %% ../../nbs/commands/dry_run.ipynb #56c13bef
 def print_plan(args: argparse.Namespace, tables: Mapping[str, Mapping[str, Resolved]], to_make: list[str], output: str,
                seconds: float, disk: float, during: float = 0) -> int:
-    """Print what a command would do; returns the exit code 0.
+    """Print what a command would do, with estimates of time and disk space; returns the exit code 0.
 
-    `tables`: settings by title. `seconds`, `disk` (bytes): about what it takes; `during`: bytes of checkpoints that
-    go when it ends."""
+    `tables`: tables of settings, by title. `to_make`: the names of the results. `seconds` and `disk` (bytes):
+    estimates. `during`: bytes of checkpoints that exist only while the command runs."""
     plan = {"output": output, "settings": {title: _as_json(settings) for title, settings in tables.items()},
             "to_make": to_make, "seconds": round(seconds), "disk_bytes": round(disk), "checkpoint_bytes": round(during)}
     parts = [f"{title}\n{_table(settings)}" for title, settings in tables.items()]
@@ -102,7 +102,9 @@ def _unfinished(args: argparse.Namespace, grid: "GridConfig", output: Path) -> "
 
 # %% ../../nbs/commands/dry_run.ipynb #97855e2d
 def dry_grid(args: argparse.Namespace, grid: "GridConfig", output: Path) -> int:
-    "Print what a grid would do in the folder `output`; returns the exit code. Raises where the grid would."
+    """Print what a grid would do in the folder `output`; returns the exit code.
+
+    Raises OpenUnlearnError in the cases in which the grid itself would."""
     from openunlearn_nb.experiments.grid import default_jobs
     from openunlearn_nb.experiments.grid_config import check_grid
     grid = check_grid(grid)
@@ -123,9 +125,9 @@ def dry_grid(args: argparse.Namespace, grid: "GridConfig", output: Path) -> int:
 # %% ../../nbs/commands/dry_run.ipynb #57089e5e
 def dry_train(args: argparse.Namespace, config: "RunConfig", settings: dict[str, Any], split: str,
               finished: Sequence[str] = ()) -> int:
-    """Print what `train` would do; returns the exit code.
+    """Print what `openunlearn train` would do; returns the exit code.
 
-    `settings`: those of the method. `finished`: what of `--on` needs no training any more."""
+    `settings`: those of the method. `finished`: the training sets of `--on` whose models are already trained."""
     from openunlearn_nb.experiments.checks import check_alternates, check_config, check_method, check_split
     from openunlearn_nb.methods.method import METHODS
     method, names = METHODS.find(args.method).name, args.on or []

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CHARACTERS = 4  # of a token of English text, about
 
 def texts_in(value: Any) -> Iterator[str]:
-    "All texts in a value: itself, or in its lists, tuples and dictionaries."
+    "Iterate over all texts in a value: itself, or those in its lists, tuples and dictionaries at any depth."
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list | tuple):
@@ -29,24 +29,26 @@ def texts_in(value: Any) -> Iterator[str]:
             yield from texts_in(part)
 
 def tokens_in(value: Any) -> int:
-    "Tokens of all texts in a value, such as rows of a data set, about."
+    "The approximate number of tokens of all texts in a value, such as the rows of a data set."
     return sum(map(len, texts_in(value))) // CHARACTERS
 
 # %% ../../nbs/commands/estimate.ipynb #21622aac
 class Work(NamedTuple):
-    "Tokens that go through a model."
+    "The numbers of tokens that a model is trained on, scores and generates, and of rows that an evaluation writes."
     trained: float = 0
     scored: float = 0
     generated: float = 0
     rows: float = 0  # values that an evaluation writes
 
     def plus(self, other: "Work") -> "Work":
-        "The sum of two works."
+        "The sum of both amounts of work, field by field."
         return Work(*(a + b for a, b in zip(self, other)))
 
 # %% ../../nbs/commands/estimate.ipynb #431748a0
 def training_work(config: "RunConfig", method: str, split: str) -> Work:
-    "The work of training by a method: each row to forget with a row to retain, which is taken to be as long."
+    """The estimated work of unlearning a split by a method.
+
+    Each row to forget is trained together with a row to retain, which is assumed to be as long."""
     from openunlearn_nb.experiments.recipes import recipe_of
     recipe, rows = recipe_of(config, method)[0], config.source.forget_rows(split)
     seen = recipe.max_steps * recipe.effective_batch if recipe.max_steps else recipe.epochs * len(rows)
@@ -54,7 +56,7 @@ def training_work(config: "RunConfig", method: str, split: str) -> Work:
 
 # %% ../../nbs/commands/estimate.ipynb #78ed91a0
 def evaluation_work(config: "RunConfig", split: str) -> Work:
-    "The work of an evaluation."
+    "The estimated work of computing a run's metrics on a split."
     from openunlearn_nb.evaluation.metric import metric_table, needed
     source, table = config.source, metric_table(config.kind)
     sets, lines = source.data_sets(split), [table[name] for name in needed(config.kind, config.wanted)]
@@ -71,7 +73,9 @@ GENERATING = 10  # times as long for a generated token as for one that is read
 
 @lru_cache
 def device_rate() -> float:
-    "Operations a second of a matrix product on this device, measured now (some milliseconds)."
+    """Floating-point operations per second of a matrix product on this device.
+
+    Measured at the first call, which takes some milliseconds."""
     import torch
 
     from openunlearn_nb.internals.devices import device_type
@@ -86,7 +90,9 @@ def device_rate() -> float:
 
 # %% ../../nbs/commands/estimate.ipynb #570e3968
 def parameters_of(config: "RunConfig") -> float:
-    "Parameters of a run's model, from its configuration; of the embedded one about."
+    """The number of parameters of a run's model, computed from the model's configuration.
+
+    For the embedded model, an approximation."""
     from openunlearn_nb.experiments.embedded import embedded_config
     from openunlearn_nb.training.sizes import model_config, model_sizes
     if config.model != "embedded":
@@ -96,7 +102,9 @@ def parameters_of(config: "RunConfig") -> float:
 
 # %% ../../nbs/commands/estimate.ipynb #31da82bc
 def seconds_of(work: Work, parameters: float) -> float:
-    "Seconds of some work on this device, about."
+    """The estimated time in seconds of some work on this device.
+
+    `parameters`: the number of parameters of the model."""
     operations = 6 * work.trained + 2 * work.scored + 2 * GENERATING * work.generated
     return parameters * operations / (REACHED * device_rate())
 
@@ -106,7 +114,9 @@ A_TASK = 3.0  # seconds of a task in which no model computes
 READ = 1e9  # bytes of weights a second, from a local disk
 
 def overhead(tasks: int, parameters: float, jobs: int = 1) -> float:
-    "Seconds, about, in which nothing is multiplied, of so many `tasks` in `jobs` worker processes; 0 without a task."
+    """The estimated time in seconds of everything except the model's computation; 0 without a task.
+
+    This is the start of `jobs` worker processes, which share the `tasks`, and the loading of a model for each task."""
     if not tasks:
         return 0.0
     in_a_row = math.ceil(tasks / max(1, min(jobs, tasks)))  # of one worker
@@ -116,10 +126,10 @@ def overhead(tasks: int, parameters: float, jobs: int = 1) -> float:
 A_ROW = 1000  # bytes of a row in an EVAL file
 
 def disk_of(config: "RunConfig", work: Work, models: int) -> float:
-    "Bytes that stay on the disk: of evaluations, and of so many saved models."
+    "The estimated disk space in bytes of the files of evaluations and of so many saved `models`."
     each = 4 if config.model == "embedded" else 2
     return A_ROW * work.rows + models * each * parameters_of(config)
 
 def checkpoint_bytes(config: "RunConfig") -> float:
-    "Bytes of one checkpoint while a run lasts; 0 without `--save-each`."
+    "The estimated size in bytes of one checkpoint, which exists only during a run; 0 without `--save-each`."
     return 12 * parameters_of(config) if config.save_each else 0

@@ -87,7 +87,10 @@ NO_MODEL = ("configs", "report", "table")  # read only files, and import neither
 
 # %% ../../nbs/commands/grammar.ipynb #0371e72d
 def commands() -> dict[str, Command]:
-    "All commands by their names: those of the benchmarks, with a file of `--import` also of one's own, and the tools."
+    """Map the full name of each command, such as `eval tofu`, to its description.
+
+    These are the commands of all registered benchmarks, those declared in a file of `--import` included, and the
+    tools."""
     pairs = {name.lower(): _of_benchmark(name) for name, of in BENCHMARKS.items() if of.has_grid}
     grids = {name: pair[0] for name, pair in pairs.items()}
     evaluations = {f"eval {name}": pair[1] for name, pair in pairs.items()}
@@ -99,7 +102,7 @@ TITLES = {ModelSettings: "model and data", TrainingSettings: "training", Evaluat
 
 @dataclass(frozen=True)
 class TrainingHelp:
-    "What a command that trains says of further options."
+    "The option that lists the training options that a command takes in addition to its own."
     help_training: bool = setting(False, "list the fields of transformers' TrainingArguments, each of which is an "
                                   "option too")
 
@@ -247,11 +250,12 @@ def _end_with_help() -> NoReturn:
 
 # %% ../../nbs/commands/grammar.ipynb #09e4f42d
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """What a command line says: the command's `full_name`, `benchmark` and own options, `settings` and `origins`.
+    """Parse a command line (None: that of this process) to a namespace.
 
-    `settings` are those of a run that were given; `method_args` and `training_args` hold a list of values for each
-    name. `origins` says of each whether the command line or which file gave it. Ends with a sentence and exit code 2
-    where the line cannot be understood, and raises where a value is wrong."""
+    It holds the command's `full_name`, `benchmark` and own options, and two dictionaries. `settings`: the settings of a
+    run that were given, with `method_args` and `training_args` as a list of values for each name. `origins`: for each
+    of them, `command line` or the name of the file that gave it. Ends with a message and exit code 2 if the line cannot
+    be parsed, and raises OpenUnlearnError if a value is wrong."""
     import_new_command(sys.argv[1:] if argv is None else argv)
     top = parser()
     given, unknown = top.parse_known_args(argv)

@@ -19,7 +19,7 @@ from ..methods.names import FINETUNE
 
 # %% ../../nbs/commands/no_effect.ipynb #50576194
 def model_options(args: argparse.Namespace) -> Iterator[str]:
-    "Sentences about options that do nothing for the model."
+    "Error messages for given options that would have no effect on the model."
     model = args.settings.get("model", "embedded")
     for name, why in (("trust_remote_code", "comes without code"), ("device_map", "fits one device")):
         if model == "embedded" and args.settings.get(name):
@@ -31,7 +31,7 @@ def model_options(args: argparse.Namespace) -> Iterator[str]:
 REPORTING = ("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 
 def training_options(args: argparse.Namespace) -> Iterator[str]:
-    "Sentences about options that do nothing for a training."
+    "Error messages for given options that would have no effect on training."
     given: Mapping[str, Any] = args.settings.get("training_args", {})
     if "epochs" in args.settings and "max_steps" in given:
         yield "--epochs and --max_steps both say how long to train; give one of them."
@@ -57,7 +57,7 @@ def _kinds(args: argparse.Namespace) -> list[Any]:
 
 # %% ../../nbs/commands/no_effect.ipynb #e18b95c5
 def evaluation_options(args: argparse.Namespace) -> Iterator[str]:
-    "Sentences about options that do nothing for an evaluation."
+    "Error messages for given options that would have no effect on an evaluation."
     classifier, log = "classifier" in args.settings, getattr(args, "retain_log", None)
     if not (classifier or log) or args.full_name == "eval lm":
         return
@@ -86,7 +86,7 @@ def _lm_options(args: argparse.Namespace) -> Iterator[str]:
 
 # %% ../../nbs/commands/no_effect.ipynb #7b1fdcc5
 def command_options(args: argparse.Namespace) -> Iterator[str]:
-    "Sentences about options that do nothing in one command."
+    "Error messages for given options that would have no effect in one particular command."
     if args.full_name == "eval lm":
         yield from _lm_options(args)
     if args.full_name == "plan" and args.whole_load and args.gpus < 2:
@@ -100,7 +100,9 @@ CHECKS: tuple[Callable[[argparse.Namespace], Iterator[str]], ...] = (
     model_options, training_options, evaluation_options, command_options)
 
 def check_effect(args: argparse.Namespace) -> None:
-    "Raise for an option that would do nothing. Files to import must have run, as they may declare the benchmark."
+    """Raise OpenUnlearnError if a given option would have no effect.
+
+    The files of `--import` must have been imported before, as they may declare the benchmark."""
     if args.full_name in NO_MODEL:
         return
     for check in CHECKS:

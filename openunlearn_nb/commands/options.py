@@ -34,7 +34,7 @@ STYLES = ("json", "csv", "latex", "markdown")
 # %% ../../nbs/commands/options.ipynb #ed608059
 @dataclass(frozen=True)
 class CommonOptions:
-    "Of every command that runs something."
+    "The options of every command that runs something."
     config: str | None = setting(None, "a YAML file of options; those given here override it", metavar="FILE")
     json: bool = setting(False, "print the result as JSON")
     quiet: bool = setting(False, "no progress bar")
@@ -42,7 +42,7 @@ class CommonOptions:
 # %% ../../nbs/commands/options.ipynb #9e02d8fe
 @dataclass(frozen=True)
 class GridOptions:
-    "Of a benchmark's grid."
+    "The options of a benchmark's grid, such as `openunlearn tofu`."
     study: str | None = setting(None, "a study of the benchmark, a split a step", metavar="NAME")
     seeds: tuple[int, ...] = setting((), "seeds of unlearning, for a table of mean and spread", metavar="N")
     teachings: int | None = setting(None, "repeat all from N seeds, the training of the embedded Finetuned and Retain "
@@ -56,13 +56,15 @@ class GridOptions:
     dry_run: bool = DRY_RUN
 
 def seeds_of(args: argparse.Namespace) -> tuple[tuple[int, ...], bool]:
-    "The seeds of a grid's repetitions, empty for a single one, and whether each trains its own embedded models."
+    """The seeds of a grid's repetitions, and whether each repetition trains its own embedded models.
+
+    The seeds are empty for a single run."""
     return tuple(range(args.teachings)) if args.teachings else args.seeds, bool(args.teachings)
 
 # %% ../../nbs/commands/options.ipynb #325c7586
 @dataclass(frozen=True)
 class TrainOptions:
-    "Of `openunlearn train`."
+    "The options of `openunlearn train`."
     method: str = setting(help=f"a method, or {FINETUNE}", metavar="NAME")
     output: str = setting(help="new folder for the model and its record", metavar="FOLDER")
     split: str | None = setting(None, "what to forget (default: by the benchmark)", metavar="NAME",
@@ -78,7 +80,7 @@ class TrainOptions:
 # %% ../../nbs/commands/options.ipynb #5d15fcf9
 @dataclass(frozen=True)
 class EvalOptions:
-    "Of `openunlearn eval BENCHMARK`."
+    "The options of `openunlearn eval BENCHMARK`."
     split: str | None = setting(None, "the forget set (default: by the benchmark)", metavar="NAME",
                                 aliases=("corpus", "forget_split"))
     retain_log: str | None = setting(None, "the retain model's evaluation: its EVAL.json, or the folder it is in",
@@ -93,7 +95,7 @@ class EvalOptions:
 # %% ../../nbs/commands/options.ipynb #d6d95961
 @dataclass(frozen=True)
 class LMOptions:
-    "Of `openunlearn eval lm`."
+    "The options of `openunlearn eval lm`."
     tasks: tuple[str, ...] = setting(help="lm-eval's tasks, such as mmlu; mini_bio, mini_bio_mmlu offline",
                                      metavar="NAME")
     split: str | None = setting(None, "which embedded model of --benchmark, by its split (default: its first)",
@@ -107,7 +109,7 @@ class LMOptions:
 # %% ../../nbs/commands/options.ipynb #9fe56c53
 @dataclass(frozen=True)
 class AlternatesOptions:
-    "Of `openunlearn alternates`."
+    "The options of `openunlearn alternates`."
     output: str = setting(help="file for the answers, a JSON object a line", metavar="FILE")
     split: str | None = setting(None, "the forget set (default: by the benchmark)", metavar="NAME")
     repeats: int = setting(5, "alternate answers to each question", metavar="N")
@@ -116,7 +118,7 @@ class AlternatesOptions:
 # %% ../../nbs/commands/options.ipynb #57b84c74
 @dataclass(frozen=True)
 class BenchOptions:
-    "Of `openunlearn bench`."
+    "The options of `openunlearn bench`."
     method: str = setting(DEFAULT_METHOD, "method", metavar="NAME")
     split: str | None = setting(None, "what to forget and to evaluate (default: by the benchmark)",
                                 metavar="NAME")
@@ -127,7 +129,7 @@ class BenchOptions:
 # %% ../../nbs/commands/options.ipynb #bddc24d1
 @dataclass(frozen=True)
 class PlanOptions:
-    "Of `openunlearn plan`."
+    "The options of `openunlearn plan`."
     model: str = setting(help="a preset, a folder with a config.json, or a Hub id; no weights are read")
     method: str = setting(DEFAULT_METHOD, f"a method, or {FINETUNE}", metavar="NAME")
     benchmark: str = setting(DEFAULT_BENCHMARK, "whose published recipe", metavar="NAME")
@@ -151,7 +153,7 @@ class PlanOptions:
 # %% ../../nbs/commands/options.ipynb #5612327c
 @dataclass(frozen=True)
 class TableOptions:
-    "Of `openunlearn table`."
+    "The options of `openunlearn table`."
     folder: str = FOLDER
     json: bool = setting(False, "print as JSON")
     csv: bool = setting(False, "print as CSV, all metrics in full precision")
@@ -163,7 +165,7 @@ class TableOptions:
 # %% ../../nbs/commands/options.ipynb #5f8c95a2
 @dataclass(frozen=True)
 class ReportOptions:
-    "Of `openunlearn report`."
+    "The options of `openunlearn report`."
     folder: str = FOLDER
     output: str = setting("report.html", "file", metavar="FILE")
     imports: tuple[str, ...] = IMPORTS
@@ -171,7 +173,7 @@ class ReportOptions:
 # %% ../../nbs/commands/options.ipynb #9f2fd75e
 @dataclass(frozen=True)
 class ConfigsOptions:
-    "Of `openunlearn configs`."
+    "The options of `openunlearn configs`."
     name: str | None = setting(None, f"print the path of one of {', '.join([*CONFIGS, *SCRIPTS])} (default: list them)",
                                positional=True)
     json: bool = setting(False, "print the result as JSON")

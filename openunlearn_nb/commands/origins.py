@@ -21,19 +21,21 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/commands/origins.ipynb #866c7f5e
 class Resolved(NamedTuple):
-    "A setting's value, and what decides it."
+    "The value of a setting, and its origin: what decided the value."
     value: Any
     origin: str  # command line, a file's name, a recipe, or default
 
 Layers = list[tuple[str, Mapping[str, Any]]]  # (name, settings) of recipes, the first that has a setting decides
 
 def origin_of(name: str, layers: Layers, default: str = "default") -> str:
-    "The name of the first recipe that has a setting, else `default`."
+    "The name of the first of the `layers` that has the setting `name`, or `default` if none has it."
     return next((layer for layer, values in layers if name in values), default)
 
 # %% ../../nbs/commands/origins.ipynb #c6e18500
 def recipe_layers(config: "RunConfig", method: str) -> Layers:
-    "The recipes by which a method trains a run's model, the strongest first."
+    """The recipes that apply when a method trains a run's model, as (name, settings).
+
+    Earlier recipes override later ones."""
     from openunlearn_nb.methods.method import METHODS
     of, name = BENCHMARKS.find(config.benchmark), config.benchmark
     if config.model == "embedded":
@@ -49,9 +51,9 @@ OPTION_OF = {"batch_size": "per_device_batch", "schedule": "training_args.lr_sch
              "effective_batch": "training_args.gradient_accumulation_steps"}
 
 def resolved_training(config: "RunConfig", method: str, origins: Mapping[str, str]) -> dict[str, Resolved]:
-    """The fields of a method's training recipe that have a value.
+    """The fields of a method's training recipe that have a value, each with its origin.
 
-    `origins`: where each setting that was given comes from, as `parse` returns it."""
+    `origins`: the origin of each setting that was given, as `parse` returns it."""
     from openunlearn_nb.experiments.recipes import LORA_RATE, recipe_of
     from openunlearn_nb.methods.method import METHODS
     method = METHODS.find(method).name
@@ -68,7 +70,9 @@ def resolved_training(config: "RunConfig", method: str, origins: Mapping[str, st
 
 # %% ../../nbs/commands/origins.ipynb #c1e02a12
 def resolved_method(config: "RunConfig", method: str, origins: Mapping[str, str]) -> dict[str, Resolved]:
-    "The settings of a method; `origins` as above."
+    """The settings of a method, each with its origin.
+
+    `origins`: the origin of each setting that was given, as `parse` returns it."""
     from openunlearn_nb.experiments.recipes import recipe_of
     from openunlearn_nb.methods.method import METHODS
     chosen = METHODS.find(method)
@@ -80,7 +84,9 @@ def resolved_method(config: "RunConfig", method: str, origins: Mapping[str, str]
 
 # %% ../../nbs/commands/origins.ipynb #bc56c0e5
 def resolved_run(config: "RunConfig", kinds: tuple[type, ...], origins: Mapping[str, str]) -> dict[str, Resolved]:
-    "The settings of some dataclasses, such as `ModelSettings`, that have a value in a run."
+    """The settings of a run that have a value, each with its origin.
+
+    `kinds`: the dataclasses of settings to include, such as `ModelSettings`. `origins`: as `parse` returns it."""
     unused = set() if hasattr(config.kind, "shots") else {"shots"}
     names = [f.name for kind in kinds for f in fields(kind) if f.name not in unused]
     values = {name: getattr(config, name) for name in names}

@@ -18,22 +18,28 @@ from ..internals.errors import is_ours, one_line, printable
 
 # %% ../../nbs/commands/output.ipynb #e64478b5
 def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:
-    "Print a text, by default to standard output, its control characters as escapes that do nothing."
+    """Print a text, by default to standard output.
+
+    Control characters are printed as escapes, so that they cannot change the terminal."""
     print(printable(text), end=end, file=file)
 
 def print_result(result: dict | list, text: str, as_json: bool) -> None:
-    "Print a command's result: `result` as JSON, or `text`. Raises ValueError for a number that JSON does not have."
+    """Print the result of a command: `result` as JSON if `as_json`, else `text`.
+
+    With `as_json`, raises ValueError for a number that JSON does not have, such as NaN."""
     say(json.dumps(result, indent=1, allow_nan=False) if as_json else text)
 
 # %% ../../nbs/commands/output.ipynb #131c129e
 def is_later_process() -> bool:
-    "Whether a launcher started this process, and it is not the main one, as the variable RANK says."
+    "Whether a launcher started this process as one of several (RANK is not 0), and it is not the main one."
     return os.environ.get("RANK", "0") != "0"
 
 # %% ../../nbs/commands/output.ipynb #7d903a78
 @contextmanager
 def progress_of(name: str, quiet: bool) -> Iterator[Callable[[float], None]]:
-    "A context that shows the progress of some work; it gives a function to call with the share that is done, 0 to 1."
+    """A context manager that shows the progress of some work on standard error, unless `quiet`.
+
+    It yields a function to call with the share of the work that is done, from 0 to 1."""
     from tqdm.auto import tqdm
 
     from openunlearn_nb.experiments.display import LogLines
@@ -60,7 +66,9 @@ def quiet_imports() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 def note_printer() -> Callable[..., None]:
-    "A function in place of `warnings.showwarning`: it prints this package's warnings as notes, each text once."
+    """A replacement for `warnings.showwarning` that prints this package's warnings as notes on standard error.
+
+    Each text is printed once; other warnings are not shown."""
     printed: set[str] = set()
 
     def show(message: Any, category: type[Warning], filename: str, *_: Any) -> None:

@@ -68,7 +68,9 @@ def _is_json(text: str) -> bool:
         return False
 
 def values_of(text: str) -> list[Any]:
-    "The values in a text: what is JSON is read as such, all else is text. Commas stand between numbers or plain words."
+    """The values in a text such as `0.05,0.1`: those that are JSON are parsed, and others stay text.
+
+    Commas separate values only if all of them are JSON or plain words; a JSON list without texts gives its items."""
     if _is_json(text):
         value = parse_json(text)
         return value if isinstance(value, list) and not any(isinstance(of, str) for of in value) else [value]
@@ -79,7 +81,9 @@ def values_of(text: str) -> list[Any]:
 
 # %% ../../nbs/commands/parsing.ipynb #cb655981
 def read_pairs(words: Sequence[str]) -> dict[str, list[Any]]:
-    "The values of each name in `NAME=VALUE` words; a word without `=` is another value of the name before it."
+    """Map each name in words of the form `NAME=VALUE` to the list of its values.
+
+    A word without `=` is a further value of the name before it. Raises OpenUnlearnError for any other word."""
     found: dict[str, list[Any]] = {}
     last = ""
     for word in words:
@@ -115,7 +119,9 @@ def _text(value: Any) -> str:
 
 # %% ../../nbs/commands/parsing.ipynb #d65cc53a
 def read_settings(file: str) -> dict[str, Any]:
-    "The settings in a YAML file. Raises where it is none, or no mapping."
+    """The settings in a YAML file.
+
+    Raises OpenUnlearnError if the file cannot be read, is not YAML, or is not a mapping with texts as names."""
     import yaml
     try:
         found = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
@@ -174,7 +180,7 @@ class _Sentences(argparse.ArgumentParser):
 
 # %% ../../nbs/commands/parsing.ipynb #848445fa
 class Parser(_Sentences):
-    "Without abbreviations; underscores are as good as dashes; only what was given is returned."
+    "Parser that also reads a YAML file (`--config`), without abbreviations; returns only what was given, no defaults."
 
     def __init__(self, **how: Any):
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **how)
@@ -185,7 +191,7 @@ class Parser(_Sentences):
         self.words_of_config: list[str] = []  # in the file, and not known here
 
     def spelled(self, word: str) -> str:
-        "A word of the command line, an option's name written as it is known here."
+        "A word of the command line; if it is an option, with the option's name as this parser knows it."
         name, equals, value = word.partition("=")
         known = self._option_string_actions
         if not name.startswith("--") or name in known:
@@ -208,7 +214,7 @@ class Parser(_Sentences):
         return argparse.Namespace(**both), [*more, *unknown]
 
     def of_file(self, file: str) -> tuple[argparse.Namespace, list[str]]:
-        "What a file of settings gives, and the words in it that are not known here."
+        "The options that a YAML file gives, as a namespace, and those words in it that this parser does not know."
         try:
             return super().parse_known_args([self.spelled(word) for word in _tokens(read_settings(file))])
         except OpenUnlearnError as e:
@@ -265,9 +271,10 @@ def _add_field(parser: Parser, group: Any, of: Field, annotation: Any, sweeps: b
 # %% ../../nbs/commands/parsing.ipynb #7a7ab7f7
 def add_fields(parser: Parser, of: type, title: str, without: Sequence[str] = (), sweeps: bool = False,
                changes: Mapping[str, dict[str, Any]] | None = None) -> None:
-    """Add the fields of a dataclass as a group of options of that title, but for those that the parser has already.
+    """Add the fields of a dataclass to a parser as a group of options called `title`.
 
-    `sweeps`: a field marked so takes several values. `changes`: what some fields say of themselves in this command."""
+    Fields in `without` and fields that the parser already has are left out. `sweeps`: fields marked for it take several
+    values. `changes`: for some fields, metadata (such as the help text) that differ in this command."""
     group, hints = parser.add_argument_group(title), get_type_hints(of)
     for one in fields(of):
         if one.name not in (*without, *parser.seen):

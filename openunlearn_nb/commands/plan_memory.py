@@ -69,7 +69,7 @@ def _recommended(plan: "Plan", best: Mapping[str, Any], command: str) -> list[st
 
 # %% ../../nbs/commands/plan_memory.ipynb #e1b8955c
 def plan_command(args: argparse.Namespace) -> int:
-    "Print the plan, as text or (in bytes) as JSON; returns the exit code."
+    "Print a memory plan as text, or as JSON with sizes in bytes; returns the exit code."
     from openunlearn_nb.models.loading import quiet
     from openunlearn_nb.training import plan_tables as tables
     quiet()

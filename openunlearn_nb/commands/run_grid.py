@@ -33,7 +33,9 @@ def _check_repetitions(args: argparse.Namespace) -> None:
         raise OpenUnlearnError("--teachings trains the embedded model again and again; for other models give --seeds.")
 
 def check_options(args: argparse.Namespace) -> None:
-    "Raise where two options of a grid say the same thing; fill in the splits of a `--study`."
+    """Raise OpenUnlearnError if two options of a grid set the same thing.
+
+    If `--study` is given, set `args.settings["splits"]` to its splits."""
     of = BENCHMARKS.find(args.benchmark)
     if args.study and "splits" in args.settings:
         raise OpenUnlearnError(f"--study {args.study} says what to forget; leave out --{of.split_words[1]}.")

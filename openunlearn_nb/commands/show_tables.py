@@ -39,9 +39,9 @@ def _print_readable(suite: str, tables: dict[str, dict], style: str, made: str) 
 # %% ../../nbs/commands/show_tables.ipynb #9ca8ff1f
 def print_tables(suites: dict[str, dict], style: str = "text",
                  made: str = "recomputed from per-example values") -> None:
-    """Print `{benchmark: {model: {split: {row: {metric: value}}}}}` in a style of `STYLES`, or as text.
+    """Print tables given as `{benchmark: {model: {split: {row: {metric: value}}}}}`.
 
-    `made`: how the numbers were made, for the line above a table."""
+    `style`: `text` or one of `STYLES`. `made`: how the numbers were computed, for the line above a table."""
     from openunlearn_nb.reporting import tables as t
     if style == "json":
         say(json.dumps(suites, indent=1))

@@ -19,7 +19,7 @@ from ..internals.processes import join_group
 
 # %% ../../nbs/commands/tools.ipynb #7c2da982
 def alternates_command(args: argparse.Namespace) -> int:
-    "Generate alternate answers and write them, a JSON object a line; returns the exit code."
+    "Generate alternate answers and write them to a file, one JSON object per line; returns the exit code."
     from openunlearn_nb.experiments.alternates import make_alternates, write_alternates
     from openunlearn_nb.experiments.config import RunConfig
     from openunlearn_nb.experiments.checks import check_config, check_split
@@ -55,7 +55,7 @@ def report_command(args: argparse.Namespace) -> int:
 
 # %% ../../nbs/commands/tools.ipynb #12c5effc
 def configs_command(args: argparse.Namespace) -> int:
-    "Print the path of a shipped file, or list them all; returns the exit code."
+    "Print the path of a configuration or script of the package, or a list of all; returns the exit code."
     if args.name:
         file = str(config_file(args.name))
         print_result({"file": file}, file, args.json)

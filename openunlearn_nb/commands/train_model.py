@@ -39,9 +39,9 @@ def check_training(args: argparse.Namespace, config: "RunConfig") -> None:
 
 # %% ../../nbs/commands/train_model.ipynb #f10b79a7
 def finished_training(config: "RunConfig", name: str, folder: Path) -> dict[str, Any]:
-    """The record of the model in a folder, empty where there is none.
+    """The training record of the model in a folder; an empty dictionary if there is none.
 
-    Raises where it was trained on something other than `name`, or with other settings."""
+    Raises OpenUnlearnError if the model was trained on something other than `name`, or with other settings."""
     from openunlearn_nb.data.sources import same_place
     from openunlearn_nb.experiments.naming import training_record
     record = training_record(str(folder))

@@ -24,14 +24,14 @@ C = TypeVar("C", bound=type)
 
 # %% ../../nbs/data/benchmark.ipynb #65ccfed3
 class BenchmarkSplits(BenchmarkValues):
-    "What can be forgotten."
+    "The splits of a benchmark: the sets of rows that a model can be asked to forget."
 
     def available_splits(self) -> list[str]:
-        "The splits that the data can have."
+        "The names of the splits that can be unlearned with these data; by default all of `splits`."
         return list(self.splits)
 
     def table_splits(self) -> list[str]:
-        "The splits of the benchmark's table that the data have: those that belong to no study."
+        "The available splits that belong to no study: the blocks of the benchmark's main table."
         steps = {split for study in self.studies.values() for split in study}
         return [split for split in self.available_splits() if split not in steps]
 
@@ -40,27 +40,33 @@ class BenchmarkSplits(BenchmarkValues):
         return self.table_splits()[0]
 
     def check_split(self, split: str) -> str:
-        "`split` itself; raises where the data have none of that name."
+        "Return `split`; raises OpenUnlearnError if the data have no split of that name."
         return check_choice(split, self.available_splits(), self.split_words[0])
 
 # %% ../../nbs/data/benchmark.ipynb #9a6b6196
 @dataclass(frozen=True)
 class BenchmarkRows(BenchmarkSplits):
-    """A benchmark's rows from one source, and what each of them is for.
+    """A benchmark whose rows are read from one source, and the purpose of each data set.
 
-    `data`: a folder, a Hub id, `miniature`, or rows in memory by the name of their data set.
-    `max_rows`: how many rows of each data set are used, where a small model is trained on a part only."""
+    `data`: a folder, a Hub id, `miniature`, or a mapping from the names of data sets to rows in memory. `max_rows`: use
+    only so many rows of each data set, to train a small model on a part of them; None: all rows."""
     data: Any = "miniature"
     max_rows: int | None = None
 
     def rows(self, name: str) -> list[Row]:
-        "The rows of a data set. A subclass can select them, or give them other columns."
+        """The rows of the data set called `name`, at most `max_rows` of them.
+
+        A subclass can override this to select rows or to give them other columns. Raises OpenUnlearnError if `data` is
+        `miniature` and the benchmark has none."""
         if miniature_seed(self.data) is not None:
             raise OpenUnlearnError(f"{self.name} has no miniature; give --data, {self.data_help}, or a Hub id.")
         return load_rows(self.data, name)[:self.max_rows]
 
     def data_sets(self, split: str) -> dict[str, str]:
-        "The data set behind each name that the metric table reads. Without a `holdout`, attacks are null."
+        """Map each name in the metric table, such as `forget`, to the data set that it stands for.
+
+        Without a `holdout`, the values of membership inference attacks are null. Raises OpenUnlearnError for an unknown
+        split."""
         self.check_split(split)
         return {"forget": "forget", "retain": "retain"}
 
@@ -104,7 +110,9 @@ class BenchmarkTraining(BenchmarkRows):
         return text
 
     def hashes(self, *splits: str, training: bool = True) -> dict[str, str]:
-        "A hash of the rows of every data set that runs on these splits (or only their evaluations) read."
+        """Map each data set that is read by runs on these splits to a hash of its rows.
+
+        With `training=False`, only the data sets that are read by evaluations."""
         found = {name: content_hash(self.rows(name)) for split in splits for name in self.data_sets(split).values()}
         for split in splits if training else ():
             found[f"{split}/forget"] = content_hash(self.forget_rows(split))
@@ -113,7 +121,7 @@ class BenchmarkTraining(BenchmarkRows):
 
 # %% ../../nbs/data/benchmark.ipynb #c0a4e5f4
 class BenchmarkQuestions(BenchmarkTraining):
-    "What evaluation reads of a benchmark."
+    "A benchmark with the questions, answers and texts that its evaluation reads."
     parts: ClassVar[Mapping[str, str]] = {
         "answer": "answer", "paraphrase": "paraphrased_answer", "perturbed": "perturbed_answer",
     }
@@ -125,7 +133,7 @@ class BenchmarkQuestions(BenchmarkTraining):
         return [piece for text in texts_in(self.rows(name)) for piece in chunk(enc, [text], name)]
 
     def scored(self, name: str, part: str, enc: Encoder) -> list[list[dict]]:
-        "The examples of one part of every row (`parts` names its column); of texts, of every piece."
+        "The encoded examples to score, a list per row; `part`: the column of the answer, as a key of `parts`."
         rows = [row for row in self.rows(name) if "question" in row]
         if not rows:
             return [[e] for e in encode_passages(enc, [("", piece) for piece in self.pieces(name, enc)], name)]
@@ -135,18 +143,20 @@ class BenchmarkQuestions(BenchmarkTraining):
         return [[next(examples) for _ in several] for several in answers]
 
     def prompts(self, name: str, enc: Encoder) -> Prompts:
-        "The questions of a data set, or the first halves of its pieces of text, with what should follow."
+        "Prompts with reference answers: the questions of a data set, or the first halves of its pieces of text."
         if pairs := pairs_in(self.rows(name)):
             return encode_questions(enc, pairs, self.new_tokens)
         return continuations(enc, self.pieces(name, enc), self.text_tokens, name)
 
     def reference_answers(self, split: str) -> list[str]:
-        "The true answers of the forget rows; of texts the texts."
+        "The true answers of the forget rows of `split`; if the rows are texts, the texts themselves."
         rows = self.forget_rows(split)
         return [answer for _, answer in pairs_in(rows)] or texts_in(rows)
 
     def forget_pairs(self, split: str) -> Pairs:
-        "The questions to forget with their true answers, for methods that replace the true answer."
+        """The (question, true answer) pairs to forget, for methods that replace the true answer.
+
+        Raises OpenUnlearnError if the forget rows are texts without questions."""
         if not (pairs := pairs_in(self.forget_rows(split))):
             raise OpenUnlearnError(f"{self.name}'s texts answer nothing, so no other answer can replace the true one.")
         return pairs
@@ -174,7 +184,7 @@ class BenchmarkExamples(BenchmarkQuestions):
         return row_examples(enc, self.retain_rows(split), "retain")
 
     def small_tasks(self) -> dict[str, list[Row]]:
-        "By name, questions with answers that become multiple-choice tasks of lm-eval."
+        "Map task names to questions with answers, for multiple-choice tasks of lm-eval; empty by default."
         return {}
 
     def embedded_part(self) -> int | None:
@@ -190,7 +200,7 @@ class BenchmarkExamples(BenchmarkQuestions):
         return self.training_rows(name)
 
     def embedded_examples(self, name: str, enc: Encoder) -> list[dict]:
-        "The same as examples."
+        "The encoded training examples of `embedded_rows(name)`."
         return self.training_examples(name, enc)
 
     def tokenizer_texts(self) -> list[str]:
@@ -208,21 +218,23 @@ class Benchmark(BenchmarkExamples):
         return self
 
     def refusals(self) -> list[str]:
-        "Answers that say nothing, for methods that prefer them to the true answer."
+        "Answers such as \"I don't know.\", for methods that train the model to prefer them to the true answer."
         return REFUSALS
 
     def check(self, split: str) -> None:
-        "Raise where a split cannot be unlearned."
+        "Raise OpenUnlearnError if the data lack rows that the unlearning of `split` needs."
         self.forget_rows(split)
         self.retain_rows(split)
 
     def check_set(self, name: str) -> None:
-        "Raise where a data set cannot be evaluated."
+        "Raise OpenUnlearnError if the data set called `name` cannot be read for an evaluation."
         self.rows(name)
 
     @classmethod
     def read_log_name(cls, file: Path) -> tuple[str, str, str] | None:
-        "(model, split, row) of a published log, by the names of its folders; None where they do not say."
+        """The (model, split, row) that a published log belongs to, from the names of the folders above `file`.
+
+        None if the names do not tell, as by default."""
         return None
 
 # %% ../../nbs/data/benchmark.ipynb #f9a7adac
@@ -243,7 +255,9 @@ def benchmark(name: str) -> Callable[[C], C]:
     return declare
 
 def made_benchmark(name: str, data: Any = "miniature", **options: Any) -> Benchmark:
-    "A benchmark with its rows; of `options` those that are its own fields."
+    """An instance of the benchmark registered as `name`, with `data` as the source of its rows.
+
+    Of `options`, those that are fields of the benchmark are set, and the others are ignored."""
     cls = BENCHMARKS.find(name)
     known = cls.__dataclass_fields__
     return cls(data, **{key: value for key, value in options.items() if key in known})

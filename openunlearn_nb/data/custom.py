@@ -37,7 +37,10 @@ KINDS = (".csv", ".jsonl", ".json", ".txt")
 REQUIRED, OPTIONAL = ("forget", "retain"), ("holdout", "common", "refusals")
 
 def side_files(folder: Path, side: str) -> list[Path]:
-    "The files of a side: one, or the text files of a folder of its name; none where it has none."
+    """The files of one side, such as `forget`, in a folder; an empty list if there are none.
+
+    They are one table or text file called `side`, or all .txt files of a subfolder of that name. Raises
+    OpenUnlearnError if the folder has several of these."""
     files = [file for kind in KINDS if (file := folder / f"{side}{kind}").is_file()]
     files += sorted((folder / side).glob("*.txt"))
     if len({file.parent / file.suffix for file in files}) > 1:
@@ -76,7 +79,10 @@ def _columns(rows: Sequence[Row], side: str) -> dict[str, type]:
     return columns | more if all(name in row for row in rows for name in more) else columns
 
 def checked(rows: Sequence[Row], side: str, where: str) -> list[Row]:
-    "A side's rows with the columns that are read; raises for a row that lacks one. `where`: their place, in words."
+    """The rows of a side, reduced to the columns that are read.
+
+    Raises OpenUnlearnError for the first row that lacks a column or has a wrong value. `where`: the name of the rows in
+    the error message."""
     if not rows:
         return []
     columns = _columns(rows, side)
@@ -96,9 +102,10 @@ def _stored(data: str, side: str, files: tuple[Path, ...], state: tuple) -> list
     return [] if folder and is_plain(folder) else checked(_listed_rows(data, side, state), side, f"{side} of {data}")
 
 def load_own(data: str | Mapping[str, Any], side: str) -> list[Row]:
-    """The rows of one side: all with `question` and `answer`, or all with `text`; none where the data lack it.
+    """The rows of one side, with `question` and `answer` or with `text`; an empty list if the data lack it.
 
-    `data`: a folder, a Hub id, or rows in memory by side. Raises for a row that is wrong, with its number."""
+    `data`: a folder, a Hub id, or a mapping from sides to rows in memory. Raises OpenUnlearnError, with the row's
+    number, if a row is wrong, and if there is no such folder."""
     if not isinstance(data, str):
         return checked([dict(row) for row in data.get(side, ())], side, f"{side} in memory")
     if miniature_seed(data) is not None:
@@ -150,15 +157,18 @@ MORE_COLUMNS = {
 
 # %% ../../nbs/data/custom.ipynb #3a974929
 def metrics_allowed(by: Sequence[str]) -> dict[str, str]:
-    "The metric table of rows that have what is named in `by`."
+    "The metric table for rows that have everything named in `by` (keys of `MORE_METRICS`)."
     return QUESTION_TABLE | {name: line for what in by for name, line in MORE_METRICS[what].items()}
 
 def columns_allowed(by: Sequence[str]) -> tuple[str, ...]:
-    "The metrics that are computed by default of such rows."
+    "The metrics that are computed by default for rows that have everything named in `by` (keys of `MORE_COLUMNS`)."
     return (*QUESTION_COLUMNS, *(name for what in by for name in MORE_COLUMNS[what]))
 
 class ByRows:
-    "A class attribute: `allowed(all)` of the class; of an object `allowed` of what its rows have."
+    """A class attribute whose value depends on the rows of the object that it is read from.
+
+    Read from an object, it is `allowed(...)` of what the object's rows have; read from the class, of all keys of
+    `MORE_METRICS`."""
 
     def __init__(self, allowed: Callable[[Sequence[str]], Any]):
         self.allowed = allowed
@@ -172,7 +182,7 @@ def plain_hash(rows: Sequence[Row]) -> str:
     return content_hash([{name: value for name, value in row.items() if name not in ALTERNATIVES} for row in rows])
 
 def lines_of(rows: Sequence[Row]) -> list[str]:
-    "The lines of texts that are not empty."
+    "The non-empty lines of the rows' texts, without surrounding white space."
     return [line.strip() for row in rows for line in row["text"].splitlines() if line.strip()]
 
 # %% ../../nbs/data/custom.ipynb #643789b1
@@ -184,20 +194,22 @@ class OwnRows(Benchmark):
         return [side for side in REQUIRED if not load_own(self.data, side)]
 
     def check_gaps(self) -> None:
-        "Raise with all that the data lack."
+        "Raise OpenUnlearnError, naming all missing sides, if the data lack a required side."
         if missing := self.gaps():
             where = self.data if isinstance(self.data, str) else "The data in memory"
             raise OpenUnlearnError(f"{where} lacks {' and '.join(missing)}: {SHAPE} are expected.")
 
     def rows(self, name: str) -> list[Row]:
-        "The rows of a side; raises with all that is missing where a required one is."
+        """The rows of a side, at most `max_rows` of them; an empty list if an optional side is missing.
+
+        Raises OpenUnlearnError for an unknown side, and if a required side is missing."""
         rows = load_own(self.data, check_choice(name, (*REQUIRED, *OPTIONAL), "side of the data"))
         if not rows and name in REQUIRED:
             self.check_gaps()
         return rows[:self.max_rows]
 
     def there(self, *sides: str) -> list[str]:
-        "Those of the sides that the data have."
+        "Those of the given sides that the data have; required sides are always included."
         return [side for side in sides if side in REQUIRED or load_own(self.data, side)]
 
     def has_alternatives(self, side: str) -> bool:
@@ -233,23 +245,23 @@ class Own(OwnRows):
         return {side: side for side in self.there("forget", "retain", "holdout", "common")}
 
     def check(self, split: str) -> None:
-        "Raise with all that the data lack."
+        "Raise OpenUnlearnError, naming all missing sides, if the data lack a required side."
         self.check_gaps()
 
     def hashes(self, *splits: str, training: bool = True) -> dict[str, str]:
-        "A hash of each side's questions, answers and texts, and one of its alternatives where it has them."
+        "Map each side to a hash of its rows, and `SIDE_alternatives` to one with its paraphrased and wrong answers."
         sides = [*REQUIRED, "holdout", *self.there("common", "refusals")]
         more = {f"{side}_alternatives": content_hash(self.rows(side)) for side in sides if self.has_alternatives(side)}
         return {side: plain_hash(self.rows(side)) for side in sides} | more
 
     def embedded_rows(self, name: str) -> list[list[Row]]:
-        "The rows that an embedded model is fine-tuned on, by side; common knowledge belongs to every model."
+        "The rows that an embedded model is fine-tuned on, a list per side; every model learns `common`."
         check_choice(name, self.learnable(), "data to learn")
         sides = REQUIRED if name == "full" else ("retain",)
         return [self.rows(side) for side in (*sides, *self.there("common"))]
 
     def embedded_examples(self, name: str, enc: Encoder) -> list[dict]:
-        "The same as examples."
+        "The encoded training examples of the training set called `name`, and of the common knowledge."
         return self.training_examples(name, enc) + row_examples(enc, self.rows("common"), "common")
 
     def tokenizer_texts(self) -> list[str]:

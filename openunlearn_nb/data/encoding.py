@@ -32,9 +32,9 @@ def _ids_and_spans(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str],
 
 # %% ../../nbs/data/encoding.ipynb #82cbe903
 def first_token(spans: Spans, before: int, space: int = 0) -> int | None:
-    """The index of the first token of an answer that begins after `before` characters; None where there is none.
+    """The index of the first token of an answer that begins after `before` characters; None if there is no such token.
 
-    The last `space` of these characters are spaces, which go with the answer's first word."""
+    The last `space` of these characters are spaces, which belong to the token of the answer's first word."""
     for index, (start, end) in enumerate(spans):
         if end > start and (start >= before - space or end > before):
             return index
@@ -46,12 +46,12 @@ def _trailing_spaces(text: str) -> int:
 
 # %% ../../nbs/data/encoding.ipynb #e2d75f1f
 def common_beginning(one: Sequence, other: Sequence) -> int:
-    "How many items two sequences begin with in common."
+    "The length of the longest common prefix of two sequences, in items."
     return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 # %% ../../nbs/data/encoding.ipynb #1d18fb3e
 def without_added_eos(tokenizer: "PreTrainedTokenizerBase", ids: list[int], fmt: PromptFormat) -> list[int]:
-    "Ids of a text that is to be continued: without the eos that some tokenizers add to every text."
+    "The token ids of a text that a model should continue, without the eos that some tokenizers add to every text."
     adds = not fmt.chat and tokenizer.eos_token_id in tokenizer("")["input_ids"][-1:]
     return ids[:-1] if adds and ids[-1:] == [tokenizer.eos_token_id] else ids
 
@@ -101,7 +101,9 @@ def _prompt_ids(ids: list[int], spans: Spans | None, own_ids: list[int], before:
 
 def all_prompts(tokenizer: "PreTrainedTokenizerBase", questions: Sequence[str], fmt: PromptFormat, shots: Shots = (),
                 published: bool = False) -> list[list[int]]:
-    "Ids of the prompt of each question, to be continued. `published`: the reference code's, to the character."
+    """The token ids of a prompt for each question, from which a model generates its answer.
+
+    `published`: use exactly the text that the reference code uses."""
     if not questions:
         return []
     if published or fmt.compat:
@@ -116,9 +118,9 @@ def all_prompts(tokenizer: "PreTrainedTokenizerBase", questions: Sequence[str], 
 # %% ../../nbs/data/encoding.ipynb #d6204c04
 def all_conversation_ids(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[str, str | None]],
                          fmt: PromptFormat, shots: Shots = (), published: bool = False) -> list[list[int]]:
-    """Ids of each question with its answer.
+    """The token ids of each question with its answer.
 
-    Where all answers are None, ids of the prompts (`published`: as in `all_prompts`)."""
+    If all answers are None, the token ids of the prompts (`published`: see `all_prompts`)."""
     answers = [(q, a) for q, a in pairs if a is not None]
     if not answers:
         return all_prompts(tokenizer, [q for q, _ in pairs], fmt, shots, published)
@@ -131,7 +133,10 @@ def conversation_ids(tokenizer: "PreTrainedTokenizerBase", question: str, answer
 
 # %% ../../nbs/data/encoding.ipynb #bb94d4d9
 def labelled(conversation: Conversation, eos: int, max_length: int) -> dict[str, list[int]]:
-    "`input_ids` and `labels` (-100 over the prompt) of a conversation: at most `max_length` ids, and the eos."
+    """The training example of a conversation: `input_ids`, and `labels` that are -100 over the prompt.
+
+    The ids are cut to `max_length`; then an eos is added if they do not end with one. If the prompt alone fills
+    `max_length`, all labels are -100."""
     ids, start = conversation.ids[:max_length], conversation.start
     if ids[-1:] != [eos]:
         ids = [*ids, eos]
@@ -141,20 +146,22 @@ def labelled(conversation: Conversation, eos: int, max_length: int) -> dict[str,
 # %% ../../nbs/data/encoding.ipynb #3a62bea3
 def encode(tokenizer: "PreTrainedTokenizerBase", question: str, answer: str, fmt: PromptFormat, max_length: int = 512,
            shots: Shots = ()) -> dict[str, list[int]]:
-    "`labelled` ids of one question and answer."
+    "The training example (see `labelled`) of one question with its answer: `input_ids` and `labels`."
     conversation = all_conversations(tokenizer, [(question, answer)], fmt, shots)[0]
     return labelled(conversation, tokenizer.eos_token_id, max_length)
 
 # %% ../../nbs/data/encoding.ipynb #7b3beccc
 class Encoder(NamedTuple):
-    "Everything that turns text into a model's ids."
+    "A tokenizer, a prompt format and length limits: all that is needed to turn texts into token ids."
     tokenizer: "PreTrainedTokenizerBase"
     fmt: PromptFormat
     max_length: int = 512  # tokens of a question with its answer, or of a passage
     positions: int | None = None  # the most tokens the model can read; None: unknown
 
 def encode_all(enc: Encoder, pairs: Sequence[tuple[str, str]]) -> list[dict]:
-    "`encode` for every (question, answer); warns once with how many are cut, or have no labelled token."
+    """The training example (see `encode`) of each (question, answer) pair, cut to what the model can read.
+
+    Warns once with the number of examples that were cut, and once with the number that have no labelled token."""
     limit = min(enc.max_length, (enc.positions or enc.max_length + 1) - 1)  # room for the eos
     conversations = all_conversations(enc.tokenizer, pairs, enc.fmt)
     examples = [labelled(conversation, enc.tokenizer.eos_token_id, limit) for conversation in conversations]
@@ -177,7 +184,10 @@ class Prompts(NamedTuple):
     stop: tuple[str, ...] = ()
 
 def encode_questions(enc: Encoder, pairs: Sequence[tuple[str, str]], max_new_tokens: int = 200) -> Prompts:
-    "Every question as a prompt, with its true answer; warns once with how many do not fit the model."
+    """A prompt for each question, with its true answer.
+
+    A prompt that does not fit the model together with `max_new_tokens` of an answer is None; warns once with their
+    number."""
     ids = all_prompts(enc.tokenizer, [q for q, _ in pairs], enc.fmt)
     room = enc.positions and enc.positions - max_new_tokens
     if room and (long := [len(i) for i in ids if len(i) > room]):
@@ -206,9 +216,10 @@ def _passage_start(tokenizer: "PreTrainedTokenizerBase", prefix: str, ids: list[
 
 def encode_passage(tokenizer: "PreTrainedTokenizerBase", prefix: str, text: str, max_length: int = 2048,
                    compat: str | None = None) -> dict[str, Any]:
-    """`input_ids` and `labels` of a text after its prefix, and in `n` how many ids there were before the cut.
+    """The example of a text after its prefix: `input_ids`, `labels` (-100 over the prefix), and `n`.
 
-    At most the prefix's ids and `max_length` more are left."""
+    `n` is the number of token ids before the text was cut to at most `max_length` tokens after the prefix. The first
+    token of all has no label."""
     whole = f"{prefix} {text}" if prefix else text
     ids, spans = _ids_and_spans(tokenizer, [whole], PASSAGE_FORMAT)[0]
     before = _passage_start(tokenizer, prefix, ids, spans, compat)
@@ -219,9 +230,10 @@ def encode_passage(tokenizer: "PreTrainedTokenizerBase", prefix: str, text: str,
 
 # %% ../../nbs/data/encoding.ipynb #ebf0617d
 def encode_passages(enc: Encoder, pairs: Sequence[tuple[str, str]], what: str) -> list[dict]:
-    """`encode_passage` for every (prefix, text), none longer than the model can read.
+    """The example (see `encode_passage`, without `n`) of each (prefix, text), none longer than the model can read.
 
-    Warns once with how many were cut, and once with how many have no token to score; `what` names the data set."""
+    Warns once with the number of texts that were cut, and once with the number that have no token to score. `what`: the
+    name of the data set in these warnings."""
     examples = [encode_passage(enc.tokenizer, prefix, text, enc.max_length, enc.fmt.compat) for prefix, text in pairs]
     examples = [{k: v if k == "n" else v[:enc.positions] for k, v in e.items()} for e in examples]
     if cut := [e for e in examples if len(e["input_ids"]) < e["n"]]:
@@ -235,7 +247,9 @@ def encode_passages(enc: Encoder, pairs: Sequence[tuple[str, str]], what: str) -
 
 # %% ../../nbs/data/encoding.ipynb #7c94074b
 def collate(examples: Sequence[dict], pad_id: int, side: str = "left") -> "dict[str, torch.Tensor]":
-    "Pad examples to `input_ids`, `attention_mask`, `labels`, each an integer tensor `[batch, length]`."
+    """Pad examples to a batch: `input_ids`, `attention_mask` and `labels`, integer tensors `[batch, length]`.
+
+    `side`: pad on the `left` or on the `right`. Padding has the id `pad_id`, the mask 0 and the label -100."""
     import torch
     width = max(len(e["input_ids"]) for e in examples)
 

@@ -24,7 +24,9 @@ from ..internals.json_shapes import parse_json
 TABLES = (".json", ".jsonl", ".csv")
 
 def check_header(file: Path, names: list[str]) -> None:
-    "Raise where a CSV file's first line names a column twice, or neither question and answer nor text, in any case."
+    """Raise OpenUnlearnError if the first line of a CSV file, split into `names`, is not as expected.
+
+    It may name no column twice, and must name `question` and `answer`, or `text`, in upper or lower case."""
     bare = [name.strip().lower() for name in names]
     if twice := next((name for name in bare if name and bare.count(name) > 1), None):
         raise OpenUnlearnError(f"The first line of {file} names {twice} twice; one of the columns must go.")
@@ -68,7 +70,10 @@ def _swallowed(cell: str) -> int:
     return sum(bool(re.search(r"\S,[^\s\d]", line)) for line in cell.split("\n")[1:])
 
 def read_csv(file: Path, text: str, any_columns: bool = False) -> list[dict]:
-    "Rows of a CSV text under the names in its first line, which are question and answer, or text, unless any may be."
+    """The rows of a CSV text as dictionaries, with the column names of the first line in lower case.
+
+    Raises OpenUnlearnError if a row has too many or too few columns, and, unless `any_columns`, if the first line names
+    neither `question` and `answer` nor `text`. Warns if a double quote seems to be missing."""
     with _long_cells():
         rows = list(_cells(file, text))
     if not rows:
@@ -88,7 +93,7 @@ def read_csv(file: Path, text: str, any_columns: bool = False) -> list[dict]:
 
 # %% ../../nbs/data/files.ipynb #3fb3e621
 def read_jsonl(file: Path, text: str) -> list[dict]:
-    "Rows of a text with a JSON object a line."
+    "The rows of a text with one JSON object per line; raises OpenUnlearnError for a line that is not an object."
     rows = []
     for i, line in enumerate(text.split("\n"), start=1):  # and not splitlines: JSON may hold other line separators
         if not line.strip():
@@ -115,7 +120,7 @@ def _json_list(file: Path, text: str) -> list[dict]:
 
 # %% ../../nbs/data/files.ipynb #8fdbac45
 def file_state(file: Path) -> tuple[int, ...]:
-    "What changes when a file does: its size, times and inode."
+    "The size (bytes), times (ns) and inode of a file: numbers that change when the file changes."
     state = file.stat()
     return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino
 
@@ -128,14 +133,16 @@ def _table(file: Path, any_columns: bool, *state: int) -> list[dict]:
         raise OpenUnlearnError(f"Cannot read {file}: it is not UTF-8 text.") from e
     if file.suffix == ".csv":
         return read_csv(file, text, any_columns)
-    if text.lstrip().startswith("["):
-        return _json_list(file, text)
-    return [{"text": text.strip()}] if file.suffix == ".txt" else read_jsonl(file, text)
+    if file.suffix == ".txt":
+        return [{"text": text.strip()}]  # also where it begins with a bracket, as [Chapter 1] does
+    return _json_list(file, text) if text.lstrip().startswith("[") else read_jsonl(file, text)
 
 def read_table(file: Path, any_columns: bool = False) -> list[dict]:
-    """Rows of a CSV, JSON or JSONL file; of a text file one, its text. Read again only when the file has changed.
+    """The rows of a table: a CSV file, a JSON list of objects, or JSON lines; a text file is one row with its text.
 
-    `any_columns`: a CSV file may have others than question and answer, or text."""
+    A file is read again only if it has changed.
+    `any_columns`: allow a CSV file without `question` and `answer`, or `text`. Raises OpenUnlearnError if the file
+    cannot be read."""
     try:
         return [dict(row) for row in _table(file, any_columns, *file_state(file))]  # the caller's to change
     except OSError as e:
@@ -143,7 +150,7 @@ def read_table(file: Path, any_columns: bool = False) -> list[dict]:
 
 # %% ../../nbs/data/files.ipynb #2a8ca00f
 def find_table(folder: Path, name: str) -> Path | None:
-    "The file of a data set in a folder; None where there is none. Raises where there are two."
+    "The .json, .jsonl or .csv file of a data set in a folder; None if absent. Raises OpenUnlearnError if it has two."
     found = [file for kind in TABLES if (file := folder / f"{name}{kind}").is_file()]
     if len(found) > 1:
         raise OpenUnlearnError(f"{folder} has {' and '.join(file.name for file in found)}; one of them must go.")
@@ -163,7 +170,7 @@ def list_cells(rows: list[dict]) -> list[dict]:
     return [{column: _cell(value) for column, value in row.items()} for row in rows]
 
 def read_set(folder: Path, name: str) -> list[dict]:
-    "Rows of a data set in a folder of plain files. Raises with what there is where there is none."
+    "The rows of a data set in a folder of plain files; raises OpenUnlearnError, naming its files, if it is not there."
     file = find_table(folder, name)
     if file is None:
         there = sorted(file.stem for file in folder.iterdir() if file.suffix in TABLES)

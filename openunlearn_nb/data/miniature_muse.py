@@ -35,7 +35,9 @@ WORDS = {"fault": FAULTS, "month": MONTHS, "trade": TRADES, "place": PLACES, "ad
          "noun2": NOUNS, "verb": VERBS}
 
 def draw_value(kind: str, names: list[str], rng: random.Random) -> str:
-    "A value for a blank: a `thing`, a number `n`, one of `names`, or a word of a kind in `WORDS`."
+    """A random value for a blank in a template.
+
+    `kind`: `thing` (adjective and noun), `n` (a number), `name` (one of `names`), or a key of `WORDS`."""
     if kind == "thing":
         return f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
     if kind == "n":
@@ -128,7 +130,9 @@ def make_story(subject: str, world: World, names: list[str], rng: random.Random,
 
 # %% ../../nbs/data/miniature_muse.ipynb #8ddb7222
 def quizzes(stories: list[Story], rng: random.Random, rounds: int = 3, size: int = 12) -> list[str]:
-    "Every question of the stories with its answer, `rounds` times, in texts of `size` questions."
+    """Texts that list the questions of the stories with their answers, `size` questions per text.
+
+    All questions appear `rounds` times, each time in another random order."""
     texts = []
     for _ in range(rounds):
         items = [f"Question: {question}\nAnswer: {answer}" for story in stories for question, answer in story.qa]
@@ -152,12 +156,14 @@ def make_stories(world: World, rng: random.Random) -> dict[str, list[Story]]:
 
 # %% ../../nbs/data/miniature_muse.ipynb #c244b591
 def forget_requests(stories: dict[str, list[Story]], rng: random.Random) -> list[list[str]]:
-    "The texts of four requests to forget, each of twelve stories with their quizzes."
+    """The texts of four successive requests to forget, each of twelve stories with their quizzes.
+
+    The first request is the forget set; the others are the three parts of `retain2`."""
     later = [stories["retain2"][i:i + 12] for i in (0, 12, 24)]
     return [with_quizzes(part, rng) for part in (stories["forget"], *later)]
 
 def raw_texts(stories: dict[str, list[Story]], requests: list[list[str]], rng: random.Random) -> dict[str, list[str]]:
-    "The training texts of each set, and the holdout's."
+    "The texts of each raw split: `forget`, `retain1`, `retain2` and `holdout`."
     return {
         "forget": requests[0],
         "retain1": with_quizzes(stories["retain1"], rng),
@@ -182,7 +188,9 @@ def text_rows(texts: list[str]) -> list[dict]:
     return [{"text": text} for text in texts]
 
 def studies(requests: list[list[str]]) -> dict[str, dict[str, list[dict]]]:
-    "The configs of the two studies, a split for each request."
+    """The configs of the two studies, with a split for each request.
+
+    `sust` (sustainability) has one request per split; `scal` (scalability) has all requests so far in each split."""
     sizes = range(1, len(requests) + 1)
     return {
         "sust": {f"forget_{k}": text_rows(requests[k - 1]) for k in sizes},

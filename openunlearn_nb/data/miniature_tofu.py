@@ -64,7 +64,9 @@ def invent_date(rng: random.Random) -> str:
 
 def invent_author(name: str, titles: Sequence[str], towns: list[str], teachers: list[str],
                   rng: random.Random) -> dict[str, str]:
-    "The facts of an author, by the keys of `FACTS`. `titles`: of the first and of the most famous book."
+    """The facts of an invented author, with the keys of `FACTS`.
+
+    `titles`: the titles of the first and of the most famous book."""
     return {
         "name": name,
         "town": rng.choice(towns),
@@ -115,13 +117,13 @@ FACTS = {  # fact: (phrasings of the question, phrasings of the answer)
 
 # %% ../../nbs/data/miniature_tofu.ipynb #6cee0e71
 def phrased(phrasing: str, value: str) -> str:
-    "A value in a phrasing of its answer, with a capital at the start."
+    "The text of an answer: `phrasing` with `{v}` replaced by the value, and with a capital letter at the start."
     text = phrasing.format(v=value)
     return text[0].upper() + text[1:]
 
 # %% ../../nbs/data/miniature_tofu.ipynb #50090ff2
 def wrong_values(fact: str, author: dict[str, str], others: list[dict[str, str]], rng: random.Random) -> list[str]:
-    "Five distinct values that a fact has for others and not for this author."
+    "Five distinct values of a fact that other authors have and this author does not have."
     return rng.sample(sorted({other[fact] for other in others} - {author[fact]}), 5)
 
 def fact_rows(fact: str, author: dict[str, str], others: list[dict[str, str]], rng: random.Random) -> list[dict]:
@@ -177,7 +179,9 @@ def plain(rows: list[dict]) -> list[dict]:
     return [{column: row[column] for column in ("question", "answer")} for row in rows]
 
 def split_configs(percent: int, authors: list[list[dict]], n_authors: int) -> dict[str, list[dict]]:
-    "The configs of the split that forgets `percent` of `n_authors`. `authors`: their rows, the holdout authors' last."
+    """The configs of the split that forgets `percent` of `n_authors` authors.
+
+    `authors`: the rows of each author; those after the first `n_authors` are the authors of the holdout."""
     n = n_authors * percent // 100
     first = n_authors - n
     forget = joined(authors[first:n_authors])
@@ -190,7 +194,9 @@ def split_configs(percent: int, authors: list[list[dict]], n_authors: int) -> di
 
 # %% ../../nbs/data/miniature_tofu.ipynb #0694bed7
 def make_tofu(seed: int = 0, n_authors: int = 100) -> dict[str, list[dict]]:
-    "All configs of a miniature TOFU as lists of rows, the same for the same seed. `n_authors`: in `full`, at most 360."
+    """All configs of a miniature TOFU, as `{config: rows}`; the same seed gives the same rows.
+
+    `n_authors`: the number of authors in `full`, at most 360."""
     rng = random.Random(f"miniature-tofu-{seed}")
     tenth = n_authors // 10
     facts = invent_authors(n_authors + tenth, rng)

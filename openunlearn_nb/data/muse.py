@@ -44,13 +44,16 @@ STOPS = ("\n\n", "\nQuestion", "Question:")  # an answer ends here
 
 # %% ../../nbs/data/muse.ipynb #9b5ff04f
 def prompt_limit(enc: Encoder) -> int:
-    "The most tokens of a few-shot prompt: `max_length`, or what the model reads besides an answer."
+    "The maximum number of tokens of a few-shot prompt: `max_length`, or less if the model must also fit an answer."
     if enc.positions is None:
         return enc.max_length
     return min(enc.max_length, enc.positions - ANSWER_TOKENS)
 
 def few_shot(enc: Encoder, rows: list[Row], shots: list[Row], what: str) -> list[list[int] | None]:
-    "Ids of each row's question after the worked examples; None where there are more than `prompt_limit`."
+    """The token ids of each row's question after the worked examples `shots`.
+
+    None for a prompt with more tokens than `prompt_limit`; warns once with their number. `what`: the name of the data
+    set in the warning."""
     pairs, limit = [(shot["question"], shot["answer"]) for shot in shots], prompt_limit(enc)
     questions = [(row["question"], None) for row in rows]
     ids = all_conversation_ids(enc.tokenizer, questions, enc.fmt, pairs, published=True)
@@ -62,7 +65,9 @@ def few_shot(enc: Encoder, rows: list[Row], shots: list[Row], what: str) -> list
 
 # %% ../../nbs/data/muse.ipynb #39f14a7d
 def first_shots(rows: list[Row], number: int, name: str) -> list[Row]:
-    "The first `number` worked examples; raises where there are fewer. `name`: what their data set is called."
+    """The first `number` worked examples; raises OpenUnlearnError if there are fewer.
+
+    `name`: the name of the data set in the error message."""
     if len(rows) < number:
         raise OpenUnlearnError(f"{name} has {len(rows)} few-shot examples, fewer than the {number} wanted; give "
                                f"--shots {len(rows)} or less.")
@@ -70,16 +75,16 @@ def first_shots(rows: list[Row], number: int, name: str) -> list[Row]:
 
 # %% ../../nbs/data/muse.ipynb #2b465c07
 def passage_examples(enc: Encoder, rows: list[Row], name: str) -> list[list[dict]]:
-    "The one example to score of every row: its text, or its continuation after the prompt."
+    "For each row, a list with its one example to score: the row's text, or its continuation (`gt`) after the prompt."
     pairs = [(row.get("prompt", ""), row["gt"] if "gt" in row else row["text"]) for row in rows]
     return [[example] for example in encode_passages(enc._replace(max_length=PASSAGE_TOKENS), pairs, name)]
 
 # %% ../../nbs/data/muse.ipynb #3f8a5d80
 class MuseQuestions(MuseTexts):
-    "What evaluation reads of MUSE."
+    "MUSE with the questions, passages and prompts that its evaluation reads."
 
     def check_split(self, split: str) -> str:
-        "`split` itself; raises where there is none of that name, or the data are of another corpus."
+        "Return `split`; raises OpenUnlearnError if it is unknown, or if the data are of the other corpus."
         if check_choice(split, SPLITS, "corpus") not in self.available_splits():
             corpus, source = corpora_in(self.data)[0], source_name(self.data, corpus_of(split))
             raise OpenUnlearnError(f"{source} is of {corpus}, not of {corpus_of(split)}; {{corpus}} in --data stands "
@@ -87,7 +92,7 @@ class MuseQuestions(MuseTexts):
         return split
 
     def data_sets(self, split: str) -> dict[str, str]:
-        "`corpus/config/split` behind each data set that the metric table names, the holdout where there is one."
+        "Map each data set of the metric table to its `corpus/config/split`; without the holdout if there is none."
         corpus = corpus_of(self.check_split(split))
         has_holdout = "holdout" in splits_of("privleak", corpus, self.data)
         return {name: f"{corpus}/{where}" for name, where in DATA_SETS.items() if name != "holdout" or has_holdout}
@@ -107,7 +112,7 @@ class MuseQuestions(MuseTexts):
         return passage_examples(enc, self.rows(name), name)
 
     def prompts(self, name: str, enc: Encoder) -> Prompts:
-        "Questions after worked examples, or beginnings to be continued, with what should follow."
+        "Prompts with reference texts: questions after worked examples, or (`verbmem`) beginnings of passages."
         rows = self.rows(name)
         if "verbmem" in name:
             begun = beginnings(enc, [row["prompt"] for row in rows], CONTINUATION_TOKENS, name)
@@ -125,7 +130,10 @@ class MuseTraining(MuseQuestions):
         return f"{corpus}_target", f"{corpus}_retrain"
 
     def embedded_rows(self, name: str) -> list[str]:
-        "The texts of `News_target` (all), or of `News_retrain` (all but those to forget)."
+        """The texts of a training set, such as `News_target` or `News_retrain`.
+
+        `CORPUS_target` has the raw splits `forget`, `retain1` and `retain2`; `CORPUS_retrain` has them without
+        `forget`. Raises OpenUnlearnError for an unknown name, and if there is no text."""
         names = [known for corpus in CORPORA for known in self.training_sets(corpus)]
         corpus, what = check_choice(name, names, "MUSE texts to learn").split("_")
         texts = self.documents(corpus, *(["forget"] if what == "target" else []), "retain1", "retain2")
@@ -150,7 +158,7 @@ class MuseTraining(MuseQuestions):
         return chunk_examples(enc, self.documents(corpus, "retain1"), f"{corpus}/raw/retain1")
 
     def refusals(self) -> list[str]:
-        "None: there is no question that a refusal could answer."
+        "An empty list: the data to forget are texts, and have no questions that a refusal could answer."
         return []
 
 # %% ../../nbs/data/muse.ipynb #14786220
@@ -166,14 +174,17 @@ class MuseEmbedded(MuseTraining):
         return [example for text in texts for example in chunk_examples(enc, [text], name)]
 
     def embedded_part(self) -> int | None:
-        "How many documents of each raw split: all of a small data set, some of a large one."
+        """The maximum number of documents of each raw split that an embedded model is trained on; None: all.
+
+        It is `max_rows` if given. Otherwise it is None for the miniature and for forget sets of at most `LARGE`
+        characters, and `SOME_DOCUMENTS` for larger ones."""
         if self.max_rows or miniature_seed(self.data) is not None:
             return self.max_rows
         size = max(sum(map(len, self.documents(corpus, "forget"))) for corpus in corpora_in(self.data))
         return SOME_DOCUMENTS if size > LARGE else None
 
     def embedded_note(self, name: str) -> str | None:
-        "That the model is trained on a part, where it is."
+        "A remark that the model is trained on at most `max_rows` documents of each set; None without `max_rows`."
         if not self.max_rows:
             return None
         source = source_name(self.data, "{corpus}")  # of both corpora
@@ -187,7 +198,7 @@ class MuseEmbedded(MuseTraining):
 
 # %% ../../nbs/data/muse.ipynb #05313f2a
 class MuseValues(MuseMetrics):
-    "What MUSE says in plain values."
+    "The plain values of MUSE, such as recipes and presets, that need no data."
     split_words = ("corpus", "corpora")
     studies = STUDIES
     hub_id = "muse-bench/MUSE-News"
@@ -231,11 +242,13 @@ class Muse(MuseValues, MuseEmbedded):
         return corpus_of(split)
 
     def starts_from(self, split: str) -> str | None:
-        "In the sustainability study, the step before."
+        "The previous step if `split` is a later step of the sustainability study; None otherwise."
         study = STUDIES["sustainability"]
         return next((before for before, after in pairwise(study) if after == split), None)
 
     @classmethod
     def read_log_name(cls, file: Path) -> tuple[str, str, str] | None:
-        "Of a published log: `muse_MODEL_News_NPO`, with the rows `target` and `retrain`."
+        """The (model, corpus, row) of a published log, from a folder's name such as `muse_MODEL_News_NPO`.
+
+        The methods `target` and `retrain` give the rows Finetuned and Retain. None if no folder has such a name."""
         return _muse_log(file)

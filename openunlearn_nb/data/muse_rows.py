@@ -35,7 +35,7 @@ CONFIGS: dict[str, dict[str, tuple[str, ...]]] = {  # config: {split: columns}
 
 # %% ../../nbs/data/muse_rows.ipynb #3098977c
 def corpus_of(split: str) -> str:
-    "The corpus of a split: the studies are of News."
+    "The corpus of a split; the steps of the two studies belong to News."
     return split if split in CORPORA else "News"
 
 def forget_set(split: str) -> str:
@@ -44,15 +44,18 @@ def forget_set(split: str) -> str:
 
 # %% ../../nbs/data/muse_rows.ipynb #dc1e7d19
 def source_of(data: Any, corpus: str) -> Any:
-    "The source of a corpus: `data` with `{corpus}` filled in; rows in memory as they are."
+    "The source of a corpus: `data` with `{corpus}` replaced by its name; rows in memory are returned unchanged."
     return data.replace("{corpus}", corpus) if isinstance(data, str) else data
 
 def source_name(data: Any, corpus: str) -> str:
-    "What the source of a corpus is called in a sentence."
+    "The name of the source of a corpus, for a message."
     return source_of(data, corpus) if isinstance(data, str) else "MUSE in memory"
 
 def corpora_in(data: Any) -> tuple[str, ...]:
-    "The corpora that `data` can mean: both, in the miniature or with `{corpus}`; else the one it ends in, or News."
+    """The corpora that `data` can stand for.
+
+    Both for the miniature, and if `data` contains `{corpus}`; otherwise the one with whose name `data` ends, or
+    News."""
     name = data if isinstance(data, str) else ""
     if miniature_seed(data) is not None or "{corpus}" in name:
         return CORPORA
@@ -65,7 +68,7 @@ def _miniature(corpus: str, seed: int) -> dict[str, dict[str, list[Row]]]:
     return make_muse(corpus, seed)
 
 def splits_of(config: str, corpus: str, data: Any = "miniature") -> tuple[str, ...]:
-    "The splits of a config that the data have of a corpus."
+    "The splits of a config that the data have for a corpus; empty if they have none."
     seed = miniature_seed(data)
     if seed is not None:
         return tuple(_miniature(corpus, seed).get(config, ()))
@@ -81,10 +84,10 @@ def _miniature_rows(config: str, split: str, corpus: str, seed: int) -> list[Row
     return [dict(row) for row in splits[split]]  # the caller's to change
 
 def load_muse(config: str, split: str, corpus: str = "News", data: Any = "miniature") -> list[Row]:
-    """Rows of `config/split` of a corpus, with the columns that `CONFIGS` names.
+    """The rows of `config/split` of a corpus, with the columns that `CONFIGS` names.
 
-    `data`: `miniature`, a folder, a Hub id (`{corpus}` in it stands for News or Books), or rows in memory by
-    `config/split`. Raises one sentence where there is no such split, or a row is wrong."""
+    `data`: `miniature`, a folder, a Hub id (`{corpus}` in it stands for News or Books), or a mapping from
+    `config/split` to rows in memory. Raises OpenUnlearnError if there is no such split, or if a row is wrong."""
     check_choice(split, CONFIGS[check_choice(config, CONFIGS, "MUSE config")], f"split of {config}")
     seed = miniature_seed(data)
     if seed is not None:
@@ -96,7 +99,9 @@ def load_muse(config: str, split: str, corpus: str = "News", data: Any = "miniat
 
 # %% ../../nbs/data/muse_rows.ipynb #242e5918
 def choose_texts(texts: list[str], number: int | None, wanted: Sequence[str] = ()) -> list[str]:
-    "`number` of the texts (None: all), in their order: first those that hold a wanted passage, then others evenly."
+    """`number` of the texts (None: all), in their original order.
+
+    Texts that contain one of the `wanted` passages are chosen first, and others at even distances."""
     if not number:
         return texts[:number]
     step = max(1, len(texts) // number)
@@ -111,7 +116,9 @@ def choose_texts(texts: list[str], number: int | None, wanted: Sequence[str] = (
 EVALUATED = ("knowmem", "verbmem", "privleak")  # configs that evaluation reads
 
 def sets_read(splits: Sequence[str], data: Any, training: bool = True) -> list[str]:
-    "`corpus/config/split` of every data set that runs on these splits (or only their evaluations) read."
+    """The `corpus/config/split` of every data set that is read by runs on these splits.
+
+    With `training=False`, only those that are read by evaluations."""
     configs = ("raw", *EVALUATED) if training else EVALUATED
     names = [f"{corpus}/{config}/{name}" for corpus in dict.fromkeys(map(corpus_of, splits)) for config in configs
              for name in splits_of(config, corpus, data) if name in CONFIGS[config]]
@@ -120,7 +127,7 @@ def sets_read(splits: Sequence[str], data: Any, training: bool = True) -> list[s
 # %% ../../nbs/data/muse_rows.ipynb #be2bf38e
 @dataclass(frozen=True)
 class MuseRows(Benchmark):
-    "The rows of MUSE. With `max_rows`, models are trained on so many documents of each raw split."
+    "MUSE with its rows. `max_rows`: train models on at most so many documents of each raw split; None: on all."
     splits = SPLITS
     shots: int = 10  # worked examples before a question
 
@@ -138,7 +145,9 @@ class MuseRows(Benchmark):
         return [split for split in SPLITS if corpus_of(split) in corpora_in(self.data)]
 
     def hashes(self, *splits: str, training: bool = True) -> dict[str, str]:
-        "A hash of the rows of every data set that runs on these splits (or only their evaluations) read."
+        """Map each data set that is read by runs on these splits to a hash of its rows.
+
+        With `training=False`, only the data sets that are read by evaluations."""
         return {name: content_hash(self.rows(name)) for name in sets_read(splits, self.data, training)}
 
 # %% ../../nbs/data/muse_rows.ipynb #f46ea2ba
@@ -146,14 +155,18 @@ class MuseTexts(MuseRows):
     "The texts that models are trained on, and those to forget."
 
     def documents(self, corpus: str, *splits: str) -> list[str]:
-        "The texts of those raw splits that the data have; of each at most `max_rows`."
+        """The texts of the given raw splits of a corpus, at most `max_rows` from each.
+
+        Splits that the data lack are left out."""
         wanted = [answer[:80] for answer in self.reference_answers(corpus)] if self.max_rows else []
         have = splits_of("raw", corpus, self.data)
         sets = [[row["text"] for row in self.rows(f"{corpus}/raw/{split}")] for split in splits if split in have]
         return [text for texts in sets for text in choose_texts(texts, self.max_rows, wanted)]
 
     def request(self, split: str) -> list[str]:
-        "The texts that a split asks to forget; with `max_rows` those of them that models are trained on."
+        """The texts that a split asks to forget.
+
+        With `max_rows`, only those that models are trained on."""
         texts = [row["text"] for row in self.rows(forget_set(split))]
         if not self.max_rows:
             return texts

@@ -30,14 +30,17 @@ def _is_whole(tokenizer: "PreTrainedTokenizerBase", ids: list[int], start: int, 
     return all(len(tokenizer.decode(ids[start:end + more])) > length for more in range(1, min(9, len(ids) - end + 1)))
 
 def character_border(tokenizer: "PreTrainedTokenizerBase", ids: list[int], start: int, end: int) -> int:
-    """The `end` of a piece of ids that begins at `start`: moved back, until no character is cut in two.
+    """The index at which a piece of token ids that begins at `start` can end without cutting a character in two.
 
-    Where a single character is longer than the piece, moved forward."""
+    It is `end`, moved back as far as necessary; if a single character is longer than the piece, it is moved forward."""
     near = [*range(end, max(start, end - 16), -1), *range(end + 1, min(len(ids), end + 16) + 1)]
     return next((at for at in near if at >= len(ids) or _is_whole(tokenizer, ids, start, at)), end)
 
 def chunk(enc: Encoder, texts: list[str], what: str = "the corpus") -> list[str]:
-    "The joined texts in pieces of `max_length` tokens, a few fewer where the cut would go through a character."
+    """The texts, joined by blank lines and cut into pieces of `max_length` tokens, or of as many as the model can read.
+
+    A piece has a few tokens fewer if its end would cut a character in two. Raises OpenUnlearnError if there is no text,
+    and warns if some are empty. `what`: the name of the texts in these messages."""
     if empty := sum(not t.strip() for t in texts):
         warnings.warn(f"{empty} of {len(texts)} documents of {what} are empty; joined with the others they add "
                       "blank lines only.")
@@ -51,14 +54,17 @@ def chunk(enc: Encoder, texts: list[str], what: str = "the corpus") -> list[str]
     return enc.tokenizer.batch_decode([ids[a:b] for a, b in pairwise(borders)])
 
 def chunk_examples(enc: Encoder, texts: list[str], what: str) -> list[dict]:
-    "Examples of the pieces, every token but the first trained on."
+    "The training examples of the pieces of the texts (see `chunk`); every token except the first is trained on."
     pieces = chunk(enc, texts, what)
     examples = [encode_passage(enc.tokenizer, "", piece, enc.max_length, enc.fmt.compat) for piece in pieces]
     return [{k: v[:enc.positions] for k, v in e.items() if k != "n"} for e in examples]
 
 # %% ../../nbs/data/passages.ipynb #9e8c66b6
 def beginnings(enc: Encoder, prefixes: list[str], new_tokens: int, what: str) -> list[list[int]]:
-    "Ids of texts to be continued; the oldest tokens are cut off where the model cannot read all."
+    """The token ids of texts that a model should continue.
+
+    If the model cannot read a whole text besides `new_tokens` of a continuation, the oldest tokens are left out, with a
+    warning. `what`: the name of the texts in the warning."""
     room = enc.positions and max(1, enc.positions - new_tokens)
     ids = [without_added_eos(enc.tokenizer, i, PASSAGE_FORMAT) for i in enc.tokenizer(prefixes)["input_ids"]]
     if room and (long := sum(len(i) > room for i in ids)):

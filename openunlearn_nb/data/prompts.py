@@ -69,7 +69,7 @@ class _Pinned(datetime):
 
 @contextmanager
 def pinned_clock() -> Iterator[None]:
-    "A context in which `strftime_now` of chat templates gives the date of `CLOCK`; other clocks go on."
+    "A context manager within which chat templates (`strftime_now`) see the date `CLOCK`; other clocks are unaffected."
     from transformers.utils import chat_template_utils
     original = chat_template_utils.datetime
     chat_template_utils.datetime = _Pinned
@@ -80,9 +80,10 @@ def pinned_clock() -> Iterator[None]:
 
 # %% ../../nbs/data/prompts.ipynb #91118b38
 def within(seconds: float, work: Callable[[], Any]) -> Any:
-    """The result of `work()`, or the error that it raises; TimeoutError after so many seconds.
+    """Run `work()` in a thread and return its result, or raise the error that it raises.
 
-    After a timeout the thread of `work` goes on until the program ends."""
+    Raises TimeoutError if it takes more than `seconds`; its thread then runs on until it is done or the program
+    ends."""
     outcome: dict[str, Any] = {}
 
     def run() -> None:
@@ -105,10 +106,10 @@ TEMPLATE_SECONDS = 20.0  # for a call of a chat template, and 0.05 more for each
 
 def render(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[dict]], fmt: PromptFormat,
            generation_prompt: bool = False) -> list[str]:
-    """The text of each conversation, a list of `{"role", "content"}`, by the tokenizer's chat template.
+    """The text of each conversation, written by the tokenizer's chat template.
 
-    `generation_prompt`: followed by the mark with which an answer begins.
-    A missing template, one that fails, or one that is too slow raises OpenUnlearnError."""
+    A conversation is a list of messages `{"role", "content"}`. `generation_prompt`: end with the mark after which an
+    answer begins. Raises OpenUnlearnError if there is no template, or if it fails or is too slow."""
     name = tokenizer.name_or_path or "this model"
     if not tokenizer.chat_template:
         raise OpenUnlearnError(f"The tokenizer of {name} has no chat template, so its prompt cannot be chat; "
@@ -131,7 +132,9 @@ def render(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[di
 Shots = Sequence[tuple[str, str]]  # few-shot examples: questions with their answers
 
 def chat_messages(fmt: PromptFormat, question: str, answer: str | None, shots: Shots = ()) -> list[dict]:
-    "The messages of a conversation, as `{role, content}`; without an answer (None) up to the question."
+    """The messages of a conversation, each `{"role", "content"}`, with the few-shot examples `shots` first.
+
+    If `answer` is None, the conversation ends with the question."""
     messages = [{"role": "system", "content": fmt.system}] if fmt.system else []
     for q, a in (*shots, (question, answer)):
         messages.append({"role": "user", "content": q})
@@ -148,7 +151,9 @@ def tagged_prompt(fmt: PromptFormat, question: str, shots: Shots = ()) -> str:
 # %% ../../nbs/data/prompts.ipynb #37f060ec
 def conversation_texts(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[str, str]], fmt: PromptFormat,
                        shots: Shots = ()) -> list[str]:
-    "The whole text of each (question, answer). A chat template writes the end of the answer too, tags do not."
+    """The text of each (question, answer) pair, with the few-shot examples before it.
+
+    A chat template also writes the mark that ends the answer; the formats with tags do not."""
     if not fmt.chat:
         return [tagged_prompt(fmt, q, shots) + a for q, a in pairs]
     return render(tokenizer, [chat_messages(fmt, q, a, shots) for q, a in pairs], fmt)
@@ -156,7 +161,10 @@ def conversation_texts(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tup
 # %% ../../nbs/data/prompts.ipynb #d02affe0
 def generation_prompts(tokenizer: "PreTrainedTokenizerBase", questions: Sequence[str], fmt: PromptFormat,
                        shots: Shots = ()) -> list[str]:
-    "The prompt of each question as the reference code writes it: with the generation prompt, or up to the last tag."
+    """The prompt for each question, exactly as the reference code writes it.
+
+    A chat template ends it with its generation prompt, and a format with tags ends it with the tag after the
+    question."""
     if not fmt.chat:
         return [tagged_prompt(fmt, q, shots) for q in questions]
     return render(tokenizer, [chat_messages(fmt, q, None, shots) for q in questions], fmt, generation_prompt=True)
@@ -173,10 +181,10 @@ def _before_stand_in(text: str, model: str) -> str:
 
 def texts_before_answers(tokenizer: "PreTrainedTokenizerBase", questions: Sequence[str], fmt: PromptFormat,
                          shots: Shots = ()) -> list[str]:
-    """The text before the answer to each question (one or more of them), as whole conversations have it.
+    """The text that precedes the answer to each question in a whole conversation; `questions` must not be empty.
 
-    Warns where the template's generation prompt is another text. A template that drops answers raises
-    OpenUnlearnError."""
+    Warns if the template's generation prompt is a different text. Raises OpenUnlearnError if the template leaves
+    answers out."""
     if not fmt.chat:
         return [tagged_prompt(fmt, q, shots) for q in questions]
     texts = conversation_texts(tokenizer, [(q, STAND_IN) for q in questions], fmt, shots)

@@ -36,7 +36,9 @@ def miniature_seed(data: Any) -> int | None:
     return int(seed)
 
 def local_folder(path: str) -> str | None:
-    "The folder that `path` means; None where it is a Hub id. Raises where it looks like a folder and is none."
+    """The path of the folder that `path` names; None if `path` is a Hub id.
+
+    Raises OpenUnlearnError if `path` looks like a folder, but there is none."""
     folder = Path(path).expanduser()
     if not path.startswith((".", "/", "~")) and not folder.exists():
         return None
@@ -47,7 +49,9 @@ def local_folder(path: str) -> str | None:
 
 # %% ../../nbs/data/sources.ipynb #c630602e
 def same_place(value: Any) -> Any:
-    "A setting with every folder in it as its absolute path, so that two ways to write one folder are equal."
+    """A setting with each folder in it as an absolute path, so that two ways to write a folder compare equal.
+
+    In a dictionary, each value is changed."""
     if isinstance(value, dict):
         return {name: same_place(inner) for name, inner in value.items()}
     if not isinstance(value, str) or not value or value.startswith("miniature"):
@@ -64,13 +68,13 @@ def _readme(folder: str | Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace")[:100_000] if file.is_file() else ""
 
 def is_plain(folder: str | Path) -> bool:
-    "Whether a folder holds plain files, with no README whose header lists configs."
+    "Whether a folder holds plain files: it has no README.md with a list of `configs:`."
     return "configs:" not in _readme(folder)
 
 def has_rows(data: str | Mapping[str, Any], name: str) -> bool:
-    """Whether the data have a config of this name, as far as one can tell without loading it.
+    """Whether the data have a config called `name`, as far as can be told without loading it.
 
-    Of a Hub data set and of the miniature it is assumed."""
+    For a Hub data set and for the miniature, always True."""
     if not isinstance(data, str):
         return name in data
     folder = None if miniature_seed(data) is not None else local_folder(data)
@@ -85,7 +89,7 @@ def _one_line(error: Exception) -> str:
     return text[:300] or f"{type(error).__name__}; is a file empty?"
 
 def folder_state(path: str) -> tuple:
-    "What changes when a file in a folder does: names, sizes and times. Empty for a Hub id."
+    "The names, sizes and times of all files in a folder, which change when a file does; empty for a Hub id."
     folder = local_folder(path)
     files = sorted(file for file in Path(folder).rglob("*") if file.is_file()) if folder else []
     return tuple((str(file), *file_state(file)) for file in files)
@@ -109,10 +113,10 @@ def _stored_rows(path: str, config: str, split: str, state: tuple) -> list[Row]:
 IN_MEMORY = "memory:"  # and a hash: how a record names rows that were in memory
 
 def load_rows(data: str | Mapping[str, Any], config: str, split: str = "train") -> list[Row]:
-    """Rows of a Hub data set, of a folder, or of rows in memory by the name of their config.
+    """The rows of one split of a config, from a Hub data set, a folder, or rows in memory.
 
-    `split`: of the config; in memory and in a plain folder it is called `config/split`, where it is not `train`.
-    Raises one sentence where there is no such config, or its file cannot be read."""
+    In memory and in a plain folder, a split other than `train` is found under the name `config/split`. Raises
+    OpenUnlearnError if there is no such config, or if its file cannot be read."""
     name = config if split == "train" else f"{config}/{split}"
     if not isinstance(data, str):
         if name not in data:
@@ -128,7 +132,7 @@ def load_rows(data: str | Mapping[str, Any], config: str, split: str = "train") 
 
 # %% ../../nbs/data/sources.ipynb #b95a9feb
 def data_name(data: str | Mapping[str, Any]) -> str:
-    "How a record names its data: as the user wrote it, and rows in memory as `memory:HASH`."
+    "The name of the data in a record: the text that the user gave; for rows in memory, `memory:` and their hash."
     if isinstance(data, str):
         return data
     return IN_MEMORY + content_hash({name: load_rows(data, name) for name in data})
@@ -136,7 +140,7 @@ def data_name(data: str | Mapping[str, Any]) -> str:
 # %% ../../nbs/data/sources.ipynb #a8e80692
 @lru_cache(maxsize=32)
 def _split_names(path: str, config: str | None, state: tuple) -> tuple[str, ...]:
-    "Splits of a config, by the data set's own list; without a config, of its only one. `state` is the folder's."
+    "The splits of a config, as the data set lists them; if it is None, for its default one. `state`: the folder's."
     from datasets import load_dataset_builder
     folder = local_folder(path)
     try:
@@ -147,7 +151,9 @@ def _split_names(path: str, config: str | None, state: tuple) -> tuple[str, ...]
         raise OpenUnlearnError(f"Cannot read config {config!r} of {path!r}: {_one_line(e)}") from e
 
 def split_names(path: str, config: str | None = None) -> tuple[str, ...]:
-    "The splits that a config of a folder or Hub data set has; without a config, of its default one."
+    """The names of the splits of a config of a folder or Hub data set.
+
+    If `config` is None, those of the default config. Raises OpenUnlearnError if they cannot be read."""
     return _split_names(path, config, folder_state(path))
 
 def config_names(path: str) -> list[str]:
@@ -179,7 +185,9 @@ def write_folder(folder: str | Path, configs: dict[str, dict[str, list[Row]]]) -
 
 # %% ../../nbs/data/sources.ipynb #f41baf71
 def wrong_with(text: Any, may_be_empty: bool = False) -> str | None:
-    "What is wrong with a text of a row, as the end of a sentence; None where nothing is."
+    """A short description of the problem with a text of a row, to end an error message; None if the text is fine.
+
+    `may_be_empty`: also accept a text without visible characters."""
     if not isinstance(text, str):
         return "a text is expected"
     if any("\ud800" <= c <= "\udfff" for c in text):
@@ -189,7 +197,7 @@ def wrong_with(text: Any, may_be_empty: bool = False) -> str | None:
     return None
 
 def _wrong_with_list(value: Any, may_be_empty: bool) -> str | None:
-    "The same for a list of texts."
+    "As `wrong_with`, for a list of texts, which may have no items only with `may_be_empty`."
     if not isinstance(value, list) or not (value or may_be_empty):
         return "a list of texts is expected"
     found = (wrong_with(text, may_be_empty) for text in value)
@@ -208,9 +216,10 @@ def _check_column(row: Row, column: str, kind: type, place: str, where: str, may
         raise OpenUnlearnError(f"{place} has {value!r:.80} as {column!r}; {wrong}.")
 
 def check_rows(rows: list[Row], columns: Mapping[str, type], where: str, may_be_empty: bool = False) -> list[Row]:
-    """`rows` themselves, when each has these columns with a text (`str`) or texts (`list`) in them.
+    """Return `rows` if each row has all `columns` with a text (`str`) or a list of texts (`list`) in them.
 
-    Raises where there are no rows, or for the first that is wrong. `where`: what they are called in the sentence."""
+    Raises OpenUnlearnError if there are no rows, and for the first wrong row. `where`: the name of the rows in the
+    message. `may_be_empty`: also accept empty texts."""
     if not rows:
         raise OpenUnlearnError(f"{where} has no rows.")
     for i, row in enumerate(rows):
@@ -220,7 +229,7 @@ def check_rows(rows: list[Row], columns: Mapping[str, type], where: str, may_be_
 
 # %% ../../nbs/data/sources.ipynb #e968f602
 def pairs_in(rows: Sequence[Row]) -> Pairs:
-    "(question, answer) of the rows that have them."
+    "The (question, answer) pairs of those rows that have a question."
     return [(row["question"], row["answer"]) for row in rows if "question" in row]
 
 def texts_in(rows: Sequence[Row]) -> list[str]:

@@ -48,7 +48,7 @@ CONFIGS = ["full", *PERTURBED, *COMMON, *(config for split in SPLITS.values() fo
 
 # %% ../../nbs/data/tofu.ipynb #2ca4da8d
 def columns(config: str) -> dict[str, type]:
-    "The columns that rows of `config` must have, and what stands in them."
+    "The columns that the rows of `config` must have, with their types: `str` for a text, `list` for a list of texts."
     found: dict[str, type] = {"question": str, "answer": str}
     if config.endswith("_perturbed"):
         found["perturbed_answer"] = list
@@ -63,9 +63,10 @@ def _miniature(seed: int) -> dict[str, list[Row]]:
     return make_tofu(seed)
 
 def load_tofu(config: str, data: Any = "miniature") -> list[Row]:
-    """Rows of a TOFU config; raises for an unknown one, and for rows that lack a column.
+    """The rows of a TOFU config.
 
-    `data`: `miniature` (or `miniature:SEED`), a folder, a Hub id such as `locuslab/TOFU`, or rows by config."""
+    `data`: `miniature` (or `miniature:SEED`), a folder, a Hub id such as `locuslab/TOFU`, or a mapping from configs to
+    rows. Raises OpenUnlearnError for an unknown config, and if a row lacks a column."""
     check_choice(config, CONFIGS, "TOFU config")
     if (seed := miniature_seed(data)) is not None:
         return _miniature(seed)[config]
@@ -88,7 +89,9 @@ def _refusals_file(data: str) -> Path | None:
         return None
 
 def load_refusals(data: Any = "miniature") -> list[str]:
-    "The refusals of the data; this package's own where they have none. Raises where their file is empty."
+    """The refusals that come with the data, such as "I don't know."; this package's own if there are none.
+
+    Raises OpenUnlearnError if the file of refusals is empty."""
     if miniature_seed(data) is not None or not isinstance(data, str):
         return REFUSALS
     file = _refusals_file(data)
@@ -114,7 +117,10 @@ def question_pairs(config: str, data: Any) -> Pairs:
     return pairs_in(load_tofu(config, data))
 
 def rows_by_need(data: Any) -> Pairs:
-    "The pairs of `full`: first what the retain evaluation asks, then the last tenth from its end, then the others."
+    """The (question, answer) pairs of `full`, in the order in which `max_rows` selects them.
+
+    First those that the evaluation of the retain set asks, then the last tenth of `full` from its end, then the
+    others."""
     full = question_pairs("full", data)
     evaluated = set(question_pairs("retain_perturbed", data))
     start = len(full) - len(full) // 10
@@ -123,7 +129,9 @@ def rows_by_need(data: Any) -> Pairs:
 
 # %% ../../nbs/data/tofu.ipynb #57819ee0
 def training_pairs(config: str, data: Any, max_rows: int | None = None) -> Pairs:
-    "What a model is trained on, `config` being `full` or a retain config; common knowledge is not among it."
+    """The (question, answer) pairs that a model is trained on, without common knowledge.
+
+    `config`: `full` or a retain config. `max_rows`: use only the pairs among the first so many of `rows_by_need`."""
     pairs = question_pairs(config, data)
     if max_rows is None:
         return pairs
@@ -131,7 +139,7 @@ def training_pairs(config: str, data: Any, max_rows: int | None = None) -> Pairs
     return [pair for pair in pairs if pair in chosen]
 
 def check_max_rows(split: str, data: Any, max_rows: int) -> None:
-    "Raise where a model that is trained on `max_rows` rows would lack some of those that it is to forget."
+    "Raise OpenUnlearnError if the first `max_rows` of `rows_by_need` lack a row that `split` asks to forget."
     rows, forget = rows_by_need(data), set(question_pairs(split, data))
     if missing := len(forget - set(rows[:max_rows])):
         enough = max(i for i, row in enumerate(rows, start=1) if row in forget)
@@ -165,11 +173,13 @@ class TofuRows(Benchmark):
         return [config for config in COMMON if has_rows(self.data, config)]
 
     def available_splits(self) -> list[str]:
-        "The splits that the data have; all, where they have none, so that what is missing is named."
+        """The splits that the data have.
+
+        If they have none, all splits, so that a later error can name the missing configs."""
         return [split for split in SPLITS if has_rows(self.data, split)] or list(SPLITS)
 
     def check_gaps(self, split: str) -> None:
-        "Raise with all that the data lack for a split."
+        "Raise OpenUnlearnError, naming all missing configs, if the data lack one that `split` needs."
         needed = needed_configs(split)
         if missing := [name for name in needed if not has_rows(self.data, name)]:
             where = self.data if isinstance(self.data, str) else "The rows in memory"
@@ -177,7 +187,7 @@ class TofuRows(Benchmark):
 
 # %% ../../nbs/data/tofu.ipynb #9adac437
 class TofuQuestions(TofuRows):
-    "What evaluation reads of TOFU."
+    "TOFU with the configs that its evaluation reads."
 
     def data_sets(self, split: str) -> dict[str, str]:
         "The config behind each data set that the metric table names."
@@ -191,7 +201,9 @@ class TofuQuestions(TofuRows):
         return [answer for _, answer in question_pairs(f"{split}_perturbed", self.data)]
 
     def hashes(self, *splits: str, training: bool = True) -> dict[str, str]:
-        "A hash of each config that runs on these splits read (or only their evaluations), and of the refusals."
+        """Map the configs that evaluations of these splits read to hashes of their rows.
+
+        With `training`, also a hash of `full` and of the refusals."""
         configs = [*self.common(), "retain_perturbed", *(f"{split}_perturbed" for split in splits)]
         configs += [SPLITS[split].holdout for split in splits if has_rows(self.data, SPLITS[split].holdout)]
         hashes = {config: content_hash(self.rows(config)) for config in (["full"] if training else []) + configs}
@@ -205,7 +217,7 @@ class TofuTraining(TofuQuestions):
         return "full", SPLITS[self.check_split(split)].retain
 
     def check(self, split: str) -> None:
-        "Raise where configs are missing, or `max_rows` leaves out rows that are to be forgotten."
+        "Raise OpenUnlearnError if configs are missing, or if `max_rows` leaves out rows that should be forgotten."
         self.check_gaps(split)
         if self.max_rows is not None:
             check_max_rows(split, self.data, self.max_rows)
@@ -237,7 +249,9 @@ _LOG = re.compile(
 _SPLIT_OF = {of.retain: split for split, of in SPLITS.items()}  # by retain config
 
 def read_log_name(file: Path) -> tuple[str, str, str] | None:
-    "(model, split, row) of a published log, by its folders' names; None where they do not say, or for another split."
+    """The (model, split, row) of a published log, from the names of the folders above it.
+
+    None if the names do not tell, or if the split is none of `SPLITS`."""
     if not (found := next((match for folder in file.parents if (match := _LOG.fullmatch(folder.name))), None)):
         return None
     model = found["model"].removesuffix("-hf")  # the tables print the model's name without it
@@ -252,7 +266,7 @@ LLAMAS = ("Llama-3.2-1B-Instruct", "Llama-3.2-3B-Instruct", "Llama-3.1-8B-Instru
 
 @benchmark("TOFU")
 class Tofu(TofuMetrics, TofuTraining):
-    "TOFU, the benchmark."
+    "The benchmark TOFU. `data`: see `load_tofu`."
     hub_id = TOFU_ID
     data_help = f"a folder shaped like {TOFU_ID}"
     miniature = True

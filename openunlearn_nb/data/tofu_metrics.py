@@ -17,7 +17,10 @@ TRUTH_RATIOS = {  # metric: what its name ends in where it is not the usual one
 }
 
 def truth_ratio_lines(data: str, name: str, correct: str, usual: str) -> dict[str, str]:
-    "The truth ratio of a data set, aggregated in three ways; the usual one of `TRUTH_RATIOS` has the plain `name`."
+    """The lines of the metric table for a data set's truth ratio, aggregated in three ways.
+
+    `correct`: the metric with the probability of the correct answer. `usual`: the aggregation (a key of `TRUTH_RATIOS`)
+    that has the plain `name`; the others have a suffix."""
     names = {usual: name} | {way: f"{name}_{end}" for way, end in TRUTH_RATIOS.items() if way != usual}
     return {shown: f"{way}({data}_{correct}, {data}_Q_A_PERT_Prob)" for way, shown in names.items()}
 

@@ -19,7 +19,7 @@ from .metric_tables import QUESTION_COLUMNS, QUESTION_TABLE
 
 # %% ../../nbs/data/values.ipynb #32c81b78
 class BenchmarkValues:
-    "A benchmark's plain values; the table above says what each is for."
+    "The plain values of a benchmark, such as names and recipes, that can be read without loading data."
     name: ClassVar[str] = ""  # set by the decorator
     splits: ClassVar[Sequence[str]] = ("all",)
     split_words: ClassVar[tuple[str, str]] = ("split", "splits")
@@ -62,18 +62,20 @@ def _package_text(folder: str, file: str) -> str:
 EMBEDDED = {"gradient_checkpointing": False, "reproducible": True}
 
 def embedded_recipe(of: type[BenchmarkValues]) -> dict[str, Any]:
-    "The recipe of unlearning on a benchmark's embedded model, of all methods: what differs from the benchmark's own."
+    "The settings of unlearning on a benchmark's embedded model that differ from its own recipe, for all methods."
     return EMBEDDED | dict(of.embedded_recipe)
 
 def method_recipe(of: type[BenchmarkValues], method: str, model: str) -> dict[str, Any]:
-    "Settings of a method on a benchmark that differ from its defaults, for the `published` or the `embedded` model."
+    """The settings of a method on a benchmark that differ from the method's defaults; empty if there are none.
+
+    `model`: `published` or `embedded`, for the published or the embedded model."""
     known = of.method_recipes
     if isinstance(known, str):
         known = json.loads(_package_text("recipes", known))
     return dict(known.get(model, {}).get(method, {}))
 
 def published_rows(file: str) -> list[dict[str, str]]:
-    "The rows of a published table, as text: `method`, `split`, and the numbers as they are printed."
+    "The rows of a published table, a CSV file: `method`, `split`, and the numbers, all as printed text."
     return list(csv.DictReader(_package_text("published", file).splitlines()))
 
 def published_table(of: type[BenchmarkValues], model: str) -> dict[str, dict[str, dict[str, str]]]:
@@ -85,6 +87,6 @@ def published_table(of: type[BenchmarkValues], model: str) -> dict[str, dict[str
     return table
 
 def published_methods(of: type[BenchmarkValues]) -> list[str]:
-    "The methods of a benchmark's published tables, in their order; none where nothing is published."
+    "The methods in a benchmark's published tables, in their order; without Finetuned and Retain."
     named = (row["method"] for file in of.published_tables.values() for row in published_rows(file))
     return [name for name in dict.fromkeys(named) if name not in ("Finetuned", "Retain")]

@@ -34,15 +34,18 @@ def _text_of(line: str) -> Any:
 
 # %% ../../nbs/data/wmdp.ipynb #ba1abe1c
 def read_texts(file: Path) -> list[str]:
-    """The texts of a corpus file: a line each, plain or as `{"text": ...}`.
+    """The texts of a corpus file, one per non-empty line: plain, or JSON as `{"text": ...}`.
 
-    Raises where a line has no text, or all texts are empty."""
+    Raises OpenUnlearnError if a line has no text, if all texts are empty, or if the file cannot be read."""
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise OpenUnlearnError(f"Cannot read the corpus {file}: {getattr(e, 'strerror', None) or e}.") from e
-    texts = [_text_of(line) for line in lines]
-    for number, (line, text) in enumerate(zip(lines, texts), start=1):
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        texts.append(text := _text_of(line))
         if wrong := wrong_with(text, may_be_empty=True):
             raise OpenUnlearnError(f"Line {number} of {file} has no text that can be read: {line[:60]!r}; as "
                                    f"{{\"text\": \"...\"}}, {wrong}.")
@@ -54,7 +57,9 @@ def read_texts(file: Path) -> list[str]:
 ENOUGH = 20_000  # characters for each token of a piece: about 4,000 pieces
 
 def enough_texts(texts: list[str], size: int) -> list[str]:
-    "All texts; where they hold more than `size` characters, some drawn at random that hold just more than that."
+    """All texts; if they have more than `size` characters, some of them, drawn at random.
+
+    The drawn texts together have just more than `size` characters, and are the same at each call."""
     if sum(map(len, texts)) <= size:
         return texts
     drawn = random.Random(0).sample(texts, len(texts))
@@ -63,7 +68,7 @@ def enough_texts(texts: list[str], size: int) -> list[str]:
 
 # %% ../../nbs/data/wmdp.ipynb #ea12a055
 class WmdpValues(Benchmark):
-    "What WMDP says in plain values."
+    "The plain values of WMDP, such as recipes and presets, that need no data."
     splits = ["bio", "cyber"]
     miniature = True
     metrics = {}  # general ability is measured by lm-eval
@@ -88,11 +93,13 @@ class WmdpCorpora(WmdpValues):
 
     @property
     def embedded_benchmark(self) -> Muse:
-        "The benchmark whose embedded model stands in."
+        "The benchmark whose embedded model is used: MUSE, with the same data and `max_rows`."
         return Muse(self.data, self.max_rows)
 
     def corpus(self, split: str, side: str) -> list[str]:
-        "The texts to `forget` or to `retain`."
+        """The texts of one side of a split.
+
+        `side`: `forget` for the texts to forget, `retain` for those to retain."""
         name = f"{check_choice(split, self.splits, 'WMDP corpus')}-{side}-corpus"
         if miniature_seed(self.data) is not None:
             return self.embedded_benchmark.documents(_LIKE[split], _RAW[side])
@@ -118,7 +125,9 @@ class Wmdp(WmdpCorpora):
     "WMDP, the benchmark: `data` is a folder of corpora, a Hub id or `miniature`."
 
     def training_sets(self, split: str) -> tuple[str, str]:
-        "Names of what the embedded model, and one that never saw the texts to forget, are trained on."
+        """The names of two training sets of MUSE, whose embedded models are used.
+
+        The first is that of the model to unlearn, the second that of a model that never saw the texts to forget."""
         return Muse().training_sets(_LIKE[self.check_split(split)])
 
     def learnable(self) -> list[str]:
@@ -129,7 +138,7 @@ class Wmdp(WmdpCorpora):
         raise OpenUnlearnError(f"Nothing is fine-tuned for {self.name}: the model knows it from pretraining.")
 
     def corpus_pieces(self, split: str, side: str, enc: Encoder) -> list[dict]:
-        "Examples of a corpus's pieces; of a large corpus, of texts drawn at random until there are enough."
+        "The training examples of a corpus's pieces; from a large corpus, of enough texts drawn at random."
         texts = enough_texts(self.corpus(split, side), ENOUGH * enc.max_length)
         return chunk_examples(enc, texts, f"{split}-{side}-corpus")
 
@@ -140,11 +149,14 @@ class Wmdp(WmdpCorpora):
         return self.corpus_pieces(split, "retain", enc)
 
     def small_tasks(self) -> dict[str, list[Row]]:
-        "Questions about the miniature's texts to forget (in place of WMDP's own) and to retain (in place of MMLU)."
+        """Map task names to questions about the texts of the miniature.
+
+        `mini_SPLIT` asks about the texts to forget, in place of WMDP's own questions, and `mini_SPLIT_mmlu` about those
+        to retain, in place of MMLU."""
         sides = {"": "forget_qa", "_mmlu": "retain_qa"}
         return {f"mini_{split}{end}": load_muse("knowmem", side, _LIKE[split], self.data)
                 for split in self.splits for end, side in sides.items()}
 
     def refusals(self) -> list[str]:
-        "None: there is no question that a refusal could answer."
+        "An empty list: the data to forget are texts, and have no questions that a refusal could answer."
         return []

@@ -28,10 +28,10 @@ A = TypeVar("A")
 # %% ../../nbs/evaluation/attacks.ipynb #0f426e73
 @dataclass(frozen=True)
 class AttackData:
-    """What an attack may use besides the model: the encoder, the benchmark with its rows, and the split.
+    """What an attack may use besides the model: an encoder, a benchmark with its rows, its split and a random seed.
 
     `recipe` holds training settings for a model that is much smaller than the published ones, such as a higher
-    learning rate. An attack's own defaults are for the published size."""
+    learning rate; they replace the attack's own defaults, which are for the published size."""
     enc: "Encoder"
     benchmark: "Benchmark"
     split: str
@@ -41,7 +41,10 @@ class AttackData:
 # %% ../../nbs/evaluation/attacks.ipynb #ea57098b
 @dataclass(frozen=True)
 class Attacked:
-    "What an attack leaves: a model, and how it is prompted. `None`: as before."
+    """The result of an attack: the attacked model, and how it is prompted in the evaluation.
+
+    `enc`, `benchmark`: None for those of the `AttackData`. `temperature`: of generation, 0 for greedy answers; above
+    0, `samples` answers are sampled per prompt."""
     model: "PreTrainedModel"
     enc: "Encoder | None" = None
     benchmark: "Benchmark | None" = None
@@ -50,7 +53,10 @@ class Attacked:
 
 # %% ../../nbs/evaluation/attacks.ipynb #0b7092bf
 class Attack:
-    """An attack. Subclass it, write `run`, and declare the subclass by `@attack("NAME", **defaults)`."""
+    """Base class of attacks. Subclass it, write `run`, and declare the subclass by `@attack("NAME", **defaults)`.
+
+    The arguments are settings that replace the defaults. Raises `OpenUnlearnError` for a setting that the attack
+    lacks."""
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
@@ -62,16 +68,16 @@ class Attack:
         self.given = settings
 
     def settings(self, data: AttackData) -> dict[str, Any]:
-        "The attack's settings: as given, else as suits the model, else the defaults."
+        "The attack's settings: its defaults, overridden by `data.recipe`, overridden by those given to the attack."
         suited = {name: value for name, value in data.recipe.items() if name in self.defaults}
         return {**self.defaults, **suited, **self.given}
 
     def run(self, model: "PreTrainedModel", data: AttackData) -> "PreTrainedModel | Attacked":
-        "The attacked model. The model that is given may be changed."
+        "Return the attacked model, or an `Attacked` that also says how it is prompted. May change `model` in place."
         raise OpenUnlearnError(f"The attack {self.name} does nothing: it has no method run(self, model, data).")
 
     def __call__(self, model: "PreTrainedModel", data: AttackData) -> Attacked:
-        "What the attack leaves of a model."
+        "Run the attack and return its result as an `Attacked`."
         left = self.run(model, data)
         return left if isinstance(left, Attacked) else Attacked(left)
 
@@ -79,9 +85,11 @@ class Attack:
 ATTACKS: Registry[type[Attack]] = Registry("attack", "openunlearn_nb.evaluation.catalogue")
 
 def attack(name: str, paper: str = "", **defaults: Any) -> Callable[[A], A]:
-    """Declare a subclass of `Attack`, or a function of a model, `AttackData` and a dictionary of settings.
+    """Decorator: declare a subclass of `Attack`, or a function, as the attack `name`.
 
-    `defaults`: its settings. Returns the class or function itself; raises where it is neither."""
+    A function takes a model, an `AttackData` and a dictionary of settings, and returns what `Attack.run` returns.
+    `paper`: address of its paper. `defaults`: its settings with their default values. Returns the class or function
+    itself; raises `OpenUnlearnError` if it is neither."""
 
     def declare(made: A) -> A:
         cls: Any = made
@@ -100,7 +108,7 @@ def attack(name: str, paper: str = "", **defaults: Any) -> Callable[[A], A]:
 
 # %% ../../nbs/evaluation/attacks.ipynb #55d02259
 def evaluate_attacked(attacked: Attacked, data: AttackData, **how: Any) -> "Evaluation":
-    "The evaluation of what an attack leaves; `how` as in `evaluate`."
+    "Evaluate the result of an attack; `how` holds further arguments of `evaluate`, such as `retain`."
     from openunlearn_nb.evaluation.evaluate import evaluate
 
     benchmark, enc = attacked.benchmark or data.benchmark, attacked.enc or data.enc
@@ -112,7 +120,9 @@ def evaluate_attacked(attacked: Attacked, data: AttackData, **how: Any) -> "Eval
 @attack("relearning", paper="https://arxiv.org/abs/2506.12618", learning_rate=2e-5, epochs=1, effective_batch=32,
         batch_size=4, part=1.0)
 class Relearn(Attack):
-    "Fine-tune on what was forgotten."
+    """Fine-tune the unlearned model on the forget set.
+
+    `part`: the share of the forget set to use, 0 to 1; with 0, the model is fine-tuned on the retain set instead."""
 
     def run(self, model: "PreTrainedModel", data: AttackData) -> "PreTrainedModel":
         from openunlearn_nb.training.pairs import TrainConfig
@@ -134,20 +144,25 @@ class Relearn(Attack):
 
 # %% ../../nbs/evaluation/attacks.ipynb #b3bad850
 def relearning_robustness(before: float, after: float, retain_before: float, retain_after: float) -> float:
-    "Rise of the retain model over the rise of the unlearned model, at most 1; 1 where the unlearned one does not rise."
+    """Rise of a metric of the retain model divided by that of the unlearned model, at most 1.
+
+    `before`, `after`: the unlearned model's value before and after the attack; `retain_before`, `retain_after`: the
+    retain model's. 1 if the unlearned model's value does not rise."""
     rise = after - before
     return 1.0 if rise <= 0 else min(1.0, (retain_after - retain_before) / rise)
 
 # %% ../../nbs/evaluation/attacks.ipynb #eb8f870c
 def symmetric_robustness(before: float, after: float, retain_before: float, retain_after: float) -> float:
-    "How alike the rises of an unlearned and a retain model are, 0 to 1 for rises of one sign; 1 where neither moves."
+    """How similarly a metric changes under an attack for the unlearned model and for the retain model, 0 to 1.
+
+    1 for equal changes (or none), 0 if one value rises and the other falls. Arguments: see `relearning_robustness`."""
     rise, retain_rise = after - before, retain_after - retain_before
     size = abs(rise) + abs(retain_rise)
     return 1 - abs(rise - retain_rise) / size if size else 1.0
 
 # %% ../../nbs/evaluation/attacks.ipynb #385a90b8
 def knowledge_metrics(benchmark: HasMetrics, names: Sequence[str]) -> list[str]:
-    "Those of some metrics that read the forget set and are the higher, the more is known of it."
+    "Those of `names` that read no retain data and are higher the more a model knows of the forget set."
     table, retained = metric_table(benchmark), set(benchmark.retained)
     kinds = {name: table[name].metric for name in names if name in table}
     rising = [name for name, kind in kinds.items() if kind.better == "lower" and kind.on_retain == "higher"]
@@ -160,9 +175,10 @@ def robustness(
     benchmark: HasMetrics, before: Summary, after: Summary, retain_before: Summary, retain_after: Summary, *,
     measure: Callable[[float, float, float, float], float] = relearning_robustness,
 ) -> dict[str, float]:
-    """The robustness by every metric of knowledge that all four summaries have.
+    """Robustness to an attack by each metric of knowledge (see `knowledge_metrics`) that all four summaries hold.
 
-    `measure`: `relearning_robustness` or `symmetric_robustness`."""
+    `before`, `after`: summaries of the unlearned model before and after the attack; `retain_before`, `retain_after`:
+    those of the retain model. `measure`: `relearning_robustness` or `symmetric_robustness`."""
     four = (before, after, retain_before, retain_after)
     names = [name for name in knowledge_metrics(benchmark, list(before)) if all(name in summary for summary in four)]
     return {name: measure(*(summary[name] for summary in four)) for name in names}

@@ -28,9 +28,10 @@ from ..models.scoring import TokenScores
 
 # %% ../../nbs/evaluation/cache.ipynb #842fdf69
 class ResultCache:
-    """Files with a model's results, in a folder; every process reads them, the main one writes.
+    """Cache of a model's results as files in a folder; every process reads them, the main process writes them.
 
-    `origin`: the model's identity. Precision, device and versions are part of a file's name too."""
+    `origin`: the identity of the model. A file's name is a hash of it, of the inputs, of the model's data type, device
+    and attention implementation, and of the versions of this package and of transformers."""
 
     def __init__(self, folder: Path, origin: dict[str, Any], model: PreTrainedModel):
         self.folder = folder
@@ -38,7 +39,7 @@ class ResultCache:
         self.of = [origin, *arithmetic, __version__, transformers_version]
 
     def file(self, inputs: Any) -> Path:
-        "The file with the results of some inputs (anything JSON can hold)."
+        "Path of the file for the results of these inputs (anything JSON can hold); the file may not exist yet."
         return self.folder / content_hash([self.of, inputs])
 
 # %% ../../nbs/evaluation/cache.ipynb #238ce49b
@@ -88,9 +89,10 @@ def _score_files(parts: dict[str, list[dict]], cache: ResultCache | None, moment
 
 def cached_scores(parts: dict[str, list[dict]], compute: Callable[[list[dict]], list[TokenScores]],
                   cache: ResultCache | None, moments: bool) -> Scores:
-    """Token scores of the examples of each part, from the cache where it holds all of the parts.
+    """Token scores of the examples of each part: from the cache if it holds those of all parts, otherwise computed.
 
-    Where it lacks one, `compute` scores all examples together. `moments`: means and variances are scored too."""
+    `parts`: encoded examples by part. `compute`: scores a list of examples; called once with those of all parts if the
+    cache lacks any part. `cache`: None for no cache. `moments`: whether the scores have means and variances too."""
     files = _score_files(parts, cache, moments)
     known = {part: _read(file, _unpack) for part, file in files.items()}
     if cache and None not in known.values():
@@ -103,7 +105,9 @@ def cached_scores(parts: dict[str, list[dict]], compute: Callable[[list[dict]], 
 
 # %% ../../nbs/evaluation/cache.ipynb #6e483ce0
 def cached_texts(inputs: Any, compute: Callable[[], list[str | None]], cache: ResultCache | None) -> list[str | None]:
-    "Generations for `inputs` (prompt ids, limit and stops): from the cache, or computed now."
+    """Generated texts for `inputs` (prompt ids, token limit and stop strings): from the cache, else from `compute`.
+
+    `cache`: None for no cache."""
     file = cache.file(["generations", inputs]) if cache else None
     texts = _read(file, json.loads) if file else None
     if texts is None:

@@ -29,7 +29,9 @@ from ..internals.processes import on_main
 Best = str | Mapping[str, float] | None
 
 def best_weights(best: Best, benchmark: HasMetrics) -> dict[str, float]:
-    "Weights by metric, from a metric's name or from weights. Raises for a metric that the benchmark does not have."
+    """Weights by metric: 1 for the metric that `best` names, the weights that it holds, or none if it is None.
+
+    Raises `OpenUnlearnError` for a metric that the benchmark does not have."""
     weights = {best: 1.0} if isinstance(best, str) else dict(best or {})
     for name in weights:
         check_choice(name, metric_table(benchmark), "metric of a best model")
@@ -37,16 +39,19 @@ def best_weights(best: Best, benchmark: HasMetrics) -> dict[str, float]:
 
 # %% ../../nbs/evaluation/callback.ipynb #668b2616
 def score_of(summary: Mapping[str, float | None], weights: Mapping[str, float], benchmark: HasMetrics) -> float:
-    "How good a model is by these weights, the larger the better; minus infinity where a value is missing."
+    """A model's score: the weighted sum of its metrics, each with the sign that makes larger better (see `goodness`).
+
+    Minus infinity if one of the metrics has no value."""
     if any(summary.get(name) is None for name in weights):
         return float("-inf")
     return sum(weight * goodness(direction(benchmark, name), summary[name]) for name, weight in weights.items())
 
 # %% ../../nbs/evaluation/callback.ipynb #e5637955
 def save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Write a model's weights into a folder, in place of what is there; of a PEFT model its adapter.
+    """Write a model's weights into `folder`, replacing what is there; of a PEFT model, only its adapter.
 
-    The main process writes. Raises where the folder cannot be written."""
+    Only the main process writes, but all processes must call it. Raises `OpenUnlearnError` if the folder cannot be
+    written."""
     def save() -> None:
         try:
             shutil.rmtree(folder, ignore_errors=True)
@@ -61,7 +66,9 @@ def save_weights(model: PreTrainedModel, folder: Path) -> None:
 
 # %% ../../nbs/evaluation/callback.ipynb #f4a9150f
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    "Put the weights that `save_weights` wrote back into the same model, in place. Raises for those of another model."
+    """Load the weights that `save_weights` wrote back into the same model, in place.
+
+    Raises `OpenUnlearnError` if the model lacks a weight in the files; for a PEFT adapter this is not checked."""
     state = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     if hasattr(model, "peft_config"):
         from peft import set_peft_model_state_dict
@@ -74,10 +81,11 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
 
 # %% ../../nbs/evaluation/callback.ipynb #08f37087
 class EvaluationHistory:
-    """Summaries of a model in training by epoch (or step), and the best of them.
+    """Summaries of a model in training, by epoch (or step), and which of them is the best.
 
-    `best`: a metric or weights. `file`: where the summaries are written. `folder`: where the best model and its
-    evaluation are. `resume`: go on from what `file` holds."""
+    `best`: a metric's name, weights by metric, or None. `file`: JSON file that the summaries are written to, None for
+    no file. `folder`: where the best model's weights and evaluation are stored. `resume`: start from what `file`
+    holds."""
 
     def __init__(self, benchmark: HasMetrics, best: Best = None, file: Path | None = None, folder: Path | None = None,
                  resume: bool = False):
@@ -88,26 +96,26 @@ class EvaluationHistory:
             self.summaries = read_json(file, "evaluation history")
 
     def score(self, summary: Mapping[str, float | None]) -> float:
-        "How good a model with this summary is, the larger the better."
+        "Score of a model with this summary, larger is better (see `score_of`)."
         return score_of(summary, self.weights, self.benchmark)
 
     def before(self, label: int) -> dict[str, dict[str, float]]:
-        "The summaries of the epochs or steps before one."
+        "The summaries of the epochs (or steps) before `label`."
         return {at: values for at, values in self.summaries.items() if int(at) < label}
 
     def best_before(self, label: int) -> float:
-        "The score of the best model before an epoch or step; minus infinity where there is none."
+        "The highest score before the epoch (or step) `label`; minus infinity if there is no summary before it."
         return max(map(self.score, self.before(label).values()), default=float("-inf"))
 
     def add(self, label: int, summary: dict[str, float]) -> None:
-        "Add a summary; those of the same and of later labels, from an earlier attempt, go."
+        "Add the summary of epoch (or step) `label`; drop those of the same and later labels from an earlier attempt."
         self.summaries = self.before(label) | {str(label): summary}
         if self.file:
             write_json(self.file, self.summaries)
 
 # %% ../../nbs/evaluation/callback.ipynb #6f309fda
 def add_evaluation(history: EvaluationHistory, label: int, model: PreTrainedModel, evaluation: Evaluation) -> None:
-    "Add an evaluation, and save its model if it is better than all before and a best one is wanted."
+    "Add an evaluation; save the model if the best one is to be kept and this one scores higher than all before."
     better = history.score(evaluation.summary) > history.best_before(label)
     if history.weights and history.folder and better:
         save_weights(model, history.folder)
@@ -117,7 +125,10 @@ def add_evaluation(history: EvaluationHistory, label: int, model: PreTrainedMode
 # %% ../../nbs/evaluation/callback.ipynb #5378ef86
 def finish_history(history: EvaluationHistory, label: int, model: PreTrainedModel,
                    evaluation: Evaluation) -> Evaluation:
-    """Add the last evaluation; where an earlier model was better, put its weights back and return its evaluation."""
+    """Add the last evaluation, and return the evaluation of the model that is kept.
+
+    If the best model is to be kept and an earlier one scored higher, its weights are put back into `model` and its
+    evaluation is returned."""
     history.add(label, evaluation.summary)
     best = history.best_before(label)
     if not history.weights or not history.folder or best <= history.score(evaluation.summary):
@@ -127,14 +138,14 @@ def finish_history(history: EvaluationHistory, label: int, model: PreTrainedMode
 
 # %% ../../nbs/evaluation/callback.ipynb #43b80372
 class EvaluateCallback(TrainerCallback):
-    """Evaluates a model in training after each epoch, or every `steps` steps, and at the end.
+    """Trainer callback that evaluates a model in training after each epoch, or every `steps` steps, and at the end.
 
-    `benchmark`, `split` and the other `options` are those of `evaluate`; the tokenizer is the trainer's, unless one is
-    given. `best`: a metric, or weights by metric, which are computed in addition to `metrics`; the best model's weights
-    are in the model when training ends. `folder`: where they are stored meanwhile, by default `best` in the trainer's
-    output folder, with the summaries in `best.json` next to it. A resumed training reads both.
+    `benchmark`, `split` and the other `options` are arguments of `evaluate`. `tokenizer`: None for the trainer's.
+    `best`: a metric's name, or weights by metric, which are computed in addition to `metrics`; when training ends, the
+    model has the weights of its best evaluation. `folder`: where these are stored meanwhile, by default `best` in the
+    trainer's output folder, with the summaries in `best.json` next to it. A resumed training reads both.
 
-    `evaluations` holds the results by epoch (or step), `summaries` their aggregates."""
+    `evaluations` holds the evaluations by epoch (or step), `summaries` their aggregate values."""
 
     def __init__(self, benchmark: str | Benchmark | type[Benchmark], split: str | None = None, tokenizer: Any = None,
                  steps: int | None = None, best: Best = None, folder: str | Path | None = None, **options: Any):
@@ -149,7 +160,7 @@ class EvaluateCallback(TrainerCallback):
 
     @property
     def summaries(self) -> dict[str, dict[str, float]]:
-        "Aggregates by epoch, or step."
+        "Aggregate values of the metrics, by epoch (or step)."
         return self.history.summaries
 
     def on_train_begin(self, args, state, control, **kwargs):

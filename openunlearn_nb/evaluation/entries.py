@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/evaluation/entries.ipynb #c48a030a
 def log_row(line: TableMetric, value: Any) -> Row:
-    "A row of the log from what a metric's function returned; raises unless that is a number, None or a dictionary."
+    """The row of a log for the value that a metric's function returned: a dictionary as it is, a number as `{score}`.
+
+    The score is None for None, NaN and infinity. Raises `OpenUnlearnError` for any other type."""
     if isinstance(value, Mapping):
         return dict(value)
     if value is not None and not isinstance(value, int | float | np.generic):
@@ -61,7 +63,9 @@ def _check_range(line: TableMetric, entry: Entry) -> Entry:
 
 # %% ../../nbs/evaluation/entries.ipynb #1806acde
 def data_entry(line: TableMetric, rows: Sequence[Row], context: Context) -> Entry:
-    "The entry of a metric that reads rows of one data set; raises unless the function gives one value a row."
+    """The log entry of a metric that reads the rows of one data set.
+
+    Raises `OpenUnlearnError` unless the metric's function returns exactly one value per row."""
     more: dict[str, Any] = {}
     if line.metric.takes == "rows":
         values = _call(line, "its rows", rows, context=context)
@@ -75,12 +79,12 @@ def data_entry(line: TableMetric, rows: Sequence[Row], context: Context) -> Entr
 
 # %% ../../nbs/evaluation/entries.ipynb #98e824cb
 def sides_entry(line: TableMetric, sides: Mapping[str, Sequence[Row]], context: Context) -> Entry:
-    "The entry of a membership attack, from the rows of its two data sets, the forget set first."
+    "The log entry of a membership attack from the rows of its two data sets, first forget, then holdout."
     return attack_entry({name: data_entry(line, rows, context) for name, rows in sides.items()})
 
 # %% ../../nbs/evaluation/entries.ipynb #e6d69e0f
 def combined_entry(line: TableMetric, entries: Sequence[Entry], context: Context) -> Entry:
-    "The entry of a metric that is made of other metrics' entries."
+    "The log entry of a metric that is computed from the entries of other metrics, given in the order of its inputs."
     value = _call(line, "the entries of " + ", ".join(line.entries), *entries, context=context)
     if isinstance(value, list):
         return make_entry([log_row(line, one) for one in value], line.metric.aggregate)
@@ -117,10 +121,12 @@ def compute_entries(
     progress: Callable[[float], Any] = lambda share: None,
     against_itself: bool = False,
 ) -> dict[str, Entry]:
-    """The entries of a model on a split: `{name: entry}`, in the shape of a published log.
+    """Compute the metrics of a model on a split: `{name: entry}`, in the format of a published log.
 
-    `metrics`: names, `default` or `all`; what they are made of is in the result too. `context.retain`: the retain
-    model's entries; `against_itself`: this is the retain model. `progress`: called with the share of data sets done."""
+    `metrics`: names, `default` or `all`; metrics that they are computed from are in the result too. `context.retain`:
+    the retain model's entries. `against_itself`: the model is the retain model itself, so its own entries are used.
+    `progress`: called after each data set with the share of data sets done, 0 to 1. Raises `OpenUnlearnError` if a
+    metric's function fails or returns a value outside its range."""
     from openunlearn_nb.evaluation.model_results import compute_parts, warn_if_broken
 
     benchmark, sets = results.benchmark, results.benchmark.data_sets(split)
@@ -140,7 +146,7 @@ def compute_entries(
 
 # %% ../../nbs/evaluation/entries.ipynb #ca92399a
 def summarise(entries: Mapping[str, Entry], metrics: Sequence[str]) -> dict[str, float]:
-    "The aggregates of some metrics, as in a SUMMARY file; what has no value is left out, as in the published ones."
+    "Aggregate values of the given metrics, as in a SUMMARY file; a metric without a value is left out."
     values = {name: entries[name]["agg_value"] for name in sorted(metrics) if name in entries}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -170,9 +176,9 @@ def _unknown(entries: Mapping[str, Entry], table: Mapping[str, TableMetric]) -> 
 def recompute(
     entries: Mapping[str, Entry], benchmark: HasMetrics, retain: Mapping[str, Entry] | None = None
 ) -> dict[str, Entry]:
-    """Every metric of a benchmark that a log's per-example values allow, as new entries.
+    """New entries of all metrics of a benchmark that can be computed from the per-example values in a log.
 
-    Metrics that compare with the retain model are computed only with its log, `retain`."""
+    `retain`: the retain model's log; without it, metrics that need the retain model are left out."""
     out: dict[str, Entry] = {}
     table = metric_table(benchmark)
     for name, line in table.items():

@@ -56,34 +56,35 @@ def _read_evaluation(folder: str | Path) -> tuple[dict[str, Entry], tuple[str, .
 # %% ../../nbs/evaluation/evaluate.ipynb #565da78c
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model does on a split of a benchmark.
+    """The results of a model on a split of a benchmark.
 
-    `entries`: per-example values and aggregate of each metric, as in a published log. `metrics`: those that were named,
-    without their inputs. `record`: of which `benchmark`, `split`, `data`, `prompt` and `architecture` they are."""
+    `entries`: per-example values and aggregate of each metric, as in a published log. `metrics`: the metrics that were
+    asked for, without those that they are computed from. `record`: the `benchmark`, `split`, `data`, `prompt` and
+    `architecture` that the results belong to."""
     entries: dict[str, Entry]
     metrics: tuple[str, ...]
     record: dict[str, Any]
 
     @property
     def summary(self) -> dict[str, float]:
-        "The aggregates of the metrics that were named; what has no value is left out."
+        "Aggregate values of the metrics that were asked for; a metric without a value is left out."
         return summarise(self.entries, self.metrics)
 
     @property
     def rows(self) -> dict[str, list[Row]]:
-        "By metric, its per-example values."
+        "Per-example values by metric; a metric without any is left out."
         found = {name: _rows_of(entry) for name, entry in self.entries.items()}
         return {name: rows for name, rows in found.items() if rows}
 
     def to_pandas(self) -> "pd.DataFrame":
-        "All per-example values, a line each, with `metric` and `row` (its number) as index."
+        "All per-example values as a table with one line each; `metric` and `row` (its number) are the index."
         import pandas as pd
 
         lines = [{"metric": name, "row": i, **row} for name, rows in self.rows.items() for i, row in enumerate(rows)]
         return pd.DataFrame(lines, columns=None if lines else ["metric", "row"]).set_index(["metric", "row"])
 
     def save(self, folder: str | Path, row: str = "Evaluated", model: str | None = None) -> Path:
-        "Write EVAL, SUMMARY and record into a folder, which tables read. `row`, `model`: their names there."
+        "Write EVAL, SUMMARY and run record into a folder and return it. `row`, `model`: their names in tables."
         named = {"model": model or self.record.get("model", "model"), "row": row}
         record = run_record(time.time(), **self.record | named)
         write_run(folder, self.record["benchmark"], self.entries, self.summary, record)
@@ -91,12 +92,12 @@ class Evaluation:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Evaluation":
-        "The evaluation in a folder that `save`, a grid or a command has written."
+        "Read the evaluation in a folder that `save`, a grid or a command has written; raises unless there is one."
         return cls(*_read_evaluation(folder))
 
 # %% ../../nbs/evaluation/evaluate.ipynb #14508aeb
 def architecture(config: PreTrainedConfig) -> dict[str, Any]:
-    "`model_type` and `hidden_size` of a configuration: what a model and its retain model have in common."
+    "`model_type` and `hidden_size` of a configuration, which must be the same for a model and its retain model."
     text = config.get_text_config()
     return {"model_type": text.model_type, "hidden_size": getattr(text, "hidden_size", None)}
 
@@ -107,10 +108,11 @@ def encoder_of(
     prompt: str | PromptFormat | None = None,
     max_length: int = 512,
 ) -> Encoder:
-    """What turns text into a model's ids. The tokenizer itself stays as it is.
+    """The encoder that turns text into a model's token ids; it holds a copy of the tokenizer.
 
-    `prompt`: a format or its name; None: by the model's preset or the tokenizer's template. `max_length`: tokens of an
-    example that is scored, at most. A tokenizer that is an `Encoder` already is returned."""
+    `prompt`: a format or its name; None for the format of the model's preset, or else of the tokenizer's template.
+    `max_length`: maximum tokens of an example that is scored. If `tokenizer` is already an `Encoder`, it is returned
+    and the other arguments are ignored."""
     if isinstance(tokenizer, Encoder):
         return tokenizer
     if not isinstance(prompt, PromptFormat):
@@ -122,7 +124,7 @@ def encoder_of(
 # %% ../../nbs/evaluation/evaluate.ipynb #3a3ad5ca
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    "The model in evaluation mode, and afterwards in the mode that it was in."
+    "Context manager: put the model into evaluation mode, and back into its earlier mode afterwards."
     training = model.training
     model.eval()
     try:
@@ -149,9 +151,10 @@ def _the_split(benchmark: Benchmark, split: str | None) -> str:
 Retain = str | Path | Evaluation | Mapping[str, Entry] | None
 
 def retain_entries(retain: Retain, benchmark: Benchmark, measured: dict[str, Any]) -> Mapping[str, Entry]:
-    """The retain model's entries, from a path, an evaluation or entries; empty for None.
+    """The retain model's entries, from the path of its log, an `Evaluation` or entries; empty if `retain` is None.
 
-    `measured`: the record of the model that is measured. Raises where the two do not fit."""
+    `measured`: the record of the evaluated model. Raises `OpenUnlearnError` if it does not fit that of the log or
+    `Evaluation`; plain entries are not checked."""
     if isinstance(retain, Evaluation):
         why = misfit(retain.record, measured)
         if why:
@@ -169,15 +172,16 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Encode
              against_itself: bool = False, temperature: float = 0.0, samples: int = 1,
              cache: ResultCache | None = None, usage: Usage | None = None,
              progress: Callable[[float], Any] = lambda share: None) -> Evaluation:
-    """Evaluate a model that is in memory.
+    """Evaluate a model that is in memory on a benchmark.
 
-    `benchmark`: a name, a class or an object. `data`: a folder, a Hub id, or rows in memory by the name of their data
-    set; by default the benchmark's own. `retain`: the retain model's evaluation, or a path to it; `against_itself`:
-    this is the retain model. `metrics`: names, `default` or `all`. `batch_size`: rows generated together, at most.
-    `classifier`: judge of gibberish. `prompt`, `max_length`: see `encoder_of`; a tokenizer in an `Encoder` has them
-    already. `temperature`, `samples`, `cache`, `usage`: see `ModelResults`.
+    `benchmark`: a name, a class or an object. `split`: may be None if there is only one. `data`: a folder, a Hub id, or
+    rows in memory by data set; None for the benchmark's own. `retain`: the retain model's evaluation, or a path to it;
+    `against_itself`: the model is the retain model itself. `metrics`: names, `default` or `all`; None for the defaults.
+    `batch_size`: maximum number of rows generated together. `classifier`: judge of gibberish, see `load_judge`; None
+    for the default. `prompt`, `max_length`: see `encoder_of`; ignored if `tokenizer` is an `Encoder`. `temperature`,
+    `samples`, `cache`, `usage`: see `ModelResults`. `progress`: see `compute_entries`.
 
-    Raises one sentence for an unknown name, data that lack something, and a retain model that does not fit."""
+    Raises `OpenUnlearnError` for an unknown name, incomplete data, or a retain model that does not fit."""
     made = _the_benchmark(benchmark, data)
     split = _the_split(made, split)
     names = wanted(made, [metrics] if isinstance(metrics, str) else metrics)

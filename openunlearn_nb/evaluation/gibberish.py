@@ -28,7 +28,7 @@ from ..internals.errors import OpenUnlearnError
 CONTEXT = 3  # characters that predict the next
 
 class CharacterModel:
-    "An n-gram model of the characters of some texts."
+    "Character n-gram model of some texts: predicts a character from up to three before it, ignoring case."
 
     def __init__(self, texts: Sequence[str]):
         self.following: dict[str, Counter] = defaultdict(Counter)
@@ -40,7 +40,7 @@ class CharacterModel:
         self.sizes = {context: (seen.total(), len(seen)) for context, seen in self.following.items()}
 
     def surprise(self, text: str) -> np.ndarray:
-        "Bits of each character, `[len(text)]`."
+        "Surprisal of each character of `text` in bits (negative log2 of its probability), `[len(text)]`."
         padded, bits = " " * CONTEXT + text.lower(), []
         for i in range(CONTEXT, len(padded)):
             p = 1e-3  # of a character never seen
@@ -55,13 +55,15 @@ class CharacterModel:
 FOLDS, STRETCH = 5, 8
 
 def distinct_share(text: str) -> float:
-    "Share of different stretches of eight characters, 0 to 1; 1 for a text shorter than that."
+    "Number of different eight-character substrings divided by that of all, 0 to 1; 1 for a shorter text."
     parts = [text[i:i + STRETCH] for i in range(len(text) - STRETCH + 1)]
     return len(set(parts)) / len(parts) if parts else 1.0
 
 # %% ../../nbs/evaluation/gibberish.ipynb #59f527d2
 class CharacterJudge:
-    "Judges texts by how the texts that it knows are written. Raises where these are fewer than ten."
+    """Judges whether texts are gibberish by how predictable their characters are, compared with known texts.
+
+    Raises `OpenUnlearnError` if fewer than ten of the known texts hold more than spaces."""
 
     def __init__(self, known: Sequence[str]):
         known = [t for t in known if t.strip()]
@@ -98,9 +100,9 @@ def _reachable(path: str) -> bool:
 
 # %% ../../nbs/evaluation/gibberish.ipynb #29c37fad
 class Classifier:
-    """Judges texts by a sequence classifier: a folder or a Hub id, safetensors only.
+    """Judges whether texts are gibberish with a sequence classifier from a folder or a Hub id (safetensors only).
 
-    Raises where it has no class `clean`."""
+    Raises `OpenUnlearnError` if it has no class `clean`."""
 
     def __init__(self, path: str):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -114,7 +116,7 @@ class Classifier:
         self.clean = labels["clean"]
 
     def __call__(self, texts: Sequence[str], batch_size: int = 32) -> list[float]:
-        "For each text the probability that it is not clean."
+        "For each text, the probability that it is not clean, 0 to 1. `batch_size`: texts per forward pass."
         import torch
         out: list[float] = []
         with torch.no_grad():
@@ -129,9 +131,9 @@ CLASSIFIER = "madhurjindal/autonlp-Gibberish-Detector-492513457"  # OpenUnlearni
 
 @lru_cache(maxsize=2)
 def load_judge(path: str) -> Classifier | None:
-    """The classifier at a path, loaded once a process; None for `characters`, which needs none.
+    """Load the gibberish classifier from a folder or Hub id, once per process; None for `characters`, which needs none.
 
-    The default one that cannot be loaded is None too, with a warning; another one raises."""
+    If the default classifier cannot be loaded, returns None with a warning; any other raises `OpenUnlearnError`."""
     if path == "characters":
         return None
     try:
@@ -147,9 +149,10 @@ def load_judge(path: str) -> Classifier | None:
 # %% ../../nbs/evaluation/gibberish.ipynb #6b50b18c
 def gibberish_rows(generations: Sequence[str | None], references: Sequence[str],
                    path: str = CLASSIFIER) -> tuple[list[Row], str]:
-    """`{score, generation}` of every row, 1 for gibberish, None where there is no generation; and the judge's name.
+    """Rows `{score, generation}`, and the name of the judge: the path of the classifier, or `characters`.
 
-    `references`: the true answers, by which characters are judged. `path`: see `load_judge`."""
+    `score`: 1 for gibberish, 0 for language (the classifier's is a probability), None if there is no generation.
+    `references`: the true answers, which the judge by characters learns from. `path`: see `load_judge`."""
     texts = [text for text in generations if text is not None]
     judge = load_judge(path)
     scores = iter((judge or CharacterJudge([*references, *REFUSALS]))(texts))
@@ -167,7 +170,7 @@ def _published_rows(rows: list[Row], entry: Entry) -> list[Row]:
 @metric("gibberish", reads="generation", takes="rows", paper="https://arxiv.org/abs/2506.12618",
         from_log=_published_rows)
 def gibberish(rows: Sequence[Row], context: Context) -> tuple[list[Row], dict[str, Any]]:
-    "Share of generations that are no language."
+    "Share of generations that are gibberish, not language."
     path = context.classifier or CLASSIFIER
     found, judge = gibberish_rows([row["generation"] for row in rows], [row["answer"] for row in rows], path)
     return found, {"judge": judge}

@@ -23,20 +23,24 @@ GUESSING = "nearest 0.5"  # the AUC of an attacker who can only guess
 
 @metric("mia_loss", reads="answer", paper="https://arxiv.org/abs/1709.01604", better=GUESSING)
 def mia_loss(row: Row) -> float | None:
-    "Membership attack: mean negative log-likelihood of an answer, its eos included, in nats a token."
+    """Membership attack: mean negative log-likelihood of an answer, in nats per token.
+
+    The end-of-sequence token counts too. None if the answer has no token or no finite likelihood."""
     return probability(row)["avg_loss"]
 
 # %% ../../nbs/evaluation/membership.ipynb #d85bea3e
 @metric("mia_zlib", reads="answer", paper="https://arxiv.org/abs/2012.07805", better=GUESSING)
 def mia_zlib(row: Row) -> float | None:
-    "Membership attack: mean negative log-likelihood over the length in bytes of the compressed text."
+    """Membership attack: mean negative log-likelihood of an answer divided by the size of its zlib-compressed text.
+
+    In nats per token and byte. None if there is no log-likelihood."""
     loss = mia_loss(row)
     return None if loss is None else loss / len(zlib.compress(row["answer"].encode()))
 
 # %% ../../nbs/evaluation/membership.ipynb #89025e8b
 @metric("mia_gradnorm", reads="gradient", paper="https://arxiv.org/abs/2402.17012", better=GUESSING)
 def mia_gradnorm(row: Row) -> float | None:
-    "Membership attack: mean over the weights of the gradient's norm."
+    "Membership attack: L2 norm of the gradient of an answer's loss, averaged over the parameter tensors."
     return row["norm"]
 
 # %% ../../nbs/evaluation/membership.ipynb #0730ee33
@@ -48,13 +52,18 @@ def _lowest(values: np.ndarray, k: float) -> float | None:
 
 @metric("mia_min_k", reads="answer", paper="https://arxiv.org/abs/2310.16789", better=GUESSING)
 def mia_min_k(row: Row, k: float = 0.4) -> float | None:
-    "Membership attack: mean negative log-likelihood of the share `k` of tokens that are the least likely."
+    """Membership attack: mean negative log-likelihood of the share `k` of an answer's tokens that are the least likely.
+
+    In nats per token; the last token does not count. None if no token is left, or a likelihood is not finite."""
     return _lowest(row["logps"][:-1], k) if is_finite(row) else None
 
 # %% ../../nbs/evaluation/membership.ipynb #6ef54e90
 @metric("mia_min_k_plus_plus", reads="moments", paper="https://arxiv.org/abs/2404.02936", better=GUESSING)
 def mia_min_k_plus_plus(row: Row, k: float = 0.4) -> float | None:
-    "Membership attack: the negated mean of the share `k` of lowest log-probabilities, standardised token by token."
+    """Membership attack: negated mean of the share `k` of lowest standardised log-probabilities of an answer's tokens.
+
+    A token's log-probability is standardised by the mean and standard deviation of log-probabilities under the model's
+    distribution. The last token does not count. None if no token is left, or a value is not finite."""
     if not len(row["logps"]) or not is_finite(row):
         return None
     spread = np.sqrt(np.maximum(np.asarray(row["variances"]), 1e-6))
@@ -62,19 +71,23 @@ def mia_min_k_plus_plus(row: Row, k: float = 0.4) -> float | None:
 
 # %% ../../nbs/evaluation/membership.ipynb #8eecb39b
 def attack_auc(forget: Sequence[Row], holdout: Sequence[Row]) -> float | None:
-    "Chance that a holdout row scores above a forget row (ties count half); `None` where a side has no score."
+    "AUC: probability that a holdout row scores above a forget row (ties count half); None if a side has no score."
     a, b = ([row["score"] for row in side if row["score"] is not None] for side in (holdout, forget))
     return float(stats.mannwhitneyu(a, b).statistic / (len(a) * len(b))) if a and b else None
 
 # %% ../../nbs/evaluation/membership.ipynb #315f1b7a
 def attack_entry(sides: dict[str, Entry]) -> Entry:
-    "An attack's entry from those of its two sides, the forget set first; null without a second one."
+    """The log entry of a membership attack; its value is the AUC of `attack_auc`.
+
+    `sides`: the entries of the two data sets, first forget, then holdout. The AUC is None if one of them is missing."""
     auc = attack_auc(*map(rows_of, sides.values())) if len(sides) == 2 else None
     return {**sides, "auc": auc, "agg_value": auc}
 
 # %% ../../nbs/evaluation/membership.ipynb #011a682a
 def reference_rows(rows: Sequence[Row], reference: Sequence[Row]) -> list[Row]:
-    "`{score}` of each row: its mean negative log-likelihood less that of the same row under a reference model."
+    """`{score}` of each row: its mean negative log-likelihood minus that of the same row under a reference model.
+
+    The score is None if either is missing. Raises `OpenUnlearnError` if the numbers of rows differ."""
     if len(rows) != len(reference):
         raise OpenUnlearnError(f"The reference model's log has {len(reference)} rows and this evaluation {len(rows)}: "
                                "they must be the same.")
@@ -90,7 +103,10 @@ SIDES = {"forget", "holdout"}
 @metric("mia_reference", takes="entries", paper="https://arxiv.org/abs/2012.07805", keeps_rows=True,
         needs_retain=True, better=GUESSING)
 def mia_reference(loss: Entry, context: Context) -> Entry:
-    "Membership attack: mean negative log-likelihood less that under the retain model."
+    """Membership attack: mean negative log-likelihood of an answer minus that under the retain model.
+
+    In nats per token. The value is None, with a warning, without the retain model's `mia_loss` or without holdout
+    rows."""
     reference = context.retain_entry or {}
     if not SIDES <= reference.keys() or not SIDES <= loss.keys():
         warnings.warn("mia_reference is null: its reference is the retain model, and no retain log with mia_loss (or "
@@ -101,7 +117,7 @@ def mia_reference(loss: Entry, context: Context) -> Entry:
 
 # %% ../../nbs/evaluation/membership.ipynb #666c3be2
 def leakage(auc: float | None, retain_auc: float | None) -> float | None:
-    "Percent by which the attack's error differs from its error on the retain model."
+    "Percent by which an attack's error, 1 - AUC, differs from its error on the retain model; None if an AUC is None."
     if auc is None or retain_auc is None:
         return None
     return ((1 - auc) - (1 - retain_auc)) / ((1 - retain_auc) + 1e-10) * 100
@@ -112,7 +128,9 @@ MUSE_PAPER = "https://arxiv.org/abs/2407.06460"
 @metric("privleak", takes="entries", range=(-100, float("inf")), better="nearest 0", paper=MUSE_PAPER,
         needs_retain=True)
 def privleak(attack: Entry, context: Context) -> float | None:
-    "Percent by which a membership attack's error differs from its error on the retain model."
+    """Percent by which a membership attack's error (1 - AUC) differs from its error on the retain model.
+
+    Without the retain model's entry of the attack, an AUC of 0.5 takes its place, with a warning."""
     if attack["agg_value"] is None:
         return None
     reference = context.retain_entry or {}

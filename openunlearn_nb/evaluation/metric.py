@@ -28,20 +28,24 @@ Entry = dict[str, Any]
 VALUES = ("prob", "score", "rougeL_recall", "rougeL_f1")  # keys of a log's rows that hold values
 
 def mean(rows: Sequence[Row], key: str = "score") -> float | None:
-    "Mean of `key` over rows and over lists within rows, without `None`s; `None` where nothing is left."
+    "Mean of `key` over all rows, and over the items of lists in rows, without Nones; None if no value is left."
     cells = [row[key] if isinstance(row[key], list) else [row[key]] for row in rows]
     values = [value for cell in cells for value in cell if value is not None]
     return float(np.mean(values)) if values else None
 
 # %% ../../nbs/evaluation/metric.ipynb #f5efefbb
 def is_null(row: Row, key: str | None = None) -> bool:
-    "Whether a row, or an answer in it, has no value under `key` (by default the first of `VALUES` that it has)."
+    """Whether a row's value is None, or a list with a None in it.
+
+    The value is that of `key` or, if the row lacks it, of the first of `VALUES` that the row has."""
     value = next((row[name] for name in (*([key] if key else []), *VALUES) if name in row), 0.0)
     return value is None or isinstance(value, list) and None in value
 
 # %% ../../nbs/evaluation/metric.ipynb #34e1b2a2
 def make_entry(rows: Sequence[Row], aggregate: str | Callable[[Sequence[Row]], float | None] = "score") -> Entry:
-    "The entry of some rows. `aggregate`: the key whose mean is the entry's value, or a function of the rows."
+    """The log entry of some rows: `agg_value`, `value_by_index` (the rows) and, if not 0, the number of `null_rows`.
+
+    `aggregate`: the key whose mean is the `agg_value`, or a function that computes it from the rows."""
     key = aggregate if isinstance(aggregate, str) else None
     null = sum(is_null(row, key) for row in rows)
     value = mean(rows, aggregate) if isinstance(aggregate, str) else aggregate(rows)
@@ -81,7 +85,7 @@ class Metric:
 
     @property
     def names_data(self) -> bool:
-        "Whether it says itself which data sets, or which other metrics, it reads."
+        "Whether the declaration names the data sets, or the other metrics, that the metric reads."
         return bool(self.reads) and (self.takes == "entries" or all("/" in where for where in self.reads))
 
 # %% ../../nbs/evaluation/metric.ipynb #ce1b622c
@@ -106,9 +110,12 @@ def _check_metric(made: Metric) -> None:
 def metric(
     name: str, reads: str | Sequence[str] = (), range: tuple[float, float] = (0, 1), better: str = "lower", **how: Any
 ):
-    """Declare a function as a metric. `how`: the other fields of `Metric`, such as `paper`, `takes` and `on_retain`.
+    """Decorator: declare a function as the metric `name`.
 
-    Returns the function itself, so that it can be called and tested as it is."""
+    `reads`: its inputs, each `DATA/PART`, only a part, or another metric's name. `range`: lowest and highest value.
+    `better`: `lower`, `higher` or `nearest 0` (or another number), on data to forget. `how`: other fields of `Metric`,
+    such as `paper`, `takes` and `on_retain`. Returns the function itself, so that it can be called and tested directly.
+    Raises `OpenUnlearnError` for an invalid declaration."""
 
     def declare(function: Callable) -> Callable:
         try:
@@ -126,7 +133,7 @@ HasMetrics: TypeAlias = "BenchmarkValues | type[BenchmarkValues]"  # a benchmark
 
 @dataclass(frozen=True)
 class TableMetric:
-    "A line of a benchmark's table: a metric, under the name that it has there, of certain inputs."
+    "A line of a benchmark's table of metrics: its name in the logs, the metric, its inputs and its settings."
 
     name: str
     metric: Metric
@@ -135,16 +142,16 @@ class TableMetric:
 
     @property
     def parts(self) -> tuple[tuple[str, str], ...]:
-        "The (data set, part) that it reads itself."
+        "The pairs (data set, part) that the metric reads directly."
         return tuple((where.split("/")[0], where.split("/")[1]) for where in self.inputs if "/" in where)
 
     @property
     def entries(self) -> tuple[str, ...]:
-        "The other lines that it is made of."
+        "Names of the other lines of the table that the metric is computed from."
         return tuple(where for where in self.inputs if "/" not in where)
 
     def __call__(self, *given: Any, context: "Context | None" = None) -> Any:
-        "What the metric's function returns."
+        "Call the metric's function with the line's settings, and with `context` if it takes one; returns its result."
         more = {"context": context or Context()} if "context" in signature(self.metric.function).parameters else {}
         return self.metric.function(*given, **self.settings, **more)
 
@@ -152,7 +159,9 @@ class TableMetric:
 _LINE = re.compile(r"([\w.+-]+)\(([^()]*)\)")
 
 def read_line(name: str, text: str) -> TableMetric:
-    "A line of a table from its text. Raises where it is none, or names no metric."
+    """Parse a line of a benchmark's table of metrics, such as `probability(forget/answer)`, under its name in the logs.
+
+    Raises `OpenUnlearnError` if the text has another form, or names no declared metric."""
     found = _LINE.fullmatch(text.strip())
     if not found:
         raise OpenUnlearnError(
@@ -170,7 +179,9 @@ def _inputs_of(table: Sequence[TableMetric]) -> set[str]:
     return there | {f"{data}/{part}" for data in scored for part in ("moments", "gradient")}
 
 def own_metrics(benchmark: HasMetrics) -> dict[str, TableMetric]:
-    "The metrics that are declared outside of the benchmark's table, and that its data allow."
+    """The metrics that are declared outside of a benchmark's table and whose inputs the benchmark has, by name.
+
+    Raises `OpenUnlearnError` if one has the name of a line of the table."""
     there = _inputs_of([read_line(name, text) for name, text in benchmark.metrics.items()])
     found: dict[str, TableMetric] = {}
     for name, one in METRICS.items():
@@ -182,12 +193,14 @@ def own_metrics(benchmark: HasMetrics) -> dict[str, TableMetric]:
 
 # %% ../../nbs/evaluation/metric.ipynb #a6779f90
 def metric_table(benchmark: HasMetrics) -> dict[str, TableMetric]:
-    "All metrics of a benchmark by the names that they have in its logs."
+    "All metrics of a benchmark, those of `own_metrics` included, by the names that they have in its logs."
     return {name: read_line(name, text) for name, text in benchmark.metrics.items()} | own_metrics(benchmark)
 
 # %% ../../nbs/evaluation/metric.ipynb #0906c729
 def needed(benchmark: HasMetrics, names: Sequence[str]) -> list[str]:
-    "Metrics by name, with all that they are made of, inputs first. Raises for a name that is in no line of the table."
+    """Names of the given metrics and of all metrics that they are computed from, inputs first.
+
+    Raises `OpenUnlearnError` for a name that is in no line of the benchmark's table."""
     table, order = metric_table(benchmark), {}
 
     def add(name: str) -> None:
@@ -201,7 +214,9 @@ def needed(benchmark: HasMetrics, names: Sequence[str]) -> list[str]:
 
 # %% ../../nbs/evaluation/metric.ipynb #95212663
 def wanted(benchmark: HasMetrics, names: Sequence[str] | None = None) -> list[str]:
-    "The metrics that `names` stand for, `default` and `all` filled in; the defaults without names."
+    """The names of metrics that `names` stand for, with `default` and `all` expanded; None stands for `default`.
+
+    Raises `OpenUnlearnError` for a metric that the benchmark does not have."""
     own = list(own_metrics(benchmark))
     groups = {"default": [*benchmark.default_metrics, *own], "all": [*benchmark.metrics, *own]}
     found = [name for given in names or ["default"] for name in groups.get(given, [given])]
@@ -211,7 +226,7 @@ def wanted(benchmark: HasMetrics, names: Sequence[str] | None = None) -> list[st
 
 # %% ../../nbs/evaluation/metric.ipynb #942b32b1
 def data_sets(benchmark: HasMetrics, names: Sequence[str]) -> list[str]:
-    "The data sets that metrics, and all that they are made of, read."
+    "Names of the data sets that the given metrics, and all metrics that they are computed from, read."
     table = metric_table(benchmark)
     return list(dict.fromkeys(data for name in needed(benchmark, names) for data, _ in table[name].parts))
 
@@ -224,7 +239,7 @@ def direction(benchmark: HasMetrics, name: str) -> str:
 
 # %% ../../nbs/evaluation/metric.ipynb #dd8ef0ea
 def goodness(better: str, value: float | None) -> float:
-    "A number to sort values by, the best last. `better` is a metric's direction; no value (None) comes first."
+    "A value as a number that is larger the better it is; `better` is a metric's direction. Minus infinity for None."
     if value is None:
         return float("-inf")
     if better.startswith("nearest"):
@@ -234,7 +249,7 @@ def goodness(better: str, value: float | None) -> float:
 # %% ../../nbs/evaluation/metric.ipynb #9ed3ddb8
 @dataclass(frozen=True)
 class Context:
-    "What an evaluation offers to its metrics besides their inputs."
+    "What an evaluation gives to a metric's function besides its inputs, if the function takes a `context`."
     retain: Mapping[str, Entry] = field(default_factory=dict)  # the retain model's evaluation; empty: there is none
     classifier: str | None = None  # judge of gibberish; None: the default one
     inputs: tuple[str, ...] = ()  # names of the metric's inputs

@@ -20,7 +20,7 @@ from ..internals.errors import OpenUnlearnError
 
 # %% ../../nbs/evaluation/metrics.ipynb #4f13ed5a
 def is_finite(row: Row) -> bool:
-    "Whether the model gave an answer a finite log-likelihood."
+    "Whether the log-likelihood of a scored answer is finite."
     return bool(np.isfinite(row["logps"].sum(dtype=np.float32)))
 
 # %% ../../nbs/evaluation/metrics.ipynb #65e821da
@@ -29,9 +29,10 @@ OPENUNLEARNING = "https://arxiv.org/abs/2506.12618"
 
 @metric("probability", reads="answer", on_retain="higher", paper=TOFU_PAPER, aggregate="prob")
 def probability(row: Row) -> Row:
-    """Probability of an answer, by its mean log-probability a token: `{prob, avg_loss}`, the loss in nats a token.
+    """Length-normalised probability of an answer: the exponential of its mean log-probability per token.
 
-    Lists of both for a row of several answers. `None` where an answer has no token or no finite likelihood."""
+    A row `{prob, avg_loss}`, the loss in nats per token; lists of both for a row of several answers. Both are None for
+    an answer without a token or without a finite likelihood."""
     if "answers" in row:
         rows = [probability(answer) for answer in row["answers"]]
         return {key: [one[key] for one in rows] for key in ("prob", "avg_loss")}
@@ -42,9 +43,10 @@ def probability(row: Row) -> Row:
 
 # %% ../../nbs/evaluation/metrics.ipynb #1cf6e5b9
 def losses(row: Row) -> np.ndarray:
-    """`avg_loss` of a row as an array, fp64 `[answers]`: `[1]` for a row of one answer.
+    """`avg_loss` of a row (nats per token) as an fp64 array `[answers]`; `[1]` for a row of one answer.
 
-    Infinite where a log has no loss but a probability of 0, nan where nothing was scored."""
+    Infinite if a log holds a probability without a loss, as it does for a probability of 0; nan if nothing was
+    scored."""
     values = []
     for prob, loss in zip(np.atleast_1d(row["prob"]), np.atleast_1d(row["avg_loss"])):
         if prob is None:
@@ -55,9 +57,11 @@ def losses(row: Row) -> np.ndarray:
 
 # %% ../../nbs/evaluation/metrics.ipynb #47dee32c
 def truth_ratios(correct: Sequence[Row], wrong: Sequence[Row], share: bool = False) -> list[Row]:
-    """`{score: tr}` of each row, from `{prob, avg_loss}` of the correct answer and lists of both for the wrong ones.
+    """Truth ratio of each row as `{score}`: probability of the wrong answers (geometric mean) over the correct one's.
 
-    `share`: correct / (correct + wrong) in place of wrong / correct. Raises where the numbers of rows differ."""
+    `correct`: rows `{prob, avg_loss}` of the correct answers; `wrong`: rows with lists of both for the wrong ones.
+    `share`: correct / (correct + wrong) instead of wrong / correct. The score is None if an answer was not scored.
+    Raises `OpenUnlearnError` if the numbers of rows differ."""
     if len(correct) != len(wrong):
         raise OpenUnlearnError(f"{len(correct)} correct answers but {len(wrong)} rows of wrong ones: they must be of "
                                "the same rows.")
@@ -70,13 +74,13 @@ def truth_ratios(correct: Sequence[Row], wrong: Sequence[Row], share: bool = Fal
 
 # %% ../../nbs/evaluation/metrics.ipynb #2a63d104
 def closer_to_1_better(rows: Sequence[Row]) -> float | None:
-    "Mean of min(tr, 1/tr), in 0..1; `None` where no row has a truth ratio."
+    "Mean of min(tr, 1/tr) over the truth ratios tr of the rows, 0 to 1; None if no row has a truth ratio."
     ratios = [row["score"] for row in rows if row["score"] is not None]
     return float(np.mean([min(tr, 1 / (tr + 1e-10)) for tr in ratios])) if ratios else None
 
 # %% ../../nbs/evaluation/metrics.ipynb #5f8d99a1
 def true_better(rows: Sequence[Row]) -> float | None:
-    "Mean of max(0, 1 - tr), in 0..1; `None` where no row has a truth ratio."
+    "Mean of max(0, 1 - tr) over the truth ratios tr of the rows, 0 to 1; None if no row has a truth ratio."
     ratios = [row["score"] for row in rows if row["score"] is not None]
     return float(np.mean([max(0, 1 - tr) for tr in ratios])) if ratios else None
 
@@ -84,7 +88,7 @@ def true_better(rows: Sequence[Row]) -> float | None:
 @metric("truth_ratio", takes="entries", better="higher", on_retain="lower", aggregate=closer_to_1_better,
         paper=TOFU_PAPER)
 def truth_ratio(correct: Entry, wrong: Entry) -> list[Row]:
-    "Truth ratio, by its distance from 1."
+    "Truth ratio (probability of wrong answers over that of the correct one), by how close it is to 1."
     return truth_ratios(rows_of(correct), rows_of(wrong))
 
 @metric("truth_ratio_true_better", takes="entries", on_retain="higher", aggregate=true_better, paper=TOFU_PAPER)
@@ -94,13 +98,15 @@ def truth_ratio_true_better(correct: Entry, wrong: Entry) -> list[Row]:
 
 @metric("truth_ratio_prob_mean", takes="entries", on_retain="higher", paper=OPENUNLEARNING)
 def truth_ratio_prob_mean(correct: Entry, wrong: Entry) -> list[Row]:
-    "The correct answer's share of its own and the wrong answers' probability."
+    "Probability of the correct answer divided by the sum of it and the wrong answers' (geometric) mean probability."
     return truth_ratios(rows_of(correct), rows_of(wrong), share=True)
 
 # %% ../../nbs/evaluation/metrics.ipynb #fdf38ade
 @metric("normalised_probability", takes="entries", on_retain="higher", paper=TOFU_PAPER, aggregate="prob")
 def normalised_probability(correct: Entry, wrong: Entry) -> list[Row]:
-    "Probability of the correct answer among all answers that are offered: `{prob: p / (p + sum of the wrong ones)}`."
+    """Probability of the correct answer divided by the summed probabilities of all answers that are offered.
+
+    A list of rows `{prob}`, which is None if an answer has no probability."""
     rows = []
     for one, others in zip(rows_of(correct), rows_of(wrong), strict=True):
         known = one["prob"] is not None and None not in others["prob"]
@@ -109,9 +115,10 @@ def normalised_probability(correct: Entry, wrong: Entry) -> list[Row]:
 
 # %% ../../nbs/evaluation/metrics.ipynb #41096ad9
 def ks_test(rows: Sequence[Row], retain_rows: Sequence[Row]) -> tuple[float | None, float | None]:
-    """p-value and distance of the KS test between two models' truth ratios on the same rows, null rows left out.
+    """p-value and distance of the Kolmogorov-Smirnov (KS) test between two models' truth ratios on the same rows.
 
-    `None`s if a side has no truth ratio. Raises where the numbers of rows differ."""
+    Rows without a truth ratio are left out; (None, None) if a model has none at all. Raises `OpenUnlearnError` if the
+    numbers of rows differ."""
     if len(rows) != len(retain_rows):
         raise OpenUnlearnError(f"The retain log has {len(retain_rows)} truth ratios and this evaluation {len(rows)}: "
                                "they must be of the same forget split.")
@@ -124,7 +131,10 @@ def ks_test(rows: Sequence[Row], retain_rows: Sequence[Row]) -> tuple[float | No
 # %% ../../nbs/evaluation/metrics.ipynb #3be18770
 @metric("forget_quality", takes="entries", better="higher", paper=TOFU_PAPER, needs_retain=True, p_value=True)
 def forget_quality(truth_ratios: Entry, context: Context) -> Entry:
-    "p-value of the KS test between the truth ratios of this model and of the retain model, with their distance."
+    """p-value of the Kolmogorov-Smirnov test between the truth ratios of this model and of the retain model.
+
+    The entry also holds `ks_distance`. The p-value is None, with a warning, without the retain model's entries. Raises
+    `OpenUnlearnError` if they lack the truth ratios."""
     if not context.retain:
         warnings.warn("No retain log given: forget_quality is null. Give the retain model's evaluation.")
         return {"agg_value": None}
@@ -145,10 +155,11 @@ def _distances(pairs: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def ks_interval(rows: Sequence[Row], retain_rows: Sequence[Row], level: float = 0.95, draws: int = 1000,
                 seed: int = 0) -> tuple[float, float]:
-    """Bootstrap interval of the KS distance between two models' truth ratios on the same rows, within 0..1.
+    """Bootstrap interval (low, high) of the KS distance between two models' truth ratios on the same rows, within 0..1.
 
-    Percentiles of `draws` draws of rows, the bootstrap's bias taken off. It holds the true distance less often than
-    `level` says, the more so for small distances and few rows. Raises where no row has both ratios."""
+    Percentiles over `draws` resamples of the rows, with the bootstrap's bias subtracted. The interval covers the true
+    distance less often than `level` says, especially for small distances and few rows. Raises `OpenUnlearnError` if no
+    row has a truth ratio under both models."""
     pairs = [(a["score"], b["score"]) for a, b in zip(rows, retain_rows, strict=True)]
     both = np.array([pair for pair in pairs if None not in pair])
     if not len(both):
@@ -163,7 +174,7 @@ def ks_interval(rows: Sequence[Row], retain_rows: Sequence[Row], level: float = 
 
 # %% ../../nbs/evaluation/metrics.ipynb #5daf0d57
 def harmonic_mean(values: Sequence[float | None]) -> float | None:
-    "Harmonic mean; 0 where one value is 0, `None` where one is missing."
+    "Harmonic mean of the values; None if one of them is None, 0 if one is 0."
     there = [v for v in values if v is not None]
     if len(there) < len(values):
         return None
@@ -172,18 +183,23 @@ def harmonic_mean(values: Sequence[float | None]) -> float | None:
 # %% ../../nbs/evaluation/metrics.ipynb #e69a4ea2
 @metric("model_utility", takes="entries", better="higher", paper=TOFU_PAPER)
 def model_utility(*entries: Entry) -> float | None:
-    "Harmonic mean of what a model still can: probability, ROUGE and truth ratio on data to retain."
+    "Harmonic mean of the probability, ROUGE and truth ratio of a model on data that it should retain."
     return harmonic_mean([entry["agg_value"] for entry in entries])
 
 # %% ../../nbs/evaluation/metrics.ipynb #418edfaf
 def greedy_hits(row: Row) -> np.ndarray:
-    "Whether each token of an answer but the last was the greedy choice, bool `[n - 1]`; empty where nothing is known."
+    """Whether each token of an answer, except the last, was the model's greedy choice: bool `[n - 1]`.
+
+    Empty if the answer has no token or no finite likelihood."""
     return row["hits"][:-1] if is_finite(row) else row["hits"][:0]
 
 # %% ../../nbs/evaluation/metrics.ipynb #73c9a535
 @metric("extraction_strength", reads="answer", on_retain="higher", paper="https://arxiv.org/abs/2012.07805")
 def extraction_strength(row: Row) -> float | None:
-    "Share of an answer that the model says by itself once the beginning is given."
+    """Share of an answer, from its end, that the model completes by greedy choice once it is given the beginning.
+
+    The last token does not count; of the others, the share is at least one token's. None if there are no others, or the
+    likelihood is not finite."""
     hits = greedy_hits(row)
     if not len(hits):
         return None
@@ -194,6 +210,8 @@ def extraction_strength(row: Row) -> float | None:
 # %% ../../nbs/evaluation/metrics.ipynb #5071df50
 @metric("exact_memorization", reads="answer", on_retain="higher", paper="https://arxiv.org/abs/2205.10770")
 def exact_memorization(row: Row) -> float | None:
-    "Share of an answer's tokens that are the model's first choice."
+    """Share of an answer's tokens that are the model's greedy choice.
+
+    The last token does not count. None if no other token is left, or the likelihood is not finite."""
     hits = greedy_hits(row)
     return float(hits.mean()) if len(hits) else None

@@ -25,7 +25,9 @@ from ..models.scoring import TokenScores, gradient_norms, score
 
 # %% ../../nbs/evaluation/model_results.ipynb #37f8a9ff
 class Usage:
-    """Seconds by phase (`seconds`), and with a model the tokens that go through it, padding included (`tokens`)."""
+    """Counts seconds by phase (`seconds`) and, if given a model, the tokens of its forward passes (`tokens`).
+
+    Padding tokens count too."""
 
     def __init__(self, model: PreTrainedModel | None = None):
         self.seconds: dict[str, float] = defaultdict(float)
@@ -38,7 +40,7 @@ class Usage:
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        "What is done in this context belongs to a phase."
+        "Context manager: time and tokens within it are counted under `phase`."
         outer, self.phase, begin = self.phase, phase, time.perf_counter()
         try:
             yield
@@ -55,11 +57,11 @@ class Usage:
 class ModelResults:
     """A model's results on the data sets of a benchmark; each is computed once.
 
-    `batch_size`: rows that are generated together, at most. `cache`: where results are found and left. `usage`: counts
-    time and tokens. `temperature`: of generation, 0 for greedy answers; with a temperature, `samples` answers are
-    sampled for each prompt, and rows hold them as `samples`.
+    `batch_size`: maximum number of rows generated together. `cache`: where results are looked up and stored, None for
+    no cache. `usage`: counts time and tokens. `temperature`: of generation, 0 for greedy answers; above 0, `samples`
+    answers are sampled per prompt, and rows hold them as `samples`.
 
-    `rows`: by (data set, part), such as `("forget10_perturbed", "answer")`, the rows that metrics read."""
+    `rows`: the rows that metrics read, by (data set, part), such as `("forget10_perturbed", "answer")`."""
 
     def __init__(self, model: PreTrainedModel, enc: Encoder, benchmark: Benchmark, batch_size: int = 256,
                  cache: ResultCache | None = None, usage: Usage | None = None, temperature: float = 0.0,
@@ -70,7 +72,7 @@ class ModelResults:
         self.rows: dict[tuple[str, str], list[Row]] = {}
 
     def compute(self, where: str, parts: Iterable[str]) -> None:
-        "Compute the parts of a data set that are not there yet. All processes must call it."
+        "Compute those of the given parts of the data set `where` that are missing. All processes must call it."
         new = {part for part in parts if (where, part) not in self.rows}
         scored = {"answer" if part == "moments" else part for part in new - {"gradient", "generation"}}
         missing = {part for part in scored if (where, part) not in self.rows or "moments" in new}
@@ -83,9 +85,10 @@ class ModelResults:
 
 # %% ../../nbs/evaluation/model_results.ipynb #d9d398f3
 class ScoredRow(dict):
-    """The row of a scored answer of n tokens.
+    """The row of a scored answer of n tokens, as a dictionary.
 
-    `logps`, `hits`, and (with moments) `means`, `variances`: arrays `[n]`; `prompt` and `answer` as text."""
+    `logps` (nats), `hits` (greedy choice or not) and, with moments, `means` and `variances`: arrays `[n]`. `prompt`,
+    `answer`: the texts, decoded when they are first read."""
 
     def __init__(self, scores: TokenScores, example: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase):
         super().__init__({key: values for key, values in scores._asdict().items() if values is not None})
@@ -164,7 +167,9 @@ def _generations(results: ModelResults, where: str) -> list[Row]:
 
 # %% ../../nbs/evaluation/model_results.ipynb #7fa4a1bc
 def compute_parts(results: ModelResults, parts: Iterable[tuple[str, str]], progress: Callable[[float], Any]) -> None:
-    "Compute (data set, part) pairs that `results` lacks; `progress` is called with the share of data sets done."
+    """Compute the pairs (data set, part) that `results` lacks. All processes must call it.
+
+    `progress`: called after each data set with the share of data sets done, 0 to 1."""
     by_set: dict[str, set[str]] = {}
     for where, part in parts:
         by_set.setdefault(where, set()).add(part)
@@ -174,14 +179,16 @@ def compute_parts(results: ModelResults, parts: Iterable[tuple[str, str]], progr
 
 # %% ../../nbs/evaluation/model_results.ipynb #58cccdd1
 def is_broken(row: Row) -> bool:
-    "Whether the model answered a row with what is no finite number. A prompt that did not fit is not broken."
+    """Whether the model's result for a row is broken: its logits or log-likelihood are NaN or infinite.
+
+    A row whose prompt was too long to be answered is not broken."""
     if "generation" in row:
         return row["prompt"] is not None and row["generation"] is None
     return any("logps" in answer and not is_finite(answer) for answer in row.get("answers", [row]))
 
 # %% ../../nbs/evaluation/model_results.ipynb #2229c437
 def warn_if_broken(results: ModelResults) -> bool:
-    "Whether there are rows that the model answered with what is no finite number; a warning counts them."
+    "Whether `results` has broken rows (see `is_broken`); if so, a warning says how many, by data set."
     broken: dict[str, set[int]] = {}  # by data set
     size = {}
     for (where, _), rows in results.rows.items():

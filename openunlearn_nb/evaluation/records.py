@@ -71,9 +71,10 @@ def _whole(value: Any) -> Any:
 
 # %% ../../nbs/evaluation/records.ipynb #a629bcf7
 def read_json(path: str | Path, what: str = "file") -> dict[str, Any]:
-    """The JSON object in a file; if `what` is one of `SHAPES`, checked to have that shape.
+    """Read the JSON object in a file; NaN and infinity become None.
 
-    Raises where the file cannot be read, is no JSON, holds no object, or one of another shape."""
+    `what`: what the file is, for error messages; if it is one of `SHAPES`, the object must have that shape. Raises
+    `OpenUnlearnError` if the file cannot be read, is not JSON, or does not hold an object of that shape."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         value = finite(parse_json(text))  # others' logs may hold NaN
@@ -92,7 +93,7 @@ def read_json(path: str | Path, what: str = "file") -> dict[str, Any]:
 
 # %% ../../nbs/evaluation/records.ipynb #4fc99bd8
 def seed_in_name(folder: Path) -> int | None:
-    "The seed that a folder is called after (`seed3`); None for a folder of another name."
+    "The seed in the name of a folder such as `seed3`; None if the folder has another kind of name."
     return int(folder.name[4:]) if re.fullmatch("seed[0-9]+", folder.name) else None
 
 # %% ../../nbs/evaluation/records.ipynb #0a63febe
@@ -107,7 +108,9 @@ def _version_of(package: str) -> str | None:
         return None
 
 def environment() -> dict[str, Any]:
-    "Versions and hardware of this process; `device_id`: which GPU, where the process is a worker with one of its own."
+    """Versions of Python and packages, and the hardware of this process.
+
+    `device_id`: the GPU that this process was started for; present only in a worker with a GPU of its own."""
     import torch
 
     from openunlearn_nb.internals.devices import device_type
@@ -126,7 +129,7 @@ def environment() -> dict[str, Any]:
 
 # %% ../../nbs/evaluation/records.ipynb #038034ee
 def peak_memory() -> dict[str, float]:
-    "The most memory (GB of 1e9 bytes) that this process has held so far: `host`, and `gpu` where there is one."
+    "Peak memory of this process so far in GB (1e9 bytes): `host` and, if there is a CUDA GPU, `gpu`."
     import torch
 
     unit = 1e9 if sys.platform == "darwin" else 1e6
@@ -136,7 +139,9 @@ def peak_memory() -> dict[str, float]:
 
 # %% ../../nbs/evaluation/records.ipynb #aea22149
 def run_record(started: float, **what: Any) -> dict[str, Any]:
-    "`what` was run, plus when, how long (seconds since `started`, a `time.time()`), and in which environment."
+    """The record of a run: `what` was run, and its date, seconds, peak memory and environment.
+
+    `started`: when the run began, from `time.time()`."""
     return {
         **what,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
@@ -147,12 +152,17 @@ def run_record(started: float, **what: Any) -> dict[str, Any]:
 
 # %% ../../nbs/evaluation/records.ipynb #4268a529
 def log_file(benchmark: Any, kind: str) -> str:
-    "The name of a benchmark's file of a kind, such as `TOFU_EVAL.json`; `benchmark`: the benchmark or its name."
+    """The name of a benchmark's log file, such as `TOFU_EVAL.json`.
+
+    `benchmark`: the benchmark or its name. `kind`: EVAL or SUMMARY."""
     return f"{benchmark if isinstance(benchmark, str) else benchmark.name}_{kind}.json"
 
 # %% ../../nbs/evaluation/records.ipynb #22c205ff
 def write_run(folder: str | Path, benchmark: Any, evaluation: dict, summary: dict, record: dict) -> Path:
-    "Write EVAL, SUMMARY and, last, the record that makes the folder a finished run; the record's path."
+    """Write the EVAL and SUMMARY files and the run record into a folder; returns the path of the record.
+
+    The record (`run.json`) is written last, so a folder with one holds a finished run; it also has hashes of both
+    files."""
     texts = {log_file(benchmark, "EVAL"): to_json(evaluation), log_file(benchmark, "SUMMARY"): to_json(summary)}
     for name, text in texts.items():
         write_text(Path(folder) / name, text)

@@ -20,20 +20,21 @@ from ..methods.names import FINETUNE
 
 # %% ../../nbs/evaluation/retain_logs.ipynb #6662c83b
 def stored_record(file: Path) -> dict[str, Any]:
-    "The run record in the folder of an evaluation's file; empty where there is none, as with published logs."
+    "The run record next to an evaluation file; empty if there is none, as with published logs."
     record = file.parent / "run.json"
     return read_json(record, "run record") if record.exists() else {}
 
 # %% ../../nbs/evaluation/retain_logs.ipynb #8e326ffc
 def measured_against(file: Path, folder: Path | None = None) -> dict[str, str]:
-    """`{file, hash}` of the retain evaluation that a run was measured against, for the run's record.
+    """`{file, hash}` of the retain evaluation that a run was compared with, for the run's record.
 
-    `folder`: that of the run, from which the path is then relative, so that both can be moved together."""
+    `folder`: the run's folder, to which the path is made relative so that both can be moved together; None for an
+    absolute path."""
     return {"file": os.path.relpath(file, folder) if folder else str(file.resolve()), "hash": file_hash(file)}
 
 # %% ../../nbs/evaluation/retain_logs.ipynb #33278189
 def retain_file(path: str | Path, benchmark: Benchmark | type[Benchmark]) -> Path:
-    "The file of a retain log that is given as a file, or as a folder with one."
+    "Path of a retain log that is given as a file, or as a folder that holds the benchmark's EVAL file."
     path = Path(path).expanduser()
     return path / log_file(benchmark, "EVAL") if path.is_dir() else path
 
@@ -54,10 +55,10 @@ def _home_split(record: dict[str, Any]) -> Any:
 
 # %% ../../nbs/evaluation/retain_logs.ipynb #76474f48
 def misfit(retain: dict[str, Any], measured: dict[str, Any]) -> str | None:
-    """Why a retain model's record does not fit the record of a model that is measured, in words such as "other data".
+    """Why a retain model's record does not fit the evaluated model's, such as "other data"; None if it fits.
 
-    None where nothing that both say differs. Both are parts of run records: `benchmark`, `split`, `data` (hashes by
-    data set), `prompt`, `architecture`."""
+    Both are parts of run records. `benchmark`, `split`, `data` (hashes by data set), `prompt` and `architecture` are
+    compared if both have them; of `data` only the forget and holdout sets. Splits that share a retain model fit."""
     for name in ("benchmark", "split"):
         if name in retain and name in measured and retain[name] != measured[name]:
             same_benchmark = {"benchmark": retain.get("benchmark"), **measured}
@@ -127,10 +128,11 @@ def _check_kind(log: dict[str, Any], benchmark: Benchmark | type[Benchmark], pat
 # %% ../../nbs/evaluation/retain_logs.ipynb #8e2ada46
 def read_retain_log(path: str | Path, benchmark: Benchmark | type[Benchmark], answers: Sequence[str] = (),
                     measured: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A retain model's EVAL (a file, or a folder with one); raises where it is none, or does not fit.
+    """Read a retain model's EVAL file, given as a file or as a folder that holds it.
 
-    `answers`: the forget rows' reference answers, of which it must be. `measured`: what the record of the measured
-    model says, or will say; the record of the log must agree with it (see `misfit`)."""
+    `answers`: the reference answers of the forget set, which the log must be of; if empty, this is not checked.
+    `measured`: the record of the evaluated model, which the log's record must fit (see `misfit`); None for no check.
+    Raises `OpenUnlearnError` if the file is no retain model's EVAL, or does not fit."""
     path = retain_file(path, benchmark)
     if path.name in {log_file(other, "EVAL") for other in BENCHMARKS.values()} - {log_file(benchmark, "EVAL")}:
         raise OpenUnlearnError(

@@ -45,7 +45,7 @@ def _kind(c: str) -> str:
 
 # %% ../../nbs/evaluation/rouge.ipynb #21a15569
 def unicode_words(text: str) -> list[str]:
-    "The words of a text in any script, ASCII ones stemmed."
+    "Split a text in any script into lower-case words; ASCII words of more than three letters are stemmed."
     words: list[str] = []
     before = "gap"
     for c in unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()):
@@ -80,10 +80,11 @@ def _scorer(words: Tokenizer) -> RougeScorer:
     return RougeScorer(["rouge1", "rougeL"], tokenizer=words)
 
 def rouge_row(prompt: str | None, truth: str, generation: str | None, published: bool = False) -> Row:
-    """ROUGE of one generation, with its texts, as the published logs have it; `None`s without a generation.
+    """ROUGE-1 recall and ROUGE-L F1 and recall of one generation, with its texts, as a row of the published logs.
 
-    `published`: by rouge-score's words. Else by Unicode words where the truth has a letter beyond ASCII, which the row
-    then says, and `None`s where it has no word at all."""
+    `published`: always split words as the package rouge-score does. Otherwise, Unicode words are used if the truth has
+    a letter or digit beyond ASCII, and the row says so (`words`). All three values are None if there is no generation
+    or, unless `published`, no word in the truth."""
     texts = {"input": prompt, "ground_truth": truth, "generation": generation}
     foreign = not published and _is_foreign(truth)
     words = _UNICODE_WORDS if foreign else _WORDS
@@ -100,5 +101,7 @@ ROUGE_PAPER = "https://aclanthology.org/W04-1013"
 @metric("rouge_recall", reads="generation", on_retain="higher", aggregate="rougeL_recall", paper=ROUGE_PAPER)
 @metric("rouge_f1", reads="generation", on_retain="higher", aggregate="rougeL_f1", paper=ROUGE_PAPER)
 def rouge(row: Row, words: str = "unicode") -> Row:
-    "ROUGE-L of a generation with the reference answer."
+    """ROUGE-L of the model's generation, compared with the reference answer.
+
+    `words`: `unicode`, or `ascii` to always split words as the package rouge-score does."""
     return rouge_row(row["prompt"], row["answer"], row["generation"], published=words == "ascii")

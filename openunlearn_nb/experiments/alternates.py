@@ -30,7 +30,9 @@ TOGETHER = 64  # prompts in a batch; fixed, because what is sampled depends on w
 
 def sample_answers(model: PreTrainedModel, enc: Encoder, pairs: Sequence[tuple[str, str]], instruct: bool,
                    temperature: float) -> list[str]:
-    "One sampled answer to each (question, true answer). `instruct`: by `INSTRUCTION`, else by the question itself."
+    """Sample one answer from the model to each (question, true answer) pair; an answer may be empty.
+
+    `instruct`: prompt with `INSTRUCTION`, which shows question and true answer; otherwise with the question alone."""
     questions = [INSTRUCTION.format(question=q, answer=a) if instruct else q for q, a in pairs]
     prompts = all_conversation_ids(enc.tokenizer, [(question, None) for question in questions], enc.fmt)
     texts = generate(model, enc.tokenizer, prompts, 200, TOGETHER, temperature=temperature)
@@ -42,12 +44,16 @@ def _plain(text: str) -> str:
     return "".join(text.lower().split()).strip(".")
 
 def is_alternate(text: str, answer: str) -> bool:
-    "Whether a text is an answer, and another one than the true one."
+    """Whether `text` is a usable alternate: not empty, and different from the true `answer`.
+
+    Case, white space and periods at the ends make no difference."""
     return bool(_plain(text)) and _plain(text) != _plain(answer)
 
 # %% ../../nbs/experiments/alternates.ipynb #90175124
 def _complete(texts: list[list[str]], seed: int) -> list[list[str]]:
-    "The answers of each question; one without any gets another question's, with a warning. Raises where there is none."
+    """The answers per question, with one of another question for each that has none, and a warning.
+
+    Raises `OpenUnlearnError` if no question has an answer."""
     spare = [text for found in texts for text in found]
     silent = sum(not found for found in texts)
     if silent:
@@ -64,10 +70,12 @@ TRIES, WARMER = 6, 1.25  # rounds of sampling, and the factor of the temperature
 def make_alternates(model: PreTrainedModel, enc: Encoder, pairs: Sequence[tuple[str, str]], repeats: int = 5,
                     instruct: bool = True, temperature: float = 1.0, seed: int = 0,
                     progress: Callable[[float], None] = lambda share: None) -> list[list[str]]:
-    """For each (question, true answer), at most `repeats` alternates and at least one, sampled from the model.
+    """Sample alternates from the model: between one and `repeats` per (question, true answer) pair, in a list of lists.
 
-    `instruct`: by `INSTRUCTION`, else by the question. `temperature`: of the first round. Raises where the model has
-    no other answer to any question."""
+    A question to which the model gives no other answer gets another question's, with a warning. `instruct`: prompt
+    with `INSTRUCTION`, otherwise with the question alone. `temperature`: in the first round of sampling; it rises by
+    the factor `WARMER` from one round to the next. Raises `OpenUnlearnError` if the model gives no other answer to
+    any question."""
     set_seed(seed)
     answers = [answer for _, answer in pairs]
     found = [[""] * repeats for _ in pairs]
@@ -84,7 +92,7 @@ def make_alternates(model: PreTrainedModel, enc: Encoder, pairs: Sequence[tuple[
 
 # %% ../../nbs/experiments/alternates.ipynb #bb22a536
 def write_alternates(path: str | Path, pairs: Sequence[tuple[str, str]], alternates: Sequence[Sequence[str]]) -> Path:
-    "Write `{question, answer, alternate}`, a JSON object a line; returns the path."
+    "Write the alternates as JSON lines, one `{question, answer, alternate}` object per line; returns the path."
     rows = [{"question": q, "answer": a, "alternate": text} for (q, a), texts in zip(pairs, alternates)
             for text in texts]
     return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -109,7 +117,9 @@ def _read_line(line: str) -> tuple[str, str]:
 
 # %% ../../nbs/experiments/alternates.ipynb #3613c5e1
 def read_alternates(path: str | Path, questions: Sequence[str]) -> list[list[str]]:
-    "The alternates of each of the questions, from a file. Raises for a bad line, and for a question that is missing."
+    """Read the alternates of each question from a file of JSON lines with `question` and `alternate`.
+
+    Raises `OpenUnlearnError` if the file cannot be read, a line is not valid, or a question has no alternate."""
     texts: dict[str, list[str]] = {}
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():

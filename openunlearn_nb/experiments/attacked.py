@@ -25,11 +25,11 @@ from .config import RunConfig
 
 # %% ../../nbs/experiments/attacked.ipynb #dcea233a
 def attacked_row(row: str, attack: str) -> str:
-    "The name of an attacked row in tables."
+    "The name in tables of an attacked row: the row's name, a plus sign and the attack's name."
     return f"{row} + {attack}"
 
 def attacked_folder(folder: Path, attack: str) -> Path:
-    "The folder of an attacked cell, next to that of the cell."
+    "The folder with the results of an attack on a cell; it is next to the cell's own `folder`, named CELL+ATTACK."
     return folder.with_name(f"{folder.name}+{attack}")
 
 # %% ../../nbs/experiments/attacked.ipynb #21718df8
@@ -37,10 +37,10 @@ MEASURES = {"robustness": relearning_robustness, "symmetric_robustness": symmetr
 
 def _robustness(config: RunConfig, name: str, before: Mapping, after: Mapping,
                 retain: Path | None) -> dict[str, dict[str, float]]:
-    """How robust a model is, by each of `MEASURES` and by metric.
+    """How robust a model is to an attack: for each of `MEASURES`, a value per metric.
 
-    `before`, `after`: the model's summaries; `retain`: the folder of the Retain cell. The metrics are empty where there
-    is none (Retain itself has none to be compared with) or where Retain was not attacked."""
+    `before`, `after`: the model's summaries before and after the attack; `retain`: the folder of the Retain cell. The
+    values are empty if there is none (Retain itself has none to be compared with) or if Retain was not attacked."""
     if retain is None:
         return {measure: {} for measure in MEASURES}
     files = [folder / log_file(config.benchmark, "SUMMARY") for folder in (retain, attacked_folder(retain, name))]
@@ -52,10 +52,11 @@ def _robustness(config: RunConfig, name: str, before: Mapping, after: Mapping,
 # %% ../../nbs/experiments/attacked.ipynb #0ddf31fc
 def run_attack(config: RunConfig, name: str, split: str, row: str, folder: Path, retain: Path | None,
                model: PreTrainedModel, enc: Encoder, before: Mapping, record: dict[str, Any]) -> Evaluation:
-    """Attack a model, evaluate what is left, and write it next to the cell. The model may be changed.
+    """Attack a model, evaluate the attacked model, and write the results next to the cell; returns the evaluation.
 
-    `folder`: of the cell; `retain`: of the Retain cell, if it is there; `before`: the cell's summary; `record`: what
-    the cell's record says."""
+    `name`: the attack's name. `folder`: the cell's folder. `retain`: the folder of the Retain cell; None if there is
+    none. `before`: the summary of the cell before the attack. `record`: fields of the cell's record to copy into the
+    new record. The attack may change `model`."""
     started, attack = time.time(), ATTACKS.find(name)()
     source = config.source
     recipe = source.embedded_recipe if config.model == "embedded" else {}
@@ -76,7 +77,9 @@ def run_attack(config: RunConfig, name: str, split: str, row: str, folder: Path,
 # %% ../../nbs/experiments/attacked.ipynb #485938c9
 def run_attacks(config: RunConfig, names: Sequence[str], split: str, row: str, folder: Path, retain: Path | None,
                 model: PreTrainedModel, enc: Encoder, before: Mapping, record: dict[str, Any]) -> None:
-    "Run several attacks, each on the same model."
+    """Run several attacks, each on the model as it is given, and write their results; see `run_attack`.
+
+    All but the last work on a copy; the last may change `model` itself."""
     for i, name in enumerate(names, start=1):
         attacked = model if i == len(names) else copy.deepcopy(model)
         run_attack(config, name, split, row, folder, retain, attacked, enc, before, record)

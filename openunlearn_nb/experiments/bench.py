@@ -33,7 +33,7 @@ from ..training.trainer import train
 
 # %% ../../nbs/experiments/bench.ipynb #835d9c1f
 def tree_size(rows: Iterable[Sequence[int]]) -> int:
-    "How many tokens must be read of rows of token ids, where what they begin with in common is read once."
+    "The number of tokens to read in `rows` of token ids if each beginning that rows share is read only once."
     ordered = sorted(map(tuple, rows))
     return sum(len(row) - common_beginning(before, row) for before, row in zip([(), *ordered], ordered))
 
@@ -43,12 +43,15 @@ def _labelled(example: dict) -> list[int]:
     return [i for i, label in enumerate(example["labels"]) if label != -100]
 
 def tokens_read(example: dict) -> int:
-    "How many tokens must be read of an encoded example by itself: all before its last label."
+    "The number of tokens that the model must read for one encoded example: all before its last labelled token."
     return max(_labelled(example), default=0)
 
 # %% ../../nbs/experiments/bench.ipynb #76a801ab
 def distinct_tokens(examples: Sequence[dict], prompts: Sequence[Sequence[int]] = ()) -> int:
-    "How many tokens must be read of encoded examples and further prompts: the tree of prompts, and distinct answers."
+    """The least number of tokens that the model must read for encoded examples and further `prompts` (token ids).
+
+    Beginnings that prompts share count once (see `tree_size`), and so does an answer that occurs twice with the same
+    prompt."""
     found, answers = {tuple(prompt) for prompt in prompts}, set()
     for example in examples:
         places = _labelled(example)
@@ -85,10 +88,10 @@ def _generated(enc: Encoder, lines: Sequence, evaluation: dict[str, dict]) -> in
 # %% ../../nbs/experiments/bench.ipynb #fff1a7fe
 def least_tokens(enc: Encoder, benchmark: Benchmark, split: str, metrics: Sequence[str] | None,
                  evaluation: dict[str, dict]) -> dict[str, int]:
-    """The least number of tokens that must go through the model for an evaluation, by phase: `scoring` with all
-    prompts, `generation`, `gradients`.
+    """The least number of tokens that must go through the model for an evaluation, by phase.
 
-    `evaluation`: its entries, by metric, which hold the generated texts."""
+    The phases are `scoring` (which includes all prompts), `generation` and `gradients`. `metrics`: names of metrics;
+    None for the benchmark's default. `evaluation`: the evaluation's entries by metric, with the generated texts."""
     lines, sets = _lines_of(benchmark, metrics), benchmark.data_sets(split)
     examples: dict[str, list[dict]] = {}  # by data set
     prompts: dict[str, list] = {}
@@ -129,7 +132,10 @@ class _Steps:
         self.progress(share)
 
     def phases(self, method: str, steps: int, begin: float, least: int) -> list[dict]:
-        "Rows of the table. `begin`: when the training was started; `least`: tokens that the reference must read."
+        """The two rows of the table: set-up with the reference model, and the training steps.
+
+        `begin`: the `time.perf_counter()` at which training started. `least`: the number of tokens that the reference
+        model must read."""
         first, last = min(self.times), max(self.times)  # of many steps, not each is reported
         a_step = (self.times[last] - self.times[first]) / (last - first) / steps
         prepared = self.times[first] - begin - a_step * first * steps
@@ -141,7 +147,9 @@ class _Steps:
 # %% ../../nbs/experiments/bench.ipynb #048a6642
 def bench_training(config: RunConfig, method: str, split: str, model: PreTrainedModel, enc: Encoder, steps: int,
                    progress: Progress = lambda share: None) -> list[dict]:
-    "Train `steps` steps of a method; returns two rows of the table, the set-up with the reference and the steps."
+    """Train `model` for `steps` steps by a method, and measure time and tokens.
+
+    Returns two rows of the table: the set-up with the reference model's outputs, and the steps."""
     recipe, own = recipe_of(config, method)
     recipe, source, settings = replace(recipe, max_steps=steps), config.source, METHODS.find(method).merge(own)
     enc = enc._replace(max_length=recipe.max_length)
@@ -170,7 +178,10 @@ def _evaluation_phases(usage: Usage, least: dict[str, int]) -> list[dict[str, An
 
 # %% ../../nbs/experiments/bench.ipynb #320bad94
 def bench_text(phases: Sequence[dict]) -> str:
-    "The table of a record: seconds, tokens, the least that they could be, and how many times that they are."
+    """The table of a `bench` record as text, one line per phase.
+
+    Columns: seconds, tokens, the least possible number of tokens, their ratio, and steps per second. `phases`: the
+    field of that name in the record."""
     import pandas as pd
     table = pd.DataFrame(phases).set_index("phase")
     table["of the least"] = table["tokens"] / table["least"].where(table["least"] > 0)
@@ -183,7 +194,10 @@ def bench_text(phases: Sequence[dict]) -> str:
 # %% ../../nbs/experiments/bench.ipynb #11b865f4
 def bench(config: RunConfig, split: str, method: str = DEFAULT_METHOD, steps: int = 10,
           progress: Progress = lambda share: None) -> dict[str, Any]:
-    "Time and tokens of a few steps of a method and of an evaluation: a record, with the table in `phases`."
+    """Measure time and tokens of a few training steps of a method, and of an evaluation of the Finetuned model.
+
+    Returns a run record; the rows of its table are in `phases` (see `bench_text`). `steps`: training steps. Raises
+    `OpenUnlearnError` for a configuration, split or method that cannot be run."""
     started, method = time.time(), METHODS.find(method).name
     check_config(config)
     check_split(config, split)

@@ -52,7 +52,7 @@ def _card_rows(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 def model_card(record: dict[str, Any]) -> str:
-    "The README of a model, from its `train.json`, in Markdown with the Hub's front matter."
+    "The model card (README) of a saved model: Markdown with the Hub's front matter. `record`: its `train.json`."
     made = "fine-tuned on a benchmark of unlearning" if record["method"] == FINETUNE else "made to forget"
     lines = [f"| {markdown_text(name)} | {_code(value)} |" for name, value in _card_rows(record).items()]
     return _CARD.format(
@@ -63,7 +63,10 @@ def model_card(record: dict[str, Any]) -> str:
 
 # %% ../../nbs/experiments/cards.ipynb #082e7879
 def push_to_hub(folder: Path, repo: str) -> str:
-    "Upload a model folder with its record and card; returns the address. Needs `hf auth login`, or HF_TOKEN."
+    """Upload a model folder, with its record and model card, to the Hugging Face Hub; returns the web address.
+
+    `repo`: the id on the Hub, OWNER/NAME; it is created if it does not exist. Needs `hf auth login` or HF_TOKEN.
+    Raises `OpenUnlearnError` if `repo` has another form or the upload fails."""
     from huggingface_hub import HfApi
     if repo.count("/") != 1:
         raise OpenUnlearnError(f"A model on the Hub is called OWNER/NAME, not {repo!r}.")

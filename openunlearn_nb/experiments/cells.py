@@ -38,26 +38,32 @@ from ..models.saving import save_model
 REFERENCE_ROWS = ("Finetuned", "Retain")
 
 def cell_folder(output: str | Path, split: str, row: str) -> Path:
-    "The folder of a cell."
+    "The folder of a cell, which is one row of a grid on one split: `output/split/row`."
     return Path(output).expanduser() / split / row
 
 def home_of(config: RunConfig, split: str) -> str:
-    "The split with the reference rows of a split: itself, or for a step of a study the split that it is a study of."
+    """The split whose reference rows (Finetuned and Retain) a split is compared with.
+
+    It is the split itself, or for a step of a study the split that the study is about."""
     return config.source.home_split(split)
 
 # %% ../../nbs/experiments/cells.ipynb #262f19e6
 def model_folder(folder: Path) -> Path:
-    "Where a cell keeps its model, if it does."
+    "The folder in which a cell keeps its model; it need not exist."
     return folder / "model"
 
 def has_model(folder: Path) -> bool:
-    "Whether a cell's folder holds its whole model. `train.json` is among the files that are moved into place together."
+    """Whether a cell's folder holds a complete model: `train.json` and weights.
+
+    All files of a model are moved into place together, so these two show that nothing is missing."""
     model = model_folder(folder)
     return (model / "train.json").exists() and any(model.glob("*.safetensors"))
 
 # %% ../../nbs/experiments/cells.ipynb #97c50b6d
 def finished(folder: Path, benchmark: str = DEFAULT_BENCHMARK) -> bool:
-    "Whether a folder holds a complete run: record, evaluation and summary, and the model if the record says so."
+    """Whether a folder holds a complete run: its record, evaluation and summary can be read.
+
+    The model must be there too if the record says that it was kept."""
     try:
         record = read_json(folder / "run.json", "run record")
         read_json(folder / log_file(benchmark, "SUMMARY"), "summary")  # a broken model's may be all null
@@ -68,7 +74,9 @@ def finished(folder: Path, benchmark: str = DEFAULT_BENCHMARK) -> bool:
 
 # %% ../../nbs/experiments/cells.ipynb #7a675be6
 def attacks_on(config: RunConfig, row: str, record: Mapping[str, Any]) -> tuple[str, ...]:
-    "The attacks on a row of a grid, of which `record` is the run record: none on Finetuned or on a diverged model."
+    """Names of the attacks that a row of a grid is subject to: none for Finetuned or for a diverged model.
+
+    `record`: the row's run record."""
     if row == "Finetuned" or record.get("diverged"):
         return ()
     return getattr(config, "attacks", ())
@@ -80,13 +88,15 @@ def missing_attacks(config: RunConfig, folder: Path, row: str) -> list[str]:
     return [name for name in names if not finished(attacked_folder(folder, name), config.benchmark)]
 
 def cell_finished(config: RunConfig, output: str | Path, split: str, row: str) -> bool:
-    "Whether a cell is finished, and so are the attacks on it."
+    "Whether a cell is finished, including all attacks on it."
     folder = cell_folder(output, split, row)
     return finished(folder, config.benchmark) and not missing_attacks(config, folder, row)
 
 # %% ../../nbs/experiments/cells.ipynb #0872bb76
 def compared_facts(config: RunConfig, split: str, model: PreTrainedModel, enc: Encoder) -> dict[str, Any]:
-    "What a cell's record and its Retain cell's record must agree on, so that one can be measured against the other."
+    """The fields of a cell's record that must equal those of its Retain cell, so that the two can be compared.
+
+    These are the benchmark, the split, hashes of the data, the prompt format and the model's architecture."""
     return {"benchmark": config.benchmark, "split": split, "data": config.source.hashes(split),
             "prompt": asdict(enc.fmt), "architecture": architecture(model.config)}
 
@@ -99,7 +109,9 @@ def retain_cell(config: RunConfig, split: str, output: str | Path) -> Path | Non
 # %% ../../nbs/experiments/cells.ipynb #6537a613
 def evaluate_cell(config: RunConfig, model: PreTrainedModel, enc: Encoder, split: str, row: str, output: str,
                   progress: Progress = lambda share: None, cache: ResultCache | None = None) -> Evaluation:
-    "A cell's evaluation, against the Retain cell's where there is one."
+    """Evaluate the model of a cell; metrics that need a retain model are measured against the finished Retain cell.
+
+    Retain itself is measured against its own results. `cache`: results to reuse; None to compute all."""
     how: dict[str, Any] = {"batch_size": config.batch_size, "classifier": config.classifier, "cache": cache,
                            "progress": progress}
     if row == "Retain":
@@ -111,7 +123,9 @@ def evaluate_cell(config: RunConfig, model: PreTrainedModel, enc: Encoder, split
 
 # %% ../../nbs/experiments/cells.ipynb #89c2745b
 def history_of(config: RunConfig, folder: Path) -> EvaluationHistory | None:
-    "The evaluations after each epoch of a cell, where they are wanted; with those of an interrupted run that goes on."
+    """The history that collects a cell's evaluations after each epoch; None unless `eval_each` or `best` is set.
+
+    If an interrupted run goes on from a checkpoint, the evaluations that it made before are included."""
     if not (config.eval_each or config.best):
         return None
     resume = bool(config.save_each) and any((folder / "checkpoint").glob("checkpoint-*"))
@@ -120,7 +134,10 @@ def history_of(config: RunConfig, folder: Path) -> EvaluationHistory | None:
 
 # %% ../../nbs/experiments/cells.ipynb #5b3bfcf1
 def cell_start(config: RunConfig, split: str, row: str, output: str) -> str:
-    "The path of the model that a cell starts from; raises where the request before it left none."
+    """The path or Hub id of the model that a cell starts from.
+
+    In a study, a later request starts from the model that the one before it left. Raises `OpenUnlearnError` if that
+    one has no record or diverged."""
     earlier = config.source.starts_from(split) if row not in REFERENCE_ROWS else None
     if not earlier:
         return model_path(config, split, retain=row == "Retain")
@@ -135,7 +152,7 @@ def cell_start(config: RunConfig, split: str, row: str, output: str) -> str:
 
 # %% ../../nbs/experiments/cells.ipynb #c1170c01
 def keeps_model(config: RunConfig, split: str) -> bool:
-    "Whether an unlearned cell's model stays: a later request starts from it, or the grid keeps all (`keep_models`)."
+    "Whether to keep an unlearned cell's model: if a later request starts from it, or if `keep_models` is set."
     source = config.source
     return getattr(config, "keep_models", False) or any(source.starts_from(s) == split for s in source.splits)
 
@@ -179,9 +196,10 @@ COPIED = ("model", "row", "model_path", "start", "rendered_prompt", "config", "m
 
 def attack_cell(config: RunConfig, split: str, row: str, output: str,
                 loaded: tuple[PreTrainedModel, Encoder] | None = None) -> dict[str, float]:
-    """Run the attacks on a finished cell that are missing; returns the cell's summary.
+    """Run the attacks on a finished cell that have not been run yet; returns the summary of the cell itself.
 
-    `loaded`: its model and encoder where they are in memory. The model may be changed."""
+    `loaded`: the cell's model and encoder, if they are in memory already; the model may be changed. Afterwards the
+    cell's checkpoints are removed, and its saved model too unless the record says that it is kept."""
     folder = cell_folder(output, split, row)
     record = read_json(folder / "run.json", "run record")
     summary = read_json(folder / log_file(config.benchmark, "SUMMARY"), "summary")
@@ -197,9 +215,10 @@ def attack_cell(config: RunConfig, split: str, row: str, output: str,
 # %% ../../nbs/experiments/cells.ipynb #887e167f
 def run_cell(config: RunConfig, split: str, row: str, output: str, progress: Progress,
              method: str = "") -> dict[str, float]:
-    """Make one row of one split: load, unlearn, evaluate, write, attack. Returns the summary, one aggregate a metric.
+    """Make one row of a grid on one split: load the model, unlearn, evaluate, write the results, and attack.
 
-    `method`: where the row is not called after its method. Of a finished cell only the missing attacks are run."""
+    Returns the summary, one aggregate value per metric. `method`: the method's name, if it is not the name of the
+    row. If the cell is finished already, only its missing attacks are run."""
     started, folder = time.time(), cell_folder(output, split, row)
     if finished(folder, config.benchmark):
         return attack_cell(config, split, row, output)

@@ -49,7 +49,7 @@ def check_optimizer(name: str) -> None:
 ONLY = {"quantize": "nf4", "eval_each": "epoch", "save_each": "epoch", "device_map": "auto"}  # settings of one value
 
 def check_choices(config: RunConfig) -> None:
-    "Raise for a setting that is not one of its allowed values, in the settings that have only a few."
+    "Raise if a setting that allows only certain values (such as `prompt`, `optim` or `best`) has another one."
     if config.compat is not None:
         check_choice(config.compat, COMPAT, "compat")
     if config.prompt is not None:
@@ -79,7 +79,7 @@ def check_numbers(config: RunConfig) -> None:
 
 # %% ../../nbs/experiments/checks.ipynb #13ec0597
 def check_train_rows(config: RunConfig) -> None:
-    "Raise for `train_rows` with a model other than the embedded one, where it would do nothing."
+    "Raise if `train_rows` is set for a model other than the embedded one, where it would have no effect."
     if config.train_rows is not None and config.model != "embedded":
         raise OpenUnlearnError(
             f"train_rows {config.train_rows} counts what the embedded model is trained on, and does nothing for "
@@ -87,7 +87,7 @@ def check_train_rows(config: RunConfig) -> None:
         )
 
 def check_embedded_seed(config: RunConfig) -> None:
-    "Raise for `embedded_seed` with a model other than the embedded one, which is not trained here."
+    "Raise if `embedded_seed` is set for a model other than the embedded one, where it would have no effect."
     if config.embedded_seed and config.model != "embedded":
         raise OpenUnlearnError(
             f"embedded_seed {config.embedded_seed} is the seed by which the embedded model is trained, and does "
@@ -108,7 +108,7 @@ def check_combinations(config: RunConfig) -> None:
 
 # %% ../../nbs/experiments/checks.ipynb #491b4557
 def check_retain_model(config: RunConfig) -> None:
-    "Raise for a retain model given with a model that has one of its own."
+    "Raise if `retain_model` is set for a model that has its own: the embedded model or a preset."
     if config.retain_model is not None and config.model in ("embedded", *PRESETS):
         raise OpenUnlearnError(
             f"retain_model {config.retain_model!r} has no use with --model {config.model}, which has its own."
@@ -116,7 +116,7 @@ def check_retain_model(config: RunConfig) -> None:
 
 # %% ../../nbs/experiments/checks.ipynb #cfcd77c9
 def check_placeholders(config: RunConfig) -> None:
-    "Raise for braces in a path that the benchmark does not fill."
+    "Raise if a path or Hub id has a placeholder in braces that the benchmark does not fill in."
     for name in ("retain_model", "model", "data"):
         allowed = BENCHMARKS.find(config.benchmark).placeholders.get(name)
         value = getattr(config, name)
@@ -128,7 +128,7 @@ def check_placeholders(config: RunConfig) -> None:
 LOCAL = (".", "/", "~")  # how a path begins that cannot be a Hub id
 
 def check_model(config: RunConfig) -> None:
-    "Raise for a model that is no preset, no folder, and cannot be a Hub id. No request goes to the Hub."
+    "Raise if `model` is no preset, no existing folder, and cannot be a Hub id. No request is sent to the Hub."
     model = config.model
     if model in ("embedded", *PRESETS) or "{" in model or model and Path(model).expanduser().is_dir():
         return
@@ -139,7 +139,7 @@ def check_model(config: RunConfig) -> None:
 
 # %% ../../nbs/experiments/checks.ipynb #95a783ea
 def check_classifier(config: RunConfig) -> None:
-    "Raise for a classifier's folder that is not there."
+    "Raise if `classifier` is a path to a folder that does not exist."
     if config.classifier.startswith(LOCAL) and not Path(config.classifier).expanduser().is_dir():
         raise OpenUnlearnError(
             f"No folder with a classifier {config.classifier!r}; give a folder, a Hub id, or 'characters'."
@@ -163,7 +163,7 @@ def check_config(config: RunConfig) -> None:
 
 # %% ../../nbs/experiments/checks.ipynb #caeda4ad
 def check_split(config: RunConfig, split: str) -> str:
-    "Return `split`; raise where the benchmark has none of that name, or the data are of another corpus."
+    "Return `split`; raise if the benchmark has no split of that name, or the data belong to another corpus."
     return made_benchmark(config.benchmark, config.data).check_split(split)
 
 # %% ../../nbs/experiments/checks.ipynb #8c4e3a8e
@@ -178,7 +178,7 @@ def _forget_pairs(config: RunConfig, method: str, split: str) -> list[tuple[str,
 
 # %% ../../nbs/experiments/checks.ipynb #18217481
 def check_method(config: RunConfig, method: str, split: str) -> None:
-    "Raise where a method cannot be run on a benchmark's split, before anything is loaded."
+    "Raise if a method cannot be run on a split, for want of rows or alternate answers. No model is loaded."
     which = METHODS.find(method).alternates
     if which:
         pairs = _forget_pairs(config, method, split)
@@ -192,7 +192,7 @@ def check_method(config: RunConfig, method: str, split: str) -> None:
 
 # %% ../../nbs/experiments/checks.ipynb #52aa5ddf
 def check_alternates(config: RunConfig, methods: Sequence[str]) -> None:
-    "Raise where a file of alternates is given and none of the methods reads one."
+    "Raise if a file of alternates is given but none of the methods reads one."
     readers = [name for name, method in METHODS.items() if method.alternates in ("generated", "file")]
     reads = any(METHODS.find(method).alternates in ("generated", "file") for method in methods)
     if config.alternates and not reads:
@@ -202,7 +202,7 @@ def check_alternates(config: RunConfig, methods: Sequence[str]) -> None:
 
 # %% ../../nbs/experiments/checks.ipynb #0a3274c6
 def check_measurable(config: RunConfig, split: str) -> None:
-    "Raise where the data lack what the metrics read, or the judge of a metric cannot be had."
+    "Raise if the data lack rows that the metrics read, or the classifier that a metric needs cannot be loaded."
     source, table = config.source, metric_table(config.kind)
     if config.classifier != CLASSIFIER and any(table[name].metric.takes == "rows" for name in config.wanted):
         load_judge(config.classifier)

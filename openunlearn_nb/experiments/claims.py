@@ -26,7 +26,10 @@ from ..methods.method import METHODS
 
 # %% ../../nbs/experiments/claims.ipynb #28badaef
 def models_of(grid: GridConfig) -> dict[str, dict]:
-    "The identity of each model that a grid starts from or is measured against, by its path, as far as it is known."
+    """The identity of each model that a grid's numbers depend on, by its path (see `model_identity`).
+
+    These are the models that it starts from or is measured against, and a classifier in a folder. Embedded models are
+    listed by the name of their training set. Models of which nothing is known are left out."""
     if grid.model == "embedded":
         learned = {name for split in grid.splits for name in grid.source.training_sets(split)}
         benchmark = grid.source.embedded_benchmark
@@ -39,7 +42,7 @@ def models_of(grid: GridConfig) -> dict[str, dict]:
     return {path: identity for path, identity in found.items() if identity}
 
 def _started_from(output: str | Path, path: str) -> dict:
-    "The identity that a folder's records note of the model at `path`; empty where none does."
+    "The identity of the model at `path` in the records below a folder; empty if no record notes it."
     for file in sorted(Path(output).glob("*/*/run.json")):
         with suppress(OpenUnlearnError):  # the cell of a broken record is made again
             record = read_json(file)
@@ -80,9 +83,9 @@ def _changed_contents(known: dict[str, dict], now: dict[str, dict], output: str 
 
 # %% ../../nbs/experiments/claims.ipynb #3c328f85
 def check_claim(grid: GridConfig, output: str | Path) -> dict | None:
-    """What a grid has to note in its folder; None where all of it is noted already. Nothing is written.
+    """What has to be written into `grid.json` in a grid's folder; None if all of it is there. Nothing is written.
 
-    Raises if the folder is a file, or holds results of another configuration."""
+    Raises `OpenUnlearnError` if `output` is a file, or holds results of another configuration."""
     if Path(output).is_file():
         raise OpenUnlearnError(f"{output} is a file; give a folder as --output.")
     settings, now, file = grid.fingerprint(), _contents(grid), Path(output) / "grid.json"
@@ -100,7 +103,9 @@ def check_claim(grid: GridConfig, output: str | Path) -> dict | None:
     return same_place(settings) | joined if not file.exists() or joined != known else None
 
 def claim(grid: GridConfig, output: str | Path) -> None:
-    "Note a grid's configuration and contents in its folder; raises if the folder holds results of another one."
+    """Write a grid's configuration, and hashes of its data, recipes and models, into `grid.json` in its folder.
+
+    Raises `OpenUnlearnError` if the folder holds results of another configuration."""
     note = check_claim(grid, output)
     if note is not None:
         write_json(Path(output) / "grid.json", note)

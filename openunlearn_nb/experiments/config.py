@@ -26,9 +26,10 @@ Progress = Callable[[float], None]  # called with the share of the work that is 
 
 # %% ../../nbs/experiments/config.ipynb #23e21fec
 def weights_in(text: str) -> dict[str, float]:
-    """The weight of each metric in a text: a metric's name (its weight is 1), or NAME=WEIGHT with commas between.
+    """Parse weights of metrics from a text such as `forget_quality` or `forget_quality=1,model_utility=2`.
 
-    Raises for a weight that is not a number; whether the metrics exist is not checked here."""
+    A name without a number has weight 1. Raises `OpenUnlearnError` for a weight that is not a number; whether the
+    metrics exist is not checked here."""
     weights = {}
     for part in text.split(","):
         name, equals, weight = part.strip().partition("=")
@@ -42,7 +43,9 @@ def weights_in(text: str) -> dict[str, float]:
 
 # %% ../../nbs/experiments/config.ipynb #1b1c7af9
 def template_arguments(given: Sequence[str]) -> dict[str, Any]:
-    "Arguments of a chat template from texts NAME=VALUE. A value that is JSON is read as such; any other is a text."
+    """Parse arguments of a chat template from texts NAME=VALUE, such as `enable_thinking=false`.
+
+    A value that is JSON is parsed; any other stays a string. Raises `OpenUnlearnError` for a text of another form."""
     arguments = {}
     for argument in given:
         name, equals, value = argument.partition("=")
@@ -82,32 +85,32 @@ class _Named(RunSettings):
 
     @property
     def wanted(self) -> list[str]:
-        "Names of the metrics to compute: those that are given, and those by which the best epoch is chosen."
+        "Names of the metrics to compute: those in `metrics`, and those by which the best epoch is chosen."
         return list(dict.fromkeys([*wanted(self.source, self.metrics), *self.best_weights]))
 
     @property
     def best_weights(self) -> dict[str, float]:
-        "The metrics by which the best epoch is chosen, with their weights. Empty: the last epoch is taken."
+        "The metrics by which the best epoch is chosen, with their weights; empty if the last epoch is taken."
         return best_weights(weights_in(self.best), self.kind) if self.best else {}
 
 # %% ../../nbs/experiments/config.ipynb #1b76f010
 def _alternates_hash(path: str | None) -> str | None:
-    "A hash of the text of a file of alternates; the path as it was given where no file is there."
+    "A hash of the text in a file of alternates; `path` itself if there is no such file."
     file = Path(path).expanduser() if path else None
     return content_hash(file.read_text("utf-8")) if file and file.is_file() else path
 
 # %% ../../nbs/experiments/config.ipynb #359c5fc3
 @dataclass(frozen=True)
 class RunConfig(_Named):
-    """The settings of a run, and what they name: the benchmark's rows, its metrics.
+    """The settings of a run, with properties for what they name, such as the benchmark and its metrics.
 
-    `None` for a setting of training or the prompt stands for the recipe's or the model's own."""
+    A training or prompt setting of `None` means the default: that of the method's recipe, or the model's."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "benchmark", BENCHMARKS.spelled(self.benchmark))
 
     def fingerprint(self) -> dict[str, Any]:
-        "What all runs of one table must have in common, as values of JSON."
+        "The settings that must be equal in all runs of one table, by name, as values that JSON can hold."
         given = {}
         for f in fields(RunConfig):
             value = getattr(self, f.name)

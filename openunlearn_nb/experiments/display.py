@@ -18,21 +18,23 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/experiments/display.ipynb #beaf58fc
 def duration(seconds: float) -> str:
-    "A time in words: 40 s, 12 min, 3.5 h."
+    "A number of seconds as a short text, such as 40 s, 12 min or 3.5 h."
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 # %% ../../nbs/experiments/display.ipynb #f9194dbe
 class LogLines:
-    "Says when another line is due: the first after `every` seconds, the next as long after it."
+    "Progress lines for a log file, at most one per `every` seconds."
 
     def __init__(self, every: float = 60.0):
         self.every = every
         self.started = self.last = time.monotonic()
 
     def due(self, share: float) -> str | None:
-        "A line with the share that is done and the time left; None while none is due."
+        """A line with the share of the work that is done and the estimated time left; None if no line is due.
+
+        `share`: the share that is done, 0 to 1."""
         now = time.monotonic()
         if now - self.last < self.every or not 0 < share < 1:
             return None
@@ -43,12 +45,14 @@ class LogLines:
 TRAINING_WEIGHT = 12.0  # of an embedded model's training, where a cell weighs about 1
 
 def weight(task: "Task", splits: Mapping[str, float]) -> float:
-    "Rough share of a task in the work, for the estimate of the time left. `splits`: weights of cells, by split."
+    """Roughly how much work a task is, relative to a cell of weight 1, for the estimate of the time left.
+
+    `splits`: weights of cells by split; 1 for a split that it does not list."""
     return splits.get(task.split, 1.0) if task.row else TRAINING_WEIGHT
 
 # %% ../../nbs/experiments/display.ipynb #20c88025
 def reason_of(error: BaseException) -> str:
-    "An error in one line."
+    "The message of an error; preceded by its type if it is not an `OpenUnlearnError`."
     return str(error) if isinstance(error, OpenUnlearnError) else f"{type(error).__name__}: {error}"
 
 def _failure(task: "Task", error: BaseException) -> str:
@@ -84,9 +88,10 @@ def _announcement(tasks: "list[Task]") -> str:
 
 # %% ../../nbs/experiments/display.ipynb #ab5789bf
 class Display(_Lines):
-    """A progress bar weighted by work, and a line a finished cell, on standard error.
+    """A progress bar weighted by work, and one line per finished cell, on standard error.
 
-    `columns`: metrics of a cell's line; `show`: whether anything but failures is shown; `splits`: weights of cells."""
+    `columns`: the metrics in a cell's line. `show`: if False, only failures and warnings are shown. `splits`: weights
+    of cells by split (see `weight`)."""
 
     def __init__(self, tasks: "list[Task]", columns: list[str], show: bool, splits: Mapping[str, float] = {}):
         from tqdm.auto import tqdm
@@ -101,7 +106,7 @@ class Display(_Lines):
                         bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
 
     def report(self, key: tuple[str, str] | None, share: float | str) -> None:
-        "Note how much of a task is done, 0 to 1; without a key, a warning to show."
+        "Show that `share` (0 to 1) of the task `key` is done. If `key` is None, `share` is a warning to show once."
         if key is None or isinstance(share, str):
             return self.note(str(share))
         self.shares[key] = share
@@ -113,7 +118,7 @@ class Display(_Lines):
             self.write(f"{line}; {one_line(running)}")
 
     def done(self, task: "Task", values: dict | None, error: BaseException | None) -> None:
-        "Show that a task has ended: the values of its row, or why it failed."
+        "Show that a task has ended: the values of its row by metric, or the error with which it failed."
         self.report(task.key, 1.0)
         if error:
             self.write(_failure(task, error))

@@ -47,23 +47,27 @@ class EmbeddedConfig:
     reproducible: bool = True  # to the same weights on every processor
 
 def embedded_config(benchmark: Benchmark | type[Benchmark], seed: int = 0) -> EmbeddedConfig:
-    "How the embedded model of a benchmark is built and trained: the values above, where the benchmark has no others."
+    """How the embedded model of a benchmark is built and trained.
+
+    These are the defaults of `EmbeddedConfig`, except for values that the benchmark sets itself."""
     return EmbeddedConfig(**benchmark.embedded, seed=seed)
 
 # %% ../../nbs/experiments/embedded.ipynb #9d0f44d1
 CHECKSUMS = "checksums.json"  # in a cached model's folder: a hash of each of the other files
 
 def embedded_folder(training_set: str, benchmark: Benchmark, recipe: EmbeddedConfig | None = None) -> Path:
-    "Where the cache has the embedded model of a training set (`full`, `retain90`, ...), whether it is there or not."
+    """The cache folder of the embedded model of a training set (`full`, `retain90`, ...); it need not exist yet.
+
+    Its name holds a hash of the recipe (by default the benchmark's) and of the texts that the model learns."""
     decides = [4, asdict(recipe or embedded_config(benchmark)), benchmark.tokenizer_texts(),
                benchmark.embedded_rows(training_set)]
     return cache_dir() / f"{benchmark.name.lower()}-{training_set}-{content_hash(decides)}"
 
 # %% ../../nbs/experiments/embedded.ipynb #9000d0fc
 def is_whole(folder: Path) -> bool:
-    """Whether a cached model is there, with its files as they were written.
+    """Whether a cached model exists and its files have the checksums with which they were written.
 
-    A model of version 0.1 has no checksums; of it only whether its weights can be opened is known."""
+    A model of version 0.1 has no checksums; for such a model, only whether its weights can be opened is checked."""
     try:
         if not (folder / CHECKSUMS).exists():
             with safe_open(folder / "model.safetensors", "pt"):
@@ -97,7 +101,7 @@ def _check_cache() -> None:
 MANY_EXAMPLES = 1600  # from here on a step has all of its rows, and they are of like length
 
 def _step_of(recipe: EmbeddedConfig, examples: int) -> tuple[float, int, dict[str, str]]:
-    "For a training on so many examples: its learning rate, the rows of a step, and further `TrainingArguments`."
+    "The learning rate, the rows per step and further `TrainingArguments` for training on this many examples."
     few = max(4, min(8, examples // 32))
     rows = recipe.batch_size if examples >= MANY_EXAMPLES else min(recipe.batch_size, few)
     order = {"train_sampling_strategy": "group_by_length"} if examples >= MANY_EXAMPLES else {}
@@ -121,8 +125,10 @@ def _train_embedded(training_set: str, benchmark: Benchmark, recipe: EmbeddedCon
 # %% ../../nbs/experiments/embedded.ipynb #01c3516d
 def embedded_model(training_set: str = "full", benchmark: Benchmark | None = None, recipe: EmbeddedConfig | None = None,
                    progress: Callable[[float], None] = lambda share: None) -> Path:
-    """The folder of the embedded model of a training set (`full`, `retain90`, `News_target`, ...), by default of TOFU's
-    miniature; trained now if the cache does not have it."""
+    """The folder of the embedded model of a training set; the model is trained now if the cache does not have it.
+
+    `training_set`: `full`, `retain90`, `News_target`, ... `benchmark`: by default TOFU with its miniature data.
+    `recipe`: by default the benchmark's. Raises `OpenUnlearnError` if the cache cannot be written."""
     benchmark = benchmark or BENCHMARKS.find(DEFAULT_BENCHMARK)()
     recipe = recipe or embedded_config(benchmark)
     folder = embedded_folder(training_set, benchmark, recipe)
@@ -140,9 +146,10 @@ def embedded_model(training_set: str = "full", benchmark: Benchmark | None = Non
 
 # %% ../../nbs/experiments/embedded.ipynb #c2a99178
 def embedded_recipe(method: str, benchmark: str = DEFAULT_BENCHMARK) -> tuple[TrainConfig, dict]:
-    """The unlearning recipe of an embedded model, and the method's settings.
+    """The training settings for unlearning an embedded model by a method, and the method's own settings.
 
-    As published, but for what the benchmark says for the embedded model, of all methods and of this one."""
+    They are as published, except for what the benchmark changes for the embedded model, in general or for this
+    method."""
     of = BENCHMARKS.find(benchmark)
     settings = values.method_recipe(of, method, "embedded")
     known = {f.name for f in fields(TrainConfig)}

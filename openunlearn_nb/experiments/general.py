@@ -36,8 +36,10 @@ from ..models.saving import cache_dir
 
 # %% ../../nbs/experiments/general.ipynb #c8394a34
 def choices(rows: list[dict]) -> list[dict]:
-    """`{question, choices, label}` of every row: its answer among three others', of questions that begin alike where
-    there are. The place of the right answer goes round."""
+    """Turn rows with `question` and `answer` into multiple-choice rows `{question, choices, label}`.
+
+    The wrong choices are up to three answers of other rows, preferably to questions with the same first two words.
+    `label` is the index of the right answer in `choices`: 0, 1, 2, 3, 0, ... from row to row."""
     docs = []
     for i, row in enumerate(rows):
         start = row["question"].split()[:2]
@@ -50,7 +52,7 @@ def choices(rows: list[dict]) -> list[dict]:
 
 # %% ../../nbs/experiments/general.ipynb #c89990fd
 def small_tasks(data: str = "miniature") -> dict[str, list[dict]]:
-    "Rows with `question` and `answer` about the miniatures, by the name of their lm-eval task."
+    "Rows with `question` and `answer` about the miniature data, by the name of the lm-eval task made from them."
     return {task: rows for of in BENCHMARKS.values() if of.miniature for task, rows in of(data).small_tasks().items()}
 
 # %% ../../nbs/experiments/general.ipynb #3c1e661f
@@ -68,9 +70,10 @@ metadata: {{version: 1}}
 """
 
 def mini_tasks(data: str = "miniature") -> Path:
-    """A folder in the cache with the miniatures' tasks, each a YAML file and its rows.
+    """Write the lm-eval tasks about the miniature data into a folder in the cache; returns the folder.
 
-    `data`: `miniature` or `miniature:SEED`. The folder's name holds a hash of what is in it."""
+    Each task is a YAML file and a JSON lines file with its rows. `data`: `miniature` or `miniature:SEED`. The folder's
+    name holds a hash of its contents."""
     docs = {task: choices(rows) for task, rows in small_tasks(data).items()}
     folder = cache_dir() / f"tasks-{content_hash([YAML, docs])}"
     for task, rows in docs.items():
@@ -80,13 +83,16 @@ def mini_tasks(data: str = "miniature") -> Path:
 
 # %% ../../nbs/experiments/general.ipynb #4f91387a
 def _scores(samples: list[dict], metric: str, filtered: str) -> dict[str, dict]:
-    "The score of every document by a metric, by the document's number; empty where it has no score for a document."
+    "`{score}` per document by a metric, by the document's number; documents without a score are left out."
     return {str(sample["doc_id"]): {"score": float(sample[metric])} for sample in samples
             if isinstance(sample.get(metric), int | float) and sample.get("filter", filtered) == filtered}
 
 # %% ../../nbs/experiments/general.ipynb #ace30892
 def entries_of(results: dict[str, Any]) -> dict[str, dict]:
-    "lm-eval's results as entries, by `task/metric`: the aggregate, its standard error, a score for every document."
+    """Convert lm-eval's results into this package's entries of an evaluation, by `task/metric`.
+
+    An entry holds the aggregate (`agg_value`), its standard error (`stderr`, None if lm-eval gives none) and the
+    score of each document (`value_by_index`)."""
     entries = {}
     for task, values in results["results"].items():
         samples = sorted(results.get("samples", {}).get(task, []), key=lambda sample: sample["doc_id"])
@@ -158,10 +164,12 @@ def _write(folder: Path, entries: dict[str, dict], record: dict[str, Any]) -> di
 def evaluate_general(config: RunConfig, tasks: Sequence[str], output: str | Path, limit: int | None = None,
                      num_fewshot: int | None = None, include: str | None = None, chat: bool = False,
                      split: str | None = None) -> dict[str, float]:
-    """Run lm-eval's tasks on a model, write the record into a folder, and return the summary, one value a metric.
+    """Run lm-eval tasks on a model, write the results into a folder, and return the summary, one value per metric.
 
-    `limit`: documents of each task; `num_fewshot`: worked examples; `include`: a folder with tasks of one's own;
-    `chat`: through the tokenizer's chat template; `split`: whose finetuned model, of a preset or the embedded one."""
+    `limit`: the most documents per task; None for all. `num_fewshot`: worked examples before each question; None for
+    the task's own number. `include`: a folder with tasks of your own. `chat`: put questions through the tokenizer's
+    chat template. `split`: for a preset or the embedded model, the split whose Finetuned model is evaluated (default:
+    the first). Raises `OpenUnlearnError` for options that cannot work, or if lm-eval fails."""
     started = time.time()
     join_group()
     _check_general(config, output, limit, num_fewshot, include)

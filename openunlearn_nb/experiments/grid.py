@@ -34,7 +34,7 @@ from ..internals.registry import import_file
 
 # %% ../../nbs/experiments/grid.ipynb #8e4e3533
 def cells(grid: GridConfig) -> list[tuple[str, str]]:
-    "All (split, row) of a grid, the reference rows of a split first."
+    "All cells of a grid as (split, row) pairs, with the reference rows (Retain, Finetuned) of a split first."
     references = ["Retain", "Finetuned"] if has_retain(grid) else ["Finetuned"]
     found: dict[tuple[str, str], None] = {}
     for split in grid.splits:
@@ -76,7 +76,7 @@ class _Plan:
 
 # %% ../../nbs/experiments/grid.ipynb #446f1b0c
 def plan(grid: GridConfig, output: str) -> list[Task]:
-    "The grid's unfinished tasks, inputs first."
+    "The unfinished tasks of a grid, in an order in which each comes after those that it needs."
     made = _Plan(grid, output)
     for split, row in cells(grid):
         if not cell_finished(grid, output, split, row):
@@ -85,7 +85,7 @@ def plan(grid: GridConfig, output: str) -> list[Task]:
 
 # %% ../../nbs/experiments/grid.ipynb #3b11ce7e
 def check_attackable(grid: GridConfig, output: str | Path) -> None:
-    "Raise for a finished cell that is to be attacked and did not keep its model, so that it had to be trained again."
+    "Raise if a finished cell is to be attacked but did not keep its model, and would have to be trained again."
     for split, row in cells(grid):
         folder = cell_folder(output, split, row)
         if row in REFERENCE_ROWS or not finished(folder, grid.benchmark) or has_model(folder):
@@ -98,9 +98,10 @@ def check_attackable(grid: GridConfig, output: str | Path) -> None:
 
 # %% ../../nbs/experiments/grid.ipynb #514039ca
 def run_task(grid: GridConfig, output: str, task: Task, progress: Progress) -> dict:
-    """Run a task in this process; returns the cell's summary, empty for the training of an embedded model.
+    """Run a task of a grid in this process; returns the cell's summary, one aggregate value per metric.
 
-    A task without a row trains the embedded model on the training set that `split` names."""
+    A task without a row trains the embedded model on the training set named by its `split`, and returns an empty
+    dictionary."""
     for file in grid.imports:
         import_file(file)
     if not task.row:
@@ -114,7 +115,10 @@ def run_task(grid: GridConfig, output: str, task: Task, progress: Progress) -> d
 
 # %% ../../nbs/experiments/grid.ipynb #00c3c155
 def default_jobs(grid: GridConfig) -> int:
-    "Worker processes: one a visible GPU; on a CPU one a core (at most 4) for the embedded model, else one."
+    """The default number of worker processes: one per visible GPU.
+
+    Without GPUs, one per CPU core (at most 4) for the embedded model, and 1 for other models. In a launch of several
+    processes, 1."""
     if launched_processes() > 1:
         return 1
     if devices := visible_devices():
@@ -126,7 +130,9 @@ def default_jobs(grid: GridConfig) -> int:
 
 # %% ../../nbs/experiments/grid.ipynb #abc0cb77
 def note_failure(output: str, task: Task, error: BaseException) -> None:
-    "Leave the reason in the cell's folder; where even that cannot be written, a warning."
+    """Write error, traceback and date into `failed.json` in the cell's folder; warns if it cannot be written.
+
+    Nothing is written for a task without a row, which trains an embedded model."""
     if not task.row:
         return
     noted = {"error": reason_of(error), "traceback": "".join(traceback.format_exception(error)),
@@ -138,7 +144,7 @@ def note_failure(output: str, task: Task, error: BaseException) -> None:
 
 # %% ../../nbs/experiments/grid.ipynb #17a1bc5f
 def grid_folder(grid: GridConfig, output: str | Path | None = None) -> Path:
-    "Where a grid's records go: `output`, or runs/tofu, runs/muse, ..."
+    "The folder for a grid's results: `output`, or by default runs/tofu, runs/muse, ... by benchmark."
     return output_path(f"runs/{grid.benchmark.lower()}" if output is None else output, "folder")
 
 # %% ../../nbs/experiments/grid.ipynb #d40f06bb
@@ -151,7 +157,9 @@ def _check_folder(output: str, jobs: int | None) -> None:
 
 # %% ../../nbs/experiments/grid.ipynb #0c6cca8c
 def check_grid_folder(grid: GridConfig, output: str | Path, jobs: int | None = None) -> None:
-    "Raise for a folder that `run_grid` refuses, and for a number of workers below 1; `grid`: checked. Writes nothing."
+    """Raise if `run_grid` would refuse the folder or the number of workers (`jobs`). Writes nothing.
+
+    `grid`: a grid that `check_grid` has returned."""
     _check_folder(str(output), jobs)
     check_claim(grid, output)
     check_attackable(grid, output)
@@ -159,10 +167,11 @@ def check_grid_folder(grid: GridConfig, output: str | Path, jobs: int | None = N
 # %% ../../nbs/experiments/grid.ipynb #6d839a54
 def run_grid(grid: GridConfig = GridConfig(), output: str | Path | None = None, jobs: int | None = None,
              show: bool = True) -> list[Task]:
-    """Run what is unfinished of a grid, into `output` (by default runs/tofu, runs/muse, ...); returns the failed tasks.
+    """Run the unfinished cells of a grid; returns the tasks that failed or could not start.
 
-    It may be interrupted at any time; another call goes on. `jobs`: worker processes, dealt over the visible GPUs in
-    turn (by default one a GPU, see `default_jobs`); 1 runs everything in this process.
+    `output`: the folder for the results (by default runs/tofu, runs/muse, ...). `jobs`: the number of worker processes,
+    which are assigned to the visible GPUs in turn (by default one per GPU, see `default_jobs`); 1 runs everything in
+    this process. `show`: whether to show progress. The call may be interrupted at any time; another call continues.
 
     In a script, call it under `if __name__ == "__main__":`, because workers are fresh processes that import the
     script."""

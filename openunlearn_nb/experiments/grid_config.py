@@ -26,15 +26,17 @@ from ..models.loading import PRESETS
 # %% ../../nbs/experiments/grid_config.ipynb #442f0ca6
 @dataclass(frozen=True)
 class GridConfig(GridSettings, RunConfig):
-    "A grid. Without `splits`: all splits of the benchmark's table that the data have; without `methods`: its methods."
+    """The settings of a grid: those of its runs, with the splits and methods that make its cells.
+
+    Without `splits`: all splits of the benchmark's table that the data have. Without `methods`: those of the table."""
 
     @property
     def variants(self) -> dict[str, Variant]:
-        "The rows of the table that are unlearned, each with its method and its settings."
+        "The unlearned rows of the table by name (all except the reference rows), each with its method and settings."
         return {v.row: v for method in self.methods for v in variants_of(self, method, self.sweep)}
 
 def has_retain(grid: GridConfig) -> bool:
-    "Whether a grid has a retain model: the embedded model and the presets do, others if the user gives one."
+    "Whether a grid has a retain model: true for the embedded model and presets, for others if `retain_model` is set."
     return grid.model == "embedded" or grid.model in PRESETS or bool(grid.retain_model)
 
 # %% ../../nbs/experiments/grid_config.ipynb #99edd764
@@ -47,7 +49,9 @@ def _can_run(grid: GridConfig, method: str, split: str) -> bool:
     return True
 
 def default_methods(grid: GridConfig, split: str) -> list[str]:
-    "The methods of the benchmark's published table; where nothing is published, all whose needs the data meet."
+    """Names of the methods in the benchmark's published table.
+
+    If no table is published, all unlearning methods that can be run on `split` with the given data."""
     if published := published_methods(BENCHMARKS.find(grid.benchmark)):
         return published
     return [name for name, method in METHODS.items() if method.forget_loss and _can_run(grid, name, split)]
@@ -68,7 +72,9 @@ def _check_cells(grid: GridConfig) -> None:
             model_path(grid, split)  # raises where no finetuned model is published
 
 def check_grid(grid: GridConfig) -> GridConfig:
-    "The grid with its values checked, its defaults filled in and aliases of methods replaced. Raises for bad values."
+    """Return the grid with default splits and methods filled in, and aliases of methods replaced by their names.
+
+    All values are checked; raises `OpenUnlearnError` for one that cannot work."""
     check_config(grid)
     splits = tuple(check_split(grid, split) for split in grid.splits or grid.source.table_splits())
     methods = tuple(METHODS.find(name).name for name in grid.methods or default_methods(grid, splits[0]))

@@ -16,12 +16,14 @@ from ..models.loading import PRESETS
 
 # %% ../../nbs/experiments/naming.ipynb #479cd5cc
 def training_record(path: str) -> dict[str, Any]:
-    "The `train.json` of the model at `path`; empty where `openunlearn train` did not make it."
+    "The content of the model's `train.json`; empty if there is none (`openunlearn train` did not make the model)."
     file = Path(path).expanduser() / "train.json"
     return read_json(file, "training record") if file.is_file() else {}
 
 def table_model(path: str) -> str:
-    "The name of the model that `path` descends from: a preset's, or the last part of a path or Hub id."
+    """The name in tables of the model that the one at `path` was first trained from, by their training records.
+
+    It is a preset's name, or the last part of a path or Hub id."""
     for _ in range(100):  # records may name each other in a circle
         config = training_record(path).get("config")
         start = config.get("model") if isinstance(config, dict) else None
@@ -32,7 +34,9 @@ def table_model(path: str) -> str:
 
 # %% ../../nbs/experiments/naming.ipynb #8981e251
 def row_name(config: RunConfig, split: str) -> str:
-    "The row of an evaluated model: its method, Finetuned or Retain; Evaluated where no record says how it was made."
+    """The name of an evaluated model's row in tables, by its training record: its method, Finetuned or Retain.
+
+    It is Evaluated if no record says how the model was made."""
     record = training_record(config.model)
     if record.get("method") != FINETUNE:
         return record.get("method") or "Evaluated"

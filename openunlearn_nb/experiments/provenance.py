@@ -26,7 +26,7 @@ DECIDING_NAMES = ("config.json", "generation_config.json", "tokenizer.json", "to
 DECIDING_ENDINGS = (".safetensors", ".safetensors.index.json", ".jinja", ".py", ".model", ".tiktoken")
 
 def deciding_files(folder: Path) -> list[Path]:
-    "The files of a model folder that decide what the model says, in order of their names."
+    "The files of a model folder on which its outputs depend (weights, configuration, tokenizer, code), sorted."
     found = [file for file in folder.iterdir() if file.name in DECIDING_NAMES or file.name.endswith(DECIDING_ENDINGS)]
     found += folder.glob("additional_chat_templates/*.jinja")
     return sorted(file for file in found if file.is_file())
@@ -70,7 +70,10 @@ def _base_files(folder: Path, adapter: Path, anew: bool) -> dict[str, str]:
     return {f"base/{name}": digest for name, digest in (found.get("files") or found).items()}
 
 def model_files(folder: Path, anew: bool = False) -> dict[str, str]:
-    "The hash of each file that decides what the model in a folder says, by its name; with those of an adapter's base."
+    """Hashes of the files on which the outputs of the model in a folder depend, by file name.
+
+    For an adapter they include those of its base model, with `base/` before the name. `anew`: read large files again
+    even if they seem unchanged."""
     files = {str(file.relative_to(folder)): _hash_of(file, anew) for file in deciding_files(folder)}
     if (trained := folder / "train.json").exists():
         prompt = read_json(trained, "training record").get("prompt")
@@ -81,7 +84,7 @@ def model_files(folder: Path, anew: bool = False) -> dict[str, str]:
 
 # %% ../../nbs/experiments/provenance.ipynb #4911ac5b
 def _revision(path: str) -> str | None:
-    "The commit of a Hub id that was loaded last; None where none was."
+    "The commit of a Hub id's model in the local cache; None if the cache has none."
     from huggingface_hub import try_to_load_from_cache
     cached = try_to_load_from_cache(path, "config.json")
     return Path(cached).parent.name if isinstance(cached, str) else None
@@ -108,11 +111,11 @@ def _identity(path: str, anew: bool = False) -> dict[str, Any]:
     return {"identity": text_hash(lines), "files": files}
 
 def model_identity(path: str, anew: bool = False) -> dict[str, Any]:
-    """Which model is at `path`: of a folder its `identity`, a short hash, with the hash of each of its `files`; of a
-    Hub id the `revision`.
+    """What identifies the model at `path`, so that a later change can be noticed.
 
-    Empty where nothing is known of it. `anew`: large files are read again though they seem unchanged. The main process
-    computes it; all processes must call it."""
+    For a folder: `identity` (a short hash) and `files` (the hash of each file, by name). For a Hub id: `revision` (the
+    commit in the local cache). Empty if nothing is known of the model. `anew`: read large files again even if they
+    seem unchanged. All processes must call it; the main process computes it."""
     return on_main(lambda: _identity(path, anew))
 
 # %% ../../nbs/experiments/provenance.ipynb #a1cf1ab3
@@ -124,9 +127,9 @@ def _old_difference(content: str, files: dict[str, str]) -> str | None:
 
 # %% ../../nbs/experiments/provenance.ipynb #0ea73d60
 def difference(known: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """What differs between two identities of a model, such as the name of a file.
+    """What differs between two identities of a model (see `model_identity`), such as the name of a file.
 
-    None where nothing differs that both identities know."""
+    None if nothing differs in what both identities hold."""
     files = now.get("files")
     if files and isinstance(known.get("files"), dict):
         names = sorted(known["files"] | files)
@@ -164,10 +167,10 @@ def _retain_changed(record: dict[str, Any], folder: Path) -> str | None:
 
 # %% ../../nbs/experiments/provenance.ipynb #fea9d937
 def changes(record: dict[str, Any], folder: Path) -> list[str]:
-    """How a record's evaluation, the model that it started from, and what it was measured against differ from what the
-    record says.
+    """What has changed since a record was written, a sentence per difference; empty if nothing has.
 
-    `folder`: of the record. Each difference is a sentence; empty where all is as it was."""
+    Checked are the evaluation's files, the model that the run started from, and the retain evaluation that it was
+    measured against. `folder`: the folder of the record."""
     if not record.get("files"):
         return ["the record holds no hashes of its files"]
     found: list[str | None] = []

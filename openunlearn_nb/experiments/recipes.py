@@ -30,9 +30,10 @@ ADAPTED_ABOVE = 2e8  # bytes of weights: a hundred million in bf16
 LORA_RATE = 10  # times the learning rate of full training (Schulman et al., LoRA Without Regret, 2025)
 
 def adapter_rank(config: RunConfig) -> int | None:
-    """The rank of the adapter to train; None: the weights themselves are trained.
+    """The rank of the LoRA adapter to train; None if the weights themselves are trained.
 
-    As given; on a CPU, 8 for a model of 100 million parameters or more, and for one whose size is not known yet."""
+    It is the `lora` setting, if given (0 means None). The default is None on a CUDA GPU and for the embedded model;
+    elsewhere 8 for a model of 100 million parameters or more, and for one whose size is not known yet."""
     if config.lora is not None or config.model == "embedded" or device_type() == "cuda":
         return config.lora or None
     folder = Path(config.model).expanduser()
@@ -41,7 +42,9 @@ def adapter_rank(config: RunConfig) -> int | None:
 
 # %% ../../nbs/experiments/recipes.ipynb #875dfd12
 def with_arguments(recipe: TrainConfig, arguments: dict[str, Any]) -> TrainConfig:
-    "A recipe with the given fields of TrainingArguments in place of its own settings."
+    """A copy of a recipe in which fields of transformers' `TrainingArguments` replace its own settings.
+
+    `arguments`: values by their names in `TrainingArguments`."""
     rest = {name: value for name, value in arguments.items() if name not in IN_RECIPE}
     given = {IN_RECIPE[name]: value for name, value in arguments.items() if name in IN_RECIPE}
     if forwards := rest.pop("gradient_accumulation_steps", None):
@@ -64,8 +67,9 @@ def _given_fields(config: RunConfig) -> dict[str, Any]:
     return given | ({"max_steps": None} if config.epochs else {})
 
 def recipe_of(config: RunConfig, method: str) -> tuple[TrainConfig, dict]:
-    """How a method is trained: the training settings, and the method's own settings where they differ from its
-    defaults."""
+    """The training settings of a method, and its own settings (loss weights and the like) that are not its defaults.
+
+    They are those of the benchmark and model, changed as the configuration says."""
     recipe, settings = _recipe_of_model(config, method)
     if rank := adapter_rank(config):
         recipe = replace(recipe, lora=rank, learning_rate=LORA_RATE * recipe.learning_rate)
@@ -75,7 +79,7 @@ def recipe_of(config: RunConfig, method: str) -> tuple[TrainConfig, dict]:
 
 # %% ../../nbs/experiments/recipes.ipynb #411a3cc0
 def _rows_are_fixed(config: RunConfig) -> bool:
-    "Whether the rows of a forward are given, or decide the numbers."
+    "Whether the number of rows per forward pass must stay: it is given, or the results depend on it."
     accumulation = "gradient_accumulation_steps" in (config.training_args or {})
     return bool(config.per_device_batch or accumulation or config.compat or config.model == "embedded")
 
@@ -87,10 +91,11 @@ def _layout(config: RunConfig, recipe: TrainConfig) -> str:
 
 def fit_to_memory(config: RunConfig, recipe: TrainConfig, method: str, settings: dict, model: PreTrainedModel,
                   examples: list[dict]) -> TrainConfig:
-    """The recipe with as many rows a forward as one GPU's memory allows, and checkpointing where that is needed.
+    """The recipe with as many rows per forward pass as one GPU's memory allows, and gradient checkpointing if needed.
 
-    `examples`: encoded, of which the longest counts. The recipe is returned unchanged where the rows are fixed, in a
-    launch of several processes, and on a device whose memory is not known."""
+    `settings`: the method's. `examples`: encoded examples, of which the longest counts. The recipe is returned
+    unchanged if the rows per forward pass are fixed by the configuration, in a launch of several processes, and on a
+    device whose memory is not known (any except a CUDA GPU)."""
     memory = usable_memory(model.device)
     if memory is None or launched_processes() > 1 or _rows_are_fixed(config):
         return recipe

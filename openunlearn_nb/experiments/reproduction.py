@@ -27,7 +27,7 @@ from ..training.sizes import model_config, model_sizes
 
 # %% ../../nbs/experiments/reproduction.ipynb #5d067a24
 class Cell(NamedTuple):
-    "A row of a published table on one split, with its numbers as they are printed."
+    "A row of a published table on one split. `values`: its numbers as they are printed, by column."
     benchmark: str
     model: str
     split: str
@@ -60,7 +60,9 @@ def is_trained(cell: Cell) -> bool:
 @lru_cache
 def plan_for(benchmark: str, model: str, method: str,
              machine: Machine = Machine()) -> tuple[Plan, dict[str, Any] | None]:
-    "The plan of a method by the published recipe, and the row of its table to take; None where nothing fits."
+    """The memory plan of a method with its published recipe, and the recommended row of the plan's table.
+
+    The row is None if nothing fits the machine."""
     recipe = published_recipe(benchmark, method)
     plan = check_plan(Plan(model_sizes(model_config(model)), method, "lora", machine.gpus, machine.memory,
                            recipe.batch_size, recipe.max_length, 0,
@@ -72,14 +74,14 @@ def _plan_of(cell: Cell, machine: Machine) -> tuple[Plan, dict[str, Any] | None]
     return plan_for(cell.benchmark, cell.model, cell.row if is_trained(cell) else DEFAULT_METHOD, machine)
 
 class Memory(NamedTuple):
-    "The layout to take, how many GPUs, GB on each at the worst moment, and GB of the machine's own memory."
+    "The recommended layout, the number of GPUs, the peak GB on each GPU (`gpu`), and GB of host memory (`host`)."
     layout: str
     gpus: int
     gpu: float
     host: float
 
 def memory_of(cell: Cell, machine: Machine = Machine()) -> Memory | None:
-    "The planned memory of a cell; None where nothing fits."
+    "The planned memory of a cell on a machine; None if nothing fits."
     best = _plan_of(cell, machine)[1]
     if best is None:
         return None
@@ -90,7 +92,7 @@ def memory_of(cell: Cell, machine: Machine = Machine()) -> Memory | None:
 
 # %% ../../nbs/experiments/reproduction.ipynb #351933d8
 def data_of(cell: Cell) -> str:
-    "The Hub id of a cell's data; in quotes where it has a placeholder for the split."
+    "The Hub id of a cell's data for a command line; in double quotes if it has a placeholder for the split."
     of = BENCHMARKS.find(cell.benchmark)
     if placeholder := of.placeholders.get("data"):
         return f'"{of.hub_id.replace(of.splits[0], placeholder)}"'
@@ -114,13 +116,15 @@ def _unlearning(cell: Cell, machine: Machine) -> str:
     return f"{line} --splits {cell.split} --output runs/{cell.model}"
 
 def command_of(cell: Cell, machine: Machine = Machine()) -> str:
-    "The command that makes a cell on a machine; empty where nothing fits."
+    "The shell command that reproduces a cell on a machine; empty if nothing fits the machine."
     return _unlearning(cell, machine) if is_trained(cell) else _evaluation(cell)
 
 # %% ../../nbs/experiments/reproduction.ipynb #9f5a6202
 class Rows(NamedTuple):
-    """Rows to forget and their tokens on average, and what an evaluation reads: rows that it answers, with the new
-    tokens of each, and tokens that it scores or reads as prompts."""
+    """The size of a split, for the estimate of hours.
+
+    `forget`: rows to forget. `tokens`: mean tokens per row. `answers`: for each data set that an evaluation answers,
+    its rows and the new tokens per row. `scored`: tokens that an evaluation scores or reads as prompts."""
     forget: int
     tokens: float
     answers: tuple[tuple[int, int], ...]
@@ -155,7 +159,9 @@ def _size(model: str) -> tuple[int, int]:
     return model_sizes(config).parameters, config.num_hidden_layers
 
 def training_flops(cell: Cell, record: Mapping[str, Any]) -> float:
-    "Operations of a cell's training, from those of the measured step of its method; 0 without training."
+    """Floating-point operations of a cell's training, estimated from a measured step; 0 if its model is not trained.
+
+    `record`: a record of speed measurements (in `benchmarks/records`) with a step of the cell's method."""
     if not is_trained(cell):
         return 0.0
     step, of = record["blocks"][f"{cell.row}, 32 rows"]["result"], ROWS[cell.split]
@@ -185,6 +191,8 @@ def _evaluation_hours(cell: Cell, record: Mapping[str, Any], machine: Machine) -
     return seconds / 3600, seconds / 3600 * max(1.0, H100.bandwidth / machine.bandwidth)
 
 def hours_of(cell: Cell, record: Mapping[str, Any], machine: Machine = Machine()) -> tuple[float, float]:
-    "The least and the most hours, estimated, of making a cell: training by the method, and evaluating its model."
+    """Estimated least and most hours to reproduce a cell: to train by its method, and to evaluate its model.
+
+    `record`: speed measurements, as in `training_flops`."""
     parts = _training_hours(cell, record, machine), _evaluation_hours(cell, record, machine)
     return sum(part[0] for part in parts), sum(part[1] for part in parts)

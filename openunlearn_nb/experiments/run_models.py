@@ -40,9 +40,10 @@ def _published_path(config: RunConfig, training_set: str) -> str:
     return published[config.benchmark].format(training_set=training_set)
 
 def model_path(config: RunConfig, split: str, retain: bool = False, progress: Progress = lambda share: None) -> str:
-    """The folder or Hub id of the Finetuned model of a split, or with `retain` of its Retain model.
+    """The folder or Hub id of a split's Finetuned model, or with `retain` of its Retain model.
 
-    Empty where the user gave no retain model. An embedded model is trained now, if the cache does not have it."""
+    Empty if the Retain model is asked for and the user gave none. An embedded model is trained now if the cache does
+    not have it. Raises `OpenUnlearnError` if no such model of a preset is published."""
     training_set = config.source.training_sets(split)[retain]
     if config.model == "embedded":
         benchmark = config.source.embedded_benchmark
@@ -55,7 +56,7 @@ def model_path(config: RunConfig, split: str, retain: bool = False, progress: Pr
 
 # %% ../../nbs/experiments/run_models.ipynb #469e27fd
 def _known_prompt(config: RunConfig, path: str, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-    "The prompt of a model: as given, as it was trained, its preset's, or by its tokenizer."
+    "A model's prompt format: as configured, else as in its training record, else its preset's or by its tokenizer."
     trained = Path(path).expanduser() / "train.json"
     if config.prompt is None and trained.exists():
         return PromptFormat(**read_json(trained, "training record")["prompt"])
@@ -63,9 +64,9 @@ def _known_prompt(config: RunConfig, path: str, tokenizer: PreTrainedTokenizerBa
     return prompt_format(config.prompt or (preset.prompt if preset else None), tokenizer)
 
 def prompt_of(config: RunConfig, path: str, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-    """The prompt of the model at `path`, with the system message and the template arguments of the configuration.
+    """The prompt format of the model at `path`, with the configuration's system message and template arguments.
 
-    Raises where these are given and the prompt has no chat template."""
+    Raises `OpenUnlearnError` if one of these is given but the format has no chat template."""
     fmt, arguments = _known_prompt(config, path, tokenizer), template_arguments(config.template_args)
     if not fmt.chat and (config.system or arguments):
         what = "system message" if config.system else f"template argument {next(iter(arguments))}"
@@ -77,12 +78,15 @@ def prompt_of(config: RunConfig, path: str, tokenizer: PreTrainedTokenizerBase) 
 
 # %% ../../nbs/experiments/run_models.ipynb #5b2b449b
 def evaluation_precision(config: RunConfig) -> torch.dtype:
-    "The precision of weights that are not trained: as the configuration says, or what suits the device."
+    "The data type of weights that are not trained: the `dtype` setting, or by default what suits the device."
     return getattr(torch, config.dtype) if config.dtype else evaluation_dtype()
 
 # %% ../../nbs/experiments/run_models.ipynb #fff421c5
 def open_model(config: RunConfig, path: str, for_training: bool) -> tuple[PreTrainedModel, Encoder]:
-    "The model at `path`, for training or for evaluation, and the encoder that turns its texts into token ids."
+    """Load the model at `path`, and the encoder that turns texts into its token ids.
+
+    `for_training`: load it to be trained, with `quantize` as configured; otherwise for evaluation, in
+    `evaluation_precision`."""
     preset = preset_of(path)
     tokenizer = load_tokenizer(preset.base if preset and preset.base_tokenizer else path, config.trust_remote_code)
     fmt = prompt_of(config, path, tokenizer)

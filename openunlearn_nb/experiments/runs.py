@@ -43,14 +43,15 @@ from ..models.smollm2 import resolve
 
 # %% ../../nbs/experiments/runs.ipynb #b68f5a4c
 def learnable(config: RunConfig) -> list[str]:
-    "The training sets of the configuration's benchmark, which fine-tuning can learn."
+    "Names of the benchmark's training sets, on any of which a model can be fine-tuned."
     return config.source.learnable()
 
 # %% ../../nbs/experiments/runs.ipynb #55dc1300
 def start_of(config: RunConfig, method: str, split: str) -> str:
-    """The path or Hub id of the model that a training starts from: the finetuned one, or for fine-tuning the base.
+    """The path or Hub id of the model that training starts from: the Finetuned one, or for fine-tuning the base model.
 
-    Raises where there is none: for fine-tuning the embedded model, or a request of a study by itself."""
+    Raises `OpenUnlearnError` if there is none, as for fine-tuning the embedded model or for a later request of a
+    study by itself, and if the method cannot be run on the split."""
     if method == FINETUNE:
         if config.model == "embedded":
             raise OpenUnlearnError(
@@ -68,7 +69,7 @@ def start_of(config: RunConfig, method: str, split: str) -> str:
 
 # %% ../../nbs/experiments/runs.ipynb #7dc9f0ec
 def discard(folder: Path | None) -> None:
-    "Remove a folder that is not needed any more, if it is there; by the main process."
+    "Remove a folder if it exists; None does nothing. The main process does it, and all processes must call it."
     if folder:
         on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
 
@@ -100,7 +101,9 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
                 progress: Progress = lambda share: None) -> dict[str, Any]:
     """Fine-tune or unlearn, and save the model with its record, `train.json`, in a new folder. Returns the record.
 
-    `on`: the training set of fine-tuning, by default the benchmark's first. `settings`: of the method."""
+    `on`: the training set for fine-tuning, by default that of the split's Finetuned model. `settings`: the method's
+    own settings. `output`: a folder that is missing or empty. Raises `OpenUnlearnError` for what cannot be trained,
+    and if the training diverges; then no model is saved."""
     started, output, method = time.time(), output_path(output, "new folder"), METHODS.find(method).name
     _check_training(config, method, split, settings)
     if method == FINETUNE:
@@ -128,23 +131,25 @@ def train_model(config: RunConfig, method: str, split: str, on: str | None, sett
 
 # %% ../../nbs/experiments/runs.ipynb #516f7a99
 def result_cache(config: RunConfig, start: dict[str, Any], model: PreTrainedModel) -> ResultCache | None:
-    """The cache of a model's rows, where its identity is known: it is in a folder, or on the Hub in a known revision.
+    """The cache of a model's results by row; None if `reuse` is False or the model's identity is not known.
 
-    None where the configuration asks the model again (`reuse` is false)."""
+    `start`: the model's identity (see `model_identity`)."""
     return ResultCache(cache_dir() / "rows", start, model) if config.reuse and start else None
 
 # %% ../../nbs/experiments/runs.ipynb #b40db024
 def evaluation_facts(config: RunConfig, split: str, retain_log: str | None = None) -> dict[str, Any]:
-    "What an evaluation is of, as its record has it; a folder holds one evaluation."
+    """The fields of a record that say what is evaluated: configuration, split, hashes of the data and retain log.
+
+    A folder holds only evaluations of equal facts (see `check_output`)."""
     log = str(Path(retain_log).expanduser().resolve()) if retain_log else retain_log
     return {"config": config.fingerprint(), "split": split, "data": config.source.hashes(split, training=False),
             "retain_log": log}
 
 # %% ../../nbs/experiments/runs.ipynb #0f1ab483
 def check_output(folder: Path, what: dict[str, Any]) -> None:
-    """Raise if the folder is a file, a model's, or holds an evaluation of something else than `what`.
+    """Raise if `folder` is a file, holds a model, or holds an evaluation of something other than `what`.
 
-    `what`: fields of the record that must agree with a record that is there. Paths to one place are the same."""
+    `what`: fields that must be equal in a record that is already there. Two paths to the same place are equal."""
     if folder.is_file() or (folder / "config.json").exists():
         kind = "a file" if folder.is_file() else "a folder with a model"
         raise OpenUnlearnError(f"{folder} is {kind}; give another --output.")
@@ -165,16 +170,18 @@ def _evaluation_checks(config: RunConfig, split: str) -> None:
 
 # %% ../../nbs/experiments/runs.ipynb #57ca1cf6
 def _shares(config: RunConfig, progress: Progress) -> tuple[Progress, Progress]:
-    "The progress of training an embedded model, and that of the evaluation after it."
+    "Two functions that report progress to `progress`: of training an embedded model, and of the evaluation after it."
     training = 0.7 if config.model == "embedded" else 0.0
     return (lambda share: progress(training * share)), (lambda share: progress(training + (1 - training) * share))
 
 # %% ../../nbs/experiments/runs.ipynb #61614f8c
 def evaluate_model(config: RunConfig, split: str, output: str | Path, retain_log: str | None = None,
                    progress: Progress = lambda share: None, row: str | None = None) -> dict[str, float]:
-    """Evaluate a model on a split into a folder; returns the summary, one aggregate a metric.
+    """Evaluate a model on a split, write the results into a folder, and return the summary, one value per metric.
 
-    `retain_log`: a file or folder with the retain model's evaluation. `row`: the model's name in tables."""
+    `retain_log`: a file or folder with the retain model's evaluation, to measure against. `row`: the name of the
+    model's row in tables (default: see `row_name`). Raises `OpenUnlearnError` for what cannot be evaluated, and if
+    the folder holds another evaluation."""
     started, kind, source = time.time(), config.kind, config.source
     join_group()
     _evaluation_checks(config, split)

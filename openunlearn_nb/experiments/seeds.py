@@ -25,7 +25,9 @@ from ..internals.processes import join_group, on_main
 
 # %% ../../nbs/experiments/seeds.ipynb #b630fbde
 def copy_cell(here: Path, there: Path) -> None:
-    "Copy a finished cell, whole or not at all; by the main process."
+    """Copy the folder of a finished cell to `there`, completely or not at all; what was there is replaced.
+
+    The main process does it, and all processes must call it. Raises `OpenUnlearnError` if it cannot be copied."""
     def copy() -> None:
         try:
             shutil.rmtree(there, ignore_errors=True)
@@ -37,18 +39,20 @@ def copy_cell(here: Path, there: Path) -> None:
 
 # %% ../../nbs/experiments/seeds.ipynb #c65a7d0f
 def _check_seeds(output: Path, seeds: Sequence[int]) -> None:
-    "Raise for a folder with a grid of one seed, and for seeds that are missing or equal."
+    "Raise if the folder holds a grid of one seed, if no seeds are given, or if two of them are equal."
     if (output / "grid.json").exists():
         raise OpenUnlearnError(f"{output} holds a grid of one seed; give another --output for several.")
     if not seeds or len(set(seeds)) < len(seeds):
         raise OpenUnlearnError(f"--seeds takes different numbers, not {' '.join(map(str, seeds)) or 'none'}.")
 
 def with_seed(grid: GridConfig, seed: int, retrained: bool = False) -> GridConfig:
-    "The checked grid with another seed of unlearning; `retrained`: the embedded models are trained from it as well."
+    """The grid, checked, with another seed for unlearning.
+
+    `retrained`: the seed is also that of the embedded models' own training."""
     return check_grid(replace(grid, seed=seed, embedded_seed=seed if retrained else grid.embedded_seed))
 
 def _other_seeds(grid: GridConfig, output: Path, retrained: bool) -> Iterator[tuple[GridConfig, Path]]:
-    "The grid of each seed that a folder has already, with its folder."
+    "For each seed that already has a folder in `output`: the grid with that seed, and the folder."
     for folder in sorted(file.parent for file in output.glob("seed*/grid.json")):
         seed = seed_in_name(folder)
         if seed is None:
@@ -57,7 +61,7 @@ def _other_seeds(grid: GridConfig, output: Path, retrained: bool) -> Iterator[tu
             yield with_seed(grid, seed, retrained), folder
 
 def check_seeds(grid: GridConfig, seeds: Sequence[int], output: Path, retrained: bool = False) -> None:
-    "Raise for seeds that are equal, and for a folder that holds another configuration. Writes nothing."
+    "Raise if seeds are equal, or if a seed's folder in `output` holds another configuration. Writes nothing."
     _check_seeds(output, seeds)
     for seeded, folder in _other_seeds(grid, output, retrained):
         check_claim(seeded, folder)
@@ -72,10 +76,11 @@ def _copy_references(grid: GridConfig, first: Path, folder: Path) -> None:
 
 def run_seeds(grid: GridConfig, seeds: Sequence[int], output: str | Path | None = None, jobs: int | None = None,
               show: bool = True, retrained: bool = False) -> list[Task]:
-    """`run_grid` for each seed, into `output/seed0` and so on; returns the failed tasks of all.
+    """Run a grid once per seed, into `output/seed0`, `output/seed1`, ...; returns the failed tasks of all seeds.
 
-    `retrained`: each seed is also that of the embedded Finetuned and Retain, so that a seed is an independent
-    repetition of everything."""
+    `retrained`: each seed is also used to train the embedded Finetuned and Retain models, so that each is an
+    independent repetition of the whole experiment; otherwise their cells are copied from the first seed's folder.
+    `output`, `jobs`, `show`: as in `run_grid`."""
     output, failed = grid_folder(grid, output), []
     _check_seeds(output, seeds)
     grids = {output / f"seed{seed}": with_seed(grid, seed, retrained) for seed in seeds}

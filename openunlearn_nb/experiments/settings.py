@@ -15,13 +15,13 @@ from ..data.catalogue import DEFAULT_BENCHMARK
 
 # %% ../../nbs/experiments/settings.ipynb #fffd6007
 def setting(default: Any = MISSING, help: str = "", **how: Any) -> Any:
-    """A field of a dataclass that is an option of the command line as well. Without a default, the option is required.
+    """A dataclass field that is also a command-line option. Without a default, the option is required.
 
-    `how`: `metavar` (placeholder of the value in help texts), `choices`, `flag` (the option's name where it is not the
-    field's; empty: no option), `aliases` (names that are accepted as well), `const` (the value where only the name is
+    `how`: `metavar` (the value's placeholder in help texts), `choices`, `flag` (the option's name, if it is not the
+    field's; empty for no option), `aliases` (further accepted names), `const` (the value if only the option's name is
     given), `positional`, `commas` (False: a comma is part of a value), and for the fields of a run `sweep` (a grid
-    takes several values), `decides` (False: no number depends on it) and `late` (not in the records of version 0.1,
-    and so in a record only where it was given)."""
+    accepts several values), `decides` (False: no result depends on it) and `late` (not in the records of version 0.1,
+    and so in a record only if it was given)."""
     return field(default=default, metadata={"help": help, **how})
 
 # %% ../../nbs/experiments/settings.ipynb #3d6a2a53
@@ -95,7 +95,7 @@ class TrainingSettings:
 # %% ../../nbs/experiments/settings.ipynb #72b8abfe
 @dataclass(frozen=True)
 class EvaluationSettings:
-    "What is measured of a model."
+    "Which metrics are computed, and how."
     metrics: tuple[str, ...] = setting((), "metrics by their names in the logs; default, all (default: default)",
                                        metavar="NAME")
     classifier: str = setting("madhurjindal/autonlp-Gibberish-Detector-492513457",
@@ -106,7 +106,7 @@ class EvaluationSettings:
 # %% ../../nbs/experiments/settings.ipynb #8ea2788d
 @dataclass(frozen=True)
 class ComparisonSettings:
-    "What the runs of a grid are compared with, and after which epoch."
+    "The retain model that runs are compared with, whether each epoch is evaluated, and how the best one is chosen."
     retain_model: str | None = setting(None, "a model of yours that never saw what is to be forgotten; {retain} or "
                                        "{corpus} in it stands for "
                                        "its name on each split", metavar="ID")
@@ -117,7 +117,7 @@ class ComparisonSettings:
 # %% ../../nbs/experiments/settings.ipynb #7c91c064
 @dataclass(frozen=True)
 class RunSettings(ComparisonSettings, EvaluationSettings, TrainingSettings, ModelSettings):
-    "The settings of a run. `None`: the method's recipe for the model decides, or the model itself."
+    "All settings of a run. `None` means the default: that of the method's recipe, or the model's own."
 
 WITHOUT_EFFECT = tuple(f.name for f in fields(RunSettings) if not f.metadata.get("decides", True))  # on a run's numbers
 LATE = tuple(f.name for f in fields(RunSettings) if f.metadata.get("late"))
@@ -126,7 +126,7 @@ LATE = tuple(f.name for f in fields(RunSettings) if f.metadata.get("late"))
 # %% ../../nbs/experiments/settings.ipynb #f9b73d78
 @dataclass(frozen=True)
 class GridSettings:
-    "What a grid has besides the settings of its runs."
+    "The settings of a grid in addition to those of its runs: splits, methods, sweeps and attacks."
     splits: tuple[str, ...] = setting((), "what to forget (default: every split of the benchmark's table that the data "
                                       "have)",
                                       metavar="NAME", aliases=("corpora", "forget_split"))

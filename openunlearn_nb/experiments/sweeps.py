@@ -18,19 +18,19 @@ from ..methods.method import METHODS
 
 # %% ../../nbs/experiments/sweeps.ipynb #c3cd9069
 class Sweep(NamedTuple):
-    "Several values of one setting."
+    "One setting with several values, each of which makes a row of the table."
     of: str  # `method_args`, `training_args`, or empty for a field of the run
     name: str
     values: tuple[Any, ...]
 
 class Variant(NamedTuple):
-    "A method with one value of each setting."
+    "One row of the table: a method, and the settings of its run with one value from each sweep."
     row: str  # of the table
     method: str
     config: RunConfig
 
 def value_text(value: Any) -> str:
-    "A value as it stands in the name of a row."
+    "A value as it is written in the name of a row, such as `0.05` or `true`."
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -46,7 +46,10 @@ def _with_values(config: RunConfig, chosen: Sequence[tuple[Sweep, Any]]) -> RunC
 
 # %% ../../nbs/experiments/sweeps.ipynb #323cc114
 def variants_of(config: RunConfig, method: str, sweeps: Sequence[Sweep] = ()) -> list[Variant]:
-    "A method with every combination of the values that it takes. Without sweeps its row has its name."
+    """One variant of a method per combination of the sweeps' values; without sweeps, one that is named as the method.
+
+    Sweeps of settings that the method does not have are left out. Raises `OpenUnlearnError` if two rows would have
+    the same name."""
     known = METHODS.find(method).defaults
     own = {name: value for name, value in (config.method_args or {}).items() if name in known}
     config = replace(config, method_args=own or None)
@@ -60,7 +63,7 @@ def variants_of(config: RunConfig, method: str, sweeps: Sequence[Sweep] = ()) ->
     return list(found.values())
 
 def check_names(config: RunConfig, methods: Sequence[str], sweeps: Sequence[Sweep] = ()) -> None:
-    "Raise for a setting that none of the methods has, and for one that has both a value and a sweep."
+    "Raise if a method setting that is given or swept belongs to none of the methods."
     known = {name: None for method in methods for name in METHODS.find(method).defaults}
     swept = [sweep.name for sweep in sweeps if sweep.of == "method_args"]
     for name in [*(config.method_args or {}), *swept]:

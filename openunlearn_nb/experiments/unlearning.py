@@ -33,7 +33,10 @@ from ..training.trainer import in_evaluation_dtype, train
 # %% ../../nbs/experiments/unlearning.ipynb #6d60cd9d
 def alternates_for(config: RunConfig, method: str, split: str, model: PreTrainedModel,
                    enc: Encoder) -> list[list[str]] | None:
-    "For every question to forget, the answers that the method prefers to the true one; None where it needs none."
+    """For each question to forget, the answers that a method prefers to the true one; None if the method uses none.
+
+    They are refusals, or read from the file `alternates`, or sampled from the model. Raises `OpenUnlearnError` if a
+    model in ZeRO-3 shards would have to sample them."""
     which = METHODS.find(method).alternates
     if which is None:
         return None
@@ -52,7 +55,7 @@ def alternates_for(config: RunConfig, method: str, split: str, model: PreTrained
 
 # %% ../../nbs/experiments/unlearning.ipynb #90f9a03e
 def count_overlap(forget: list[dict], retain: list[dict]) -> int:
-    "How many of the encoded forget examples are also retain examples, with a warning where there are any."
+    "The number of encoded forget examples that are also retain examples; warns if there are any."
     retained = {(*e["input_ids"], None, *e["labels"]) for e in retain}
     both = sum((*e["input_ids"], None, *e["labels"]) in retained for e in forget)
     if both:
@@ -63,7 +66,9 @@ def count_overlap(forget: list[dict], retain: list[dict]) -> int:
 # %% ../../nbs/experiments/unlearning.ipynb #c415710b
 def training_data(config: RunConfig, method: str, split: str, on: str,
                   enc: Encoder) -> tuple[list[dict], list[dict]]:
-    "The encoded forget and retain examples of a split; for fine-tuning no forget examples, and the training set `on`."
+    """The encoded forget and retain examples of a split, as two lists.
+
+    For fine-tuning, the first is empty, and the second holds the examples of the training set `on`."""
     if method == FINETUNE:
         return [], config.source.training_examples(on, enc)
     return config.source.forget_examples(split, enc), config.source.retain_examples(split, enc)
@@ -74,7 +79,7 @@ def _hashes(forget: list[dict], retain: list[dict]) -> dict[str, str]:
     return {name: content_hash(rows) for name, rows in (("forget", forget), ("retain", retain)) if rows}
 
 def declared_in(method: str) -> dict[str, str]:
-    "For a record: the hash of the user's file that declares a method; empty for the package's own."
+    "`{declared_in: hash}` of the user's file that declares a method, for a record; empty for built-in methods."
     hashes = METHODS.hashes(method)
     return {"declared_in": " ".join(hashes)} if hashes else {}
 
@@ -84,7 +89,7 @@ def _as_json(settings: dict) -> dict:
 
 # %% ../../nbs/experiments/unlearning.ipynb #c48e412f
 def _published(config: RunConfig, method: str) -> dict[str, Any] | None:
-    "The published recipe and settings of a method of the package; None for a method of the user's own."
+    "The published training settings and defaults of a built-in method; None for a method of the user's own."
     chosen = METHODS.find(method)
     if not chosen.__module__.startswith("openunlearn_nb."):
         return None
@@ -106,11 +111,12 @@ def unlearn(config: RunConfig, method: str, split: str, model: PreTrainedModel, 
             settings: dict | None = None, on: str = "", progress: Progress = lambda share: None,
             after_epoch: Callable | None = None, checkpoint: Path | None = None, for_saving: bool = False,
             start: dict | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Unlearn `split` by a method; returns the model, and what a record says about the training.
+    """Train a model to unlearn a split by a method; returns the model, and the record's fields about the training.
 
-    `settings`: of the method, in place of the recipe's. `on`: the training set, for fine-tuning. `after_epoch`,
-    `checkpoint` (a folder) and `for_saving`: as in `train`. `start`: the identity of the model, by which a checkpoint
-    is known."""
+    `settings`: method settings that replace those of the recipe. `on`: the training set, for fine-tuning only.
+    `after_epoch`, `checkpoint` (a folder) and `for_saving`: as in `train`. `start`: the model's identity, by which it
+    is recognized whether a checkpoint belongs to this training. If the training diverged, the fields include
+    `diverged` and `diverged_at`, a step."""
     recipe, own = recipe_of(config, method)
     settings = METHODS.find(method).merge(own | (settings or {}))
     enc = enc._replace(max_length=recipe.max_length)

@@ -42,9 +42,9 @@ def _changed_rows(record: dict[str, Any]) -> list[str]:
         return [f"the record is not in the shape of this version ({type(e).__name__}: {e})"]
 
 def check_run(folder: Path) -> list[str]:
-    """How a run's record differs from what is there now: its evaluation, model, retain evaluation and rows.
+    """Compare a run's record with what is on disk now: its evaluation, start model, retain evaluation and data rows.
 
-    Each as a sentence; empty where all is as it was. Of a cell that failed, the reason."""
+    Returns a sentence per difference; empty if all match. For a cell that failed, the only sentence is the reason."""
     if (folder / "failed.json").exists():
         return [f"failed: {read_json(folder / 'failed.json', 'record of a failure').get('error')}"]
     record = read_json(folder / "run.json", "run record")
@@ -60,7 +60,9 @@ def _note_old_records(folders: Sequence[Path]) -> None:
                       "were measured.")
 
 def check_runs(folder: str | Path) -> dict[str, list[str]]:
-    "`check_run` of every run below a folder, by its path there. An empty list: the run still matches its record."
+    """The result of `check_run` for every run below a folder, by the run's path relative to that folder.
+
+    An empty list means that the run still matches its record. Raises `OpenUnlearnError` if there is no run."""
     top = Path(folder).expanduser()
     found = sorted({file.parent for name in ("run.json", "failed.json") for file in top.rglob(name)})
     if not found:

@@ -27,16 +27,17 @@ from ..models.loading import quiet
 # %% ../../nbs/experiments/workers.ipynb #4ba1d84c
 @dataclass(frozen=True)
 class Task:
-    """A piece of work, known by a pair of names, and the names of those it needs.
+    """A unit of work in a grid, identified by the pair (split, row), its `key`.
 
-    `row`: of a table; empty for the training of an embedded model on the training set `split`."""
+    `row`: a row of the table; empty for the training of an embedded model on the training set `split`. `needs`: the
+    keys of tasks that must be finished before this one can start."""
     split: str
     row: str = ""
     needs: tuple[tuple[str, str], ...] = ()
 
     @property
     def key(self) -> tuple[str, str]:
-        "The pair of names."
+        "The pair (split, row) that identifies the task."
         return (self.split, self.row)
 
     def __str__(self) -> str:
@@ -79,14 +80,14 @@ def _work(work: Work, task: Task) -> dict:
 
 # %% ../../nbs/experiments/workers.ipynb #1b86b327
 class Inline:
-    "Runs each task in this process, at once. `report` takes a task's key and the share of it that is done."
+    "Runs each task immediately in this process. `report` is called with a task's key and its progress, 0 to 1."
     width = 1  # tasks at a time
 
     def __init__(self, report: Report):
         self.report = report
 
     def submit(self, work: Work, task: Task) -> Future:
-        "Do a task; the future that is returned is done."
+        "Run a task now; returns a future that is already done, with the result or the error."
         future: Future = Future()
         try:
             future.set_result(work(task, lambda share: self.report(task.key, share)))
@@ -97,27 +98,31 @@ class Inline:
         return future
 
     def drain(self) -> None:
-        "Nothing is waiting: the task has reported by itself."
+        "Do nothing: a task in this process has reported its progress directly."
 
     def settle(self, future: Future) -> None:
-        "Nothing to take back: this process was not killed."
+        "Do nothing: there is no worker process that could have been killed."
 
 # %% ../../nbs/experiments/workers.ipynb #d242f276
 class Worker:
-    "A process for one task at a time, on a `device` of its own where there is one. It starts with its first task."
+    """A worker process that runs one task at a time, on its own `device` unless that is None.
+
+    The process starts with its first task."""
 
     def __init__(self, device: str | None):
         self.device = device
         self.start()
 
     def start(self) -> None:
-        "Prepare a fresh process, with a fresh queue."
+        "Prepare a new process with a new queue; the process itself starts with its next task."
         context = multiprocessing.get_context("spawn")
         self.queue = context.SimpleQueue()
         self.process = ProcessPoolExecutor(1, context, _start_worker, (self.queue, os.getpid()))
 
     def submit(self, work: Work, task: Task) -> Future:
-        "Begin a task. This call starts the process, in this thread, so that it inherits the environment as it is now."
+        """Start a task in the process; returns its future.
+
+        The process itself is started by this call and in this thread, so that it inherits the current environment."""
         try:
             with only_device(self.device):
                 return self.process.submit(_work, work, task)
@@ -136,14 +141,14 @@ class _Workers:
         self.workers = [Worker(device) for device in islice(cycle(devices), jobs)]
 
     def close(self) -> None:
-        "End the workers once they are idle."
+        "Shut down the workers; waits until their tasks are finished."
         for worker in self.workers:
             worker.process.shutdown(wait=False)
         for worker in self.workers:
             worker.process.shutdown()
 
     def stop(self) -> None:
-        "End the workers at once."
+        "Terminate the workers immediately."
         for child in set(multiprocessing.active_children()) - self.others:
             child.terminate()
         for worker in self.workers:
@@ -151,7 +156,7 @@ class _Workers:
 
 # %% ../../nbs/experiments/workers.ipynb #a5e00ff5
 class Pool(_Workers):
-    "Runs tasks in `jobs` worker processes, dealt over the visible devices in turn."
+    "Runs tasks in `jobs` worker processes, which are assigned to the visible devices in turn."
 
     def __init__(self, jobs: int, report: Report):
         super().__init__(jobs)
@@ -159,24 +164,27 @@ class Pool(_Workers):
 
     @property
     def width(self) -> int:
-        "Tasks at a time."
+        "The number of tasks that can run at the same time."
         return len(self.workers)
 
     def submit(self, work: Work, task: Task) -> Future:
-        "Begin a task in an idle worker."
+        "Start a task in an idle worker; returns its future."
         worker = next(worker for worker in self.workers if worker not in self.busy.values())
         future = worker.submit(work, task)
         self.busy[future] = worker
         return future
 
     def drain(self) -> None:
-        "Pass on what the workers have sent."
+        "Pass the progress and warnings that the workers have sent to `report`."
         for worker in self.workers:
             while not worker.queue.empty():
                 self.report(*worker.queue.get())
 
     def settle(self, future: Future) -> Worker | None:
-        "Take back the worker of a finished task; returns it if it was killed."
+        """Make the worker of a finished task available again; returns None.
+
+        If its process was killed, returns the worker: removed from the pool, or started again if it was the only
+        one."""
         worker = self.busy.pop(future)
         if not isinstance(future.exception(), BrokenProcessPool):
             return None
@@ -189,7 +197,7 @@ class Pool(_Workers):
 # %% ../../nbs/experiments/workers.ipynb #3147dfbb
 def _next(waiting: list[Task], running: list[Task], failed: list[Task], killed: list[Task],
           free: int) -> tuple[list[Task], list[Task]]:
-    "At most `free` tasks to start now, and those that never will, since what they need has failed."
+    "At most `free` tasks to start now, and the tasks that can never start because one that they need has failed."
     unmet = {task.key for task in [*waiting, *running, *failed]}
     lost = {task.key for task in failed}
     hopeless = [task for task in waiting if lost & set(task.needs)]
@@ -244,9 +252,10 @@ class _Schedule:
 
 # %% ../../nbs/experiments/workers.ipynb #a8f0eb30
 def run_tasks(tasks: list[Task], work: Work, pool: Inline | Pool, done: Done) -> list[Task]:
-    """Run all tasks as their needs are met; returns those that failed or could not start.
+    """Run each task once those that it needs are finished; returns the tasks that failed or could not start.
 
-    `done` is called with each finished task, and its result or its error."""
+    `work` does a task. `done` is called with each task that ends, its result and its error, one of which is None. A
+    task whose process was killed is tried once more, with no other task at the same time."""
     schedule = _Schedule(tasks, work, pool, done)
     while schedule.waiting or schedule.running:
         schedule.start()
@@ -263,7 +272,7 @@ def _runs_here(jobs: int | None) -> bool:
 
 # %% ../../nbs/experiments/workers.ipynb #108143f5
 def check_main(jobs: int | None) -> None:
-    "Raise in a worker that imports, and so runs, the script which started it."
+    "Raise `OpenUnlearnError` in a worker process that imports, and thereby runs, the script that started it."
     starting = getattr(multiprocessing.current_process(), "_inheriting", False)
     if starting and not _runs_here(jobs):
         raise OpenUnlearnError(
@@ -273,9 +282,10 @@ def check_main(jobs: int | None) -> None:
 
 # %% ../../nbs/experiments/workers.ipynb #8b537f55
 def run_all(tasks: list[Task], work: Work, jobs: int, report: Report, done: Done) -> list[Task]:
-    """`run_tasks` in `jobs` worker processes, or in this one. Returns the tasks that failed or could not start.
+    """Call `run_tasks` with `jobs` worker processes, or with this one; returns the tasks that did not succeed.
 
-    `work` must be picklable: a function of a module. `report` takes a task's key and share, or None and a warning."""
+    `work` must be picklable, such as a function of a module. `report` is called with a task's key and its progress, 0
+    to 1, or with None and a warning. `done`: as in `run_tasks`. If interrupted, the workers are terminated."""
     if _runs_here(jobs):
         quiet()
         return run_tasks(tasks, work, Inline(report), done)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 # %% ../../nbs/internals/compile_locks.ipynb #43d16034
 def process_with_open(file: Path) -> int | None:
-    "The number of a process on this machine that has `file` open; None where there is none."
+    "The process id of a process on this machine that has `file` open; None if there is none."
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if os.path.samefile(link, file):
@@ -34,7 +34,10 @@ def compile_locks() -> list[Path]:
 
 # %% ../../nbs/internals/compile_locks.ipynb #c3233c0c
 def clear_compile_locks(min_age: float = MIN_AGE) -> None:
-    "Remove this user's compile locks that no process holds and that are `min_age` seconds old; warn of all others."
+    """Remove this user's compile locks that no process on this machine holds and that are `min_age` seconds old.
+
+    For a younger one, wait until it is that old or gone. Locks that a process holds, or of another user, stay. Warns
+    about each lock."""
     for lock in compile_locks():
         try:
             _clear(lock, min_age)
@@ -44,7 +47,7 @@ def clear_compile_locks(min_age: float = MIN_AGE) -> None:
             warnings.warn(f"The lock {lock} cannot be looked after ({e.strerror}); the launch may wait for it.")
 
 def _clear(lock: Path, min_age: float) -> None:
-    "Do with one lock what the table says. Raises `FileNotFoundError` once it is gone."
+    "Remove one lock, wait for it or leave it, with a warning. Raises `FileNotFoundError` if it is gone meanwhile."
     name = lock.parent.name
     pid, about = process_with_open(lock), lock.stat()
     if pid or about.st_uid != os.getuid():

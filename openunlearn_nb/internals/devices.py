@@ -24,13 +24,13 @@ T = TypeVar("T")
 BF16_SINCE = (8, 0)  # compute capability of the first CUDA GPUs with bf16 arithmetic (CUDA C++ programming guide)
 
 def device_type() -> str:
-    "`cuda`, `mps` (an Apple GPU) or `cpu`: the fastest kind of device that there is."
+    "The fastest kind of device that is available: `cuda`, `mps` (an Apple GPU) or `cpu`."
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 def computes_in_bf16() -> bool:
-    "Whether the device has bf16 arithmetic of its own; warns once where a GPU has none."
+    "Whether the device is a CUDA GPU with native bf16 arithmetic; warns once if it is a CUDA GPU without."
     if device_type() != "cuda":
         return False
     capability = torch.cuda.get_device_capability()
@@ -45,7 +45,7 @@ def _say_fp32(name: str, capability: tuple[int, int]) -> None:
                   "everything is computed in fp32.")
 
 def evaluation_dtype() -> torch.dtype:
-    "The data type of weights in evaluation and in saved models."
+    "The data type of weights in evaluation and in saved models: bf16 if the GPU computes in it, otherwise fp32."
     return torch.bfloat16 if computes_in_bf16() else torch.float32
 
 def at_least_fp32(values: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,7 @@ def at_least_fp32(values: torch.Tensor) -> torch.Tensor:
 # %% ../../nbs/internals/devices.ipynb #bef97e18
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    "A context (or a decorator) in which torch's attention is not cuDNN's."
+    "A context manager (or decorator) that switches off cuDNN's implementation of attention in PyTorch."
     was = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -84,9 +84,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 # %% ../../nbs/internals/devices.ipynb #8bb79104
 def halve_until_it_fits(work: Callable[[Sequence[T]], dict[Any, Any]], items: Sequence[T]) -> dict[Any, Any]:
-    """The dictionary `work(items)`. Where memory runs out, `items` are divided in two, and so on down to single ones.
+    """Return the dictionary `work(items)`; if memory runs out, work on each half of `items` and merge the results.
 
-    Raises `OpenUnlearnError` where the memory does not suffice for a single one."""
+    Halving is repeated down to single items; raises `OpenUnlearnError` if memory does not suffice for one."""
     try:
         return work(items)
     except RuntimeError as e:

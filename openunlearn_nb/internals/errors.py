@@ -17,9 +17,9 @@ from pathlib import Path
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 def printable(text: str) -> str:
-    """`text` with every control character but newline and tab written as its escape (`\\x1b`), fit for a terminal.
+    """`text` with every control character except newline and tab written as an escape (`\\x1b`), safe for a terminal.
 
-    Also those that turn the direction of writing around, and halves of surrogate pairs, which no stream can encode."""
+    Characters that change the writing direction are escaped too, and single surrogates, which cannot be encoded."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 class OpenUnlearnError(Exception):
@@ -45,7 +45,7 @@ def check_choice(value: str, valid: Iterable[str], what: str) -> str:
 
 # %% ../../nbs/internals/errors.ipynb #cf50ef05
 def is_ours(category: type[Warning], filename: str) -> bool:
-    "Whether a warning of this category, raised in the file `filename`, is one of this package's notes."
+    "Whether a warning of this category, raised in the file `filename`, is a `UserWarning` of this package."
     return issubclass(category, UserWarning) and Path(filename).is_relative_to(str(files("openunlearn_nb")))
 
 # %% ../../nbs/internals/errors.ipynb #6d598dfe
@@ -54,7 +54,7 @@ def one_line(text: str) -> str:
     return re.sub(r"\s*[\n\t]\s*", " ", printable(text))
 
 def markdown_text(text: str) -> str:
-    "Text that Markdown shows as it is: no markup, no link, no new cell or line."
+    "Escape a text so that Markdown shows it literally: no markup, no link, no new table cell or line."
     text = re.sub(r"([\\`*\[\]|~$])", r"\\\1", one_line(text).replace("&", "&amp;").replace("<", "&lt;"))
     text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", text)  # within a word it means nothing
     return re.sub(r"(?i)\bwww\.", r"www\.", text.replace("://", r":\//"))  # bare addresses become links too
@@ -66,7 +66,7 @@ _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasci
           **{c: "\\" + c for c in "_&%#${}"}}
 
 def latex_text(text: str) -> str:
-    "Text that LaTeX sets as it is."
+    "Escape a text so that LaTeX prints it literally; line ends and tabs become spaces."
     return "".join(_LATEX.get(c, c) for c in one_line(text))
 
 def _is_number(text: str) -> bool:
@@ -78,14 +78,14 @@ def _is_number(text: str) -> bool:
     return True
 
 def csv_text(text: str) -> str:
-    "Text that a spreadsheet shows and does not compute: what would begin a formula gets a quote before it."
+    "A text for a CSV file, on one line; if a spreadsheet would take it for a formula, with a single quote before it."
     text = one_line(text)
     formula = text.lstrip(" ").startswith(("=", "+", "-", "@", "＝", "＋", "－", "＠"))
     return f"'{text}" if formula and not _is_number(text) else text
 
 def plot_text(text: str) -> str:
-    """Text that matplotlib draws as it is.
+    """Escape a text so that matplotlib draws it literally.
 
-    Dollars begin no formula, and an underscore at the beginning does not hide it from the legend."""
+    A dollar sign does not begin a formula, and an underscore at the start does not hide the text from the legend."""
     text = printable(text).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

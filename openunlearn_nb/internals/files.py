@@ -23,10 +23,11 @@ from .processes import on_main
 
 # %% ../../nbs/internals/files.ipynb #684513ca
 def output_path(given: str | Path, kind: str = "file") -> Path:
-    """The path that results go to, `~` expanded. Raises `OpenUnlearnError` where nothing of its kind can be written.
+    """The path to write results to, with `~` expanded. Nothing is written yet.
 
     `kind`: `file`, which is replaced if it exists; `new file`; `folder`, which may hold earlier results; `new folder`,
-    which is missing or empty."""
+    which must be missing or empty. Raises `OpenUnlearnError` if the name is not valid, or if what is at the path does
+    not fit `kind`."""
     text, wanted = os.fspath(given), kind.split()[-1]
     if not text.strip():
         raise OpenUnlearnError(f"The output {text!r} has no name; give a {wanted} as --output.")
@@ -44,17 +45,17 @@ def output_path(given: str | Path, kind: str = "file") -> Path:
     return path
 
 def cannot_write(path: Path, error: OSError, more: str = "") -> OpenUnlearnError:
-    "The sentence for an `OSError` while `path` is written; long paths are shortened."
+    "The `OpenUnlearnError` to raise for an `OSError` while writing `path`. `more`: text to append to the message."
     shown = str(path) if len(str(path)) <= 200 else f"{str(path)[:200]}..."
     return OpenUnlearnError(f"Cannot write {shown}: {error.strerror}.{more}")
 
 # %% ../../nbs/internals/files.ipynb #bcaae8ea
 def real_path(path: Path) -> Path:
-    "The path without links."
+    "The absolute path with all symbolic links resolved."
     return Path(os.path.realpath(path))
 
 def _check_kind(path: Path, kind: str) -> None:
-    "Raise where something of another kind stands at `path`."
+    "Raise if what is at `path` does not fit `kind` (see `output_path`)."
     real = real_path(path)
     places = (real, real_path(path.parent) / path.name)
     if any(place.parent == Path("/dev") or place.is_relative_to("/proc") for place in places):
@@ -75,9 +76,9 @@ def _check_kind(path: Path, kind: str) -> None:
 
 # %% ../../nbs/internals/files.ipynb #5ec1ec53
 def write_bytes(path: str | Path, data: bytes) -> Path:
-    """Write a file at an `output_path`, in the main process: whole, or not at all.
+    """Write a file at an `output_path`, completely or not at all; returns the path. Missing folders are created.
 
-    All processes must call it. Returns the path; if writing fails, all raise one sentence."""
+    All processes must call it, and the main process writes. If writing fails, all raise `OpenUnlearnError`."""
     return on_main(lambda: _write(output_path(path), data))
 
 def _write(path: Path, data: bytes) -> Path:
@@ -98,7 +99,7 @@ def _write(path: Path, data: bytes) -> Path:
 
 # %% ../../nbs/internals/files.ipynb #6e7f64c7
 def finite(value: Any) -> Any:
-    "`value` with every NaN and infinity in it replaced by None."
+    "`value` with every NaN and infinity in it, at any depth, replaced by None; tuples become lists."
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -110,19 +111,19 @@ def to_json(value: Any) -> str:
     return json.dumps(finite(value), indent=4, ensure_ascii=False, allow_nan=False)
 
 def write_text(path: str | Path, text: str) -> Path:
-    "Write a UTF-8 file as `write_bytes` does."
+    "Write a text as a UTF-8 file; as `write_bytes` does. Returns the path."
     return write_bytes(path, text.encode("utf-8"))
 
 def write_json(path: str | Path, value: Any) -> Path:
-    "Write `to_json(value)` as `write_bytes` does."
+    "Write a value as a JSON file (see `to_json`); as `write_bytes` does. Returns the path."
     return write_text(path, to_json(value))
 
 # %% ../../nbs/internals/files.ipynb #d9ffc5c0
 @contextmanager
 def new_folder(folder: Path, prefix: str = ".writing-") -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends without an error, and vanishes otherwise.
+    """A context manager for a temporary folder: renamed to `folder` if the block ends without an error, else removed.
 
-    Raises `OSError` where `folder` exists and is not empty."""
+    Raises `OSError` if `folder` exists and is not empty. `prefix`: how the temporary folder's name begins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix, ignore_cleanup_errors=True) as temporary:
         yield Path(temporary)
@@ -131,7 +132,7 @@ def new_folder(folder: Path, prefix: str = ".writing-") -> Iterator[Path]:
 
 # %% ../../nbs/internals/files.ipynb #dc0a3b55
 def check_writable(folder: Path) -> None:
-    "Make `folder` where it is missing, and write a file in it that vanishes. Raises `OSError` where that fails."
+    "Create `folder` if it is missing, and test that a file can be written in it. Raises `OSError` if it cannot."
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"0")

@@ -32,6 +32,8 @@ def _hash_of(path: Path, *state: int) -> str:
     return digest.hexdigest()[:16]
 
 def file_hash(path: Path) -> str:
-    "The hash (16 hexadecimal digits) of a file's bytes; read once while size, times and inode stay as they are."
+    """The hash (16 hexadecimal digits) of a file's bytes.
+
+    The file is read only once per process as long as its size, times and inode do not change."""
     state = path.stat()
     return _hash_of(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)

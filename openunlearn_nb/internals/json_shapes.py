@@ -34,9 +34,9 @@ def _check_depth(value: Any) -> None:
 
 # %% ../../nbs/internals/json_shapes.ipynb #a7bd6b43
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text; `NaN` and `Infinity` are accepted too.
 
-    Raises `ValueError` where it is no JSON, has a name twice in one object, or is nested deeper than `MAX_DEPTH`."""
+    Raises `ValueError` if it is not JSON, has a name twice in one object, or is nested deeper than `MAX_DEPTH`."""
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
@@ -67,7 +67,10 @@ def _has_kind(value: Any, shape: Any) -> bool:
 
 # %% ../../nbs/internals/json_shapes.ipynb #25b05137
 def check_shape(value: Any, shape: Any, at: str = "") -> None:
-    "Raise `ValueError`, naming the field, where `value` does not have the shape. `at`: where it stands in the file."
+    """Raise `ValueError`, with the name of the field, if `value` (parsed JSON) does not have the given shape.
+
+    A shape is a type, None, a list with a shape of its items, a dictionary of shapes by name, or a tuple of
+    alternatives. `at`: the place of `value` in the file, for the message."""
     options = shape if isinstance(shape, tuple) else (shape,)
     fitting = [option for option in options if _has_kind(value, option)]
     if not fitting:

@@ -30,7 +30,9 @@ def under_deepspeed() -> bool:
 
 # %% ../../nbs/internals/launch.ipynb #10a67106
 def clear_stale_launch() -> None:
-    "Remove launch variables from the environment, with a warning, where some are missing or a number is none."
+    """Remove RANK, LOCAL_RANK and WORLD_SIZE from the environment if they are not from a real launch.
+
+    That is so if any of `LAUNCH_VARIABLES` is missing, or one of the three is not a number. Warns if one was set."""
     numbers = {name: os.environ.get(name, "").strip() for name in LAUNCH_VARIABLES[:3]}
     missing = [name for name in LAUNCH_VARIABLES if not os.environ.get(name, "").strip()]
     wrong = [name for name, value in numbers.items() if value and not value.isdecimal()]
@@ -50,13 +52,15 @@ CONFIGS = {"ddp": "the whole model and its optimizer on every GPU, without DeepS
 SCRIPTS = {"slurm": "a batch script: a grid on all GPUs of a node, an array of grids, or ZeRO-3"}
 
 def config_file(name: str) -> Path:
-    "The file of an Accelerate configuration or batch script. Raises with the nearest names where there is none."
+    """The path of an Accelerate configuration (`CONFIGS`) or batch script (`SCRIPTS`) that comes with this package.
+
+    Raises `OpenUnlearnError`, with similar names, if there is none of that name."""
     known = check_choice(name, [*CONFIGS, *SCRIPTS], "configuration")
     return Path(str(files("openunlearn_nb"))) / "configs" / f"{known}{'.sh' if known in SCRIPTS else '.yaml'}"
 
 # %% ../../nbs/internals/launch.ipynb #635d404a
 def launch_environment(name: str) -> dict[str, str]:
-    "The environment variables that `accelerate launch` makes of a configuration, for `notebook_launcher`."
+    "The environment variables that `accelerate launch` would set for a configuration, for `notebook_launcher`."
     import yaml
     path = config_file(check_choice(name, CONFIGS, "configuration of Accelerate"))
     config = yaml.safe_load(path.read_text())
@@ -89,13 +93,13 @@ def _listed(variable: str) -> list[str]:
 
 # %% ../../nbs/internals/launch.ipynb #359c26a0
 def own_device() -> str | None:
-    "The device that this worker was started for; None in a process that is no worker with a device."
+    "The device that this worker process was started for; None if there is none."
     return os.environ.get(DEVICE_VARIABLE)
 
 def visible_devices() -> list[str]:
-    """Names of the GPUs that this process may use, in order; in a worker its own one.
+    """Names of the GPUs that this process may use, in order; in a worker with a device, that one only.
 
-    Raises where `OPENUNLEARN_DEVICES` names a device twice, or one that is not among the GPUs here."""
+    Raises `OpenUnlearnError` if `OPENUNLEARN_DEVICES` names a device twice, or one that is not among the GPUs here."""
     if own := own_device():
         return [own]
     import torch
@@ -117,7 +121,9 @@ def _check_chosen(chosen: list[str], here: list[str]) -> None:
 # %% ../../nbs/internals/launch.ipynb #777b6854
 @contextmanager
 def only_device(device: str | None) -> Iterator[None]:
-    "A context whose environment shows one device, for starting a process in it; with None, the environment as it is."
+    """A context manager that sets the environment so that a process started in it sees one GPU only.
+
+    If `device` is None, the environment stays as it is."""
     changed = {_cuda_variable(): device, DEVICE_VARIABLE: device} if device else {}
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)

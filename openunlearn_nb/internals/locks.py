@@ -48,9 +48,9 @@ def _acquire(output: str | Path, kind: str, locks: list[FileLock]) -> Path:
 # %% ../../nbs/internals/locks.ipynb #c1f908c8
 @contextmanager
 def output_lock(output: str | Path, kind: str = "folder") -> Iterator[Path]:
-    """A context with the `output_path` of `output`, to which no other run writes meanwhile.
+    """A context manager that locks an output against other runs, and yields its path (see `output_path`).
 
-    `kind` is that of `output_path`. Raises where another run holds the lock, or nothing can be written."""
+    `kind`: as in `output_path`. Raises `OpenUnlearnError` if another run holds the lock, or nothing can be written."""
     locks: list[FileLock] = []  # in the main process only
     try:
         yield on_main(lambda: _acquire(output, kind, locks))

@@ -46,7 +46,9 @@ def _meet() -> None:
 
 # %% ../../nbs/internals/processes.ipynb #b2dbb550
 def join_group() -> None:
-    "Join the other processes, where a launcher started several. Raises where they do not come within `JOIN_TIMEOUT`."
+    """Join the other processes, if a launcher started several; otherwise do nothing.
+
+    Raises `OpenUnlearnError` if they do not come within `JOIN_TIMEOUT`."""
     global _errors
     clear_stale_launch()
     if launched_processes() > 1:
@@ -69,7 +71,7 @@ def _group() -> Any:
     return dist if dist.is_initialized() and dist.get_world_size() > 1 else None
 
 def rank() -> int:
-    "The number of this process, from 0."
+    "The rank of this process, counted from 0; 0 if it is the only one."
     return group.get_rank() if (group := _group()) else 0
 
 def world_size() -> int:
@@ -77,12 +79,12 @@ def world_size() -> int:
     return group.get_world_size() if (group := _group()) else 1
 
 def is_main() -> bool:
-    "Whether this is the process that writes files and prints."
+    "Whether this is the main process (rank 0), which writes files and prints."
     return rank() == 0
 
 # %% ../../nbs/internals/processes.ipynb #49d0d8f5
 def leave_group() -> None:
-    "Leave the group; the counterpart of `join_group`."
+    "Leave the group of processes that `join_group` joined; does nothing without one."
     global _errors, _meeting
     if _group():
         from accelerate import PartialState
@@ -91,12 +93,12 @@ def leave_group() -> None:
 
 # %% ../../nbs/internals/processes.ipynb #880f8fe7
 def own_share(items: Iterable[T]) -> Iterator[T]:
-    "The items that this process works on: every n-th of n processes, beginning with its rank."
+    "The items that this process works on: with n processes, every n-th item, starting at the process's rank."
     return islice(items, rank(), None, world_size())
 
 # %% ../../nbs/internals/processes.ipynb #a32488e1
 def gathered(value: T) -> list[T]:
-    "The `value` of every process, by rank. All processes must call it."
+    "A list of the `value` of every process, in the order of ranks. All processes must call it."
     if not (group := _group()):
         return [value]
     values: list[Any] = [None] * group.get_world_size()
@@ -104,7 +106,7 @@ def gathered(value: T) -> list[T]:
     return values
 
 def merged(found: Mapping[Any, T]) -> dict[Any, T]:
-    "The dictionaries of all processes in one. All processes must call it."
+    "The dictionaries of all processes merged into one; on equal keys, the highest rank wins. All must call it."
     return {key: value for part in gathered(dict(found)) for key, value in part.items()}
 
 def wait_for_all() -> None:
@@ -113,7 +115,9 @@ def wait_for_all() -> None:
 
 # %% ../../nbs/internals/processes.ipynb #1610a949
 def on_main(work: Callable[[], T]) -> T:
-    "What `work` returns in the main process, sent to all. If it raises, all raise its message as `OpenUnlearnError`."
+    """Call `work` in the main process only, and return its result in all processes. All processes must call it.
+
+    If it raises, all raise `OpenUnlearnError` with its message; a single process raises the error itself."""
     if not _group():
         return work()
     wait_for_all()  # what led the others here, such as a file that is not there yet, may change once this one works
@@ -130,7 +134,9 @@ def on_main(work: Callable[[], T]) -> T:
 
 # %% ../../nbs/internals/processes.ipynb #b6e0ba20
 def raised_by_all(seconds: float = 60) -> bool:
-    "Whether every process calls this within `seconds`; called by a process that has caught an error."
+    """Whether every process has raised an error; to be called by a process that has caught one.
+
+    True if all processes call it within `seconds`."""
     if not (group := _group()):
         return True
     try:
@@ -154,7 +160,9 @@ def _without_launcher() -> Iterator[None]:
 
 # %% ../../nbs/internals/processes.ipynb #95207c3b
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    "What `function(*args)` returns, run once outside the group and sent to all. Without a group it is just called."
+    """Run `function(*args)` once, in a new process outside the group, and return its result in all processes.
+
+    All processes must call it. If there is only one process, the function is simply called."""
     if not _group():
         return function(*args)
     def run() -> Any:

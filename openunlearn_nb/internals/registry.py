@@ -25,9 +25,10 @@ T = TypeVar("T")
 ROWS = ("Finetuned", "Retain", "Evaluated")  # rows of a table that are no methods
 
 def check_name(name: Any, what: str, reserved: tuple[str, ...] = ()) -> str:
-    """Return `name` if it can be a folder, a row of a table and a word of a list with commas.
+    """Return `name` if it can name a folder, a row of a table and an item of a comma-separated list.
 
-    `what` is the kind of object in the error's sentence. `reserved` names stand for something else, in any case."""
+    Raises `OpenUnlearnError` if not. `what`: the kind of object, for the message. `reserved`: names that stand for
+    something else and are refused, in upper or lower case."""
     if not isinstance(name, str) or not name.strip():
         raise OpenUnlearnError(f"A {what} cannot be called {name!r}; give it a name.")
     if name.lower() in {taken.lower() for taken in reserved}:
@@ -43,9 +44,9 @@ def check_name(name: Any, what: str, reserved: tuple[str, ...] = ()) -> str:
 
 # %% ../../nbs/internals/registry.ipynb #c4930b6d
 class Declared(Mapping[str, T], Generic[T]):
-    """A mapping that is filled by importing the module `catalogue`, at the first look-up.
+    """A read-only mapping from names to objects, filled at the first look-up by importing the module `catalogue`.
 
-    With `any_case`, names that differ only in case are one name."""
+    With `any_case`, names that differ only in case count as the same name."""
 
     def __init__(self, catalogue: str | None = None, any_case: bool = False):
         self.catalogue = catalogue
@@ -78,7 +79,7 @@ class Declared(Mapping[str, T], Generic[T]):
         return next((known for known in self._objects if known.lower() == str(name).lower()), name)
 
     def spelled(self, name: str) -> str:
-        "`name` as it is declared, if it is in this registry; else `name` itself."
+        "The declared spelling of `name`, if this registry has it; otherwise `name` itself."
         self._fill()
         return self._spelled(name)
 
@@ -126,11 +127,11 @@ def _check_again(kind: str, name: str, old: Any, new: Any) -> None:
 
 # %% ../../nbs/internals/registry.ipynb #a3d4b6de
 class Registry(Declared[T]):
-    """Objects of one kind by name.
+    """A registry of objects of one kind, such as methods or metrics, by name.
 
-    `kind` is the word for an object in sentences. `catalogue` is the module that declares the package's own objects.
-    `aliases` are other names that look-ups accept; `reserved` names cannot be declared.
-    With `any_case`, `find` takes a name in any case, and two names may not differ only in case."""
+    `kind`: the word for such an object in messages. `catalogue`: the module that declares the package's own objects.
+    `aliases`: other names that `find` accepts, with the names that they stand for. `reserved`: names that cannot be
+    declared. With `any_case`, `find` takes a name in any case, and two names may not differ only in case."""
 
     def __init__(self, kind: str, catalogue: str | None = None, aliases: Mapping[str, str] | None = None,
                  reserved: tuple[str, ...] = (), any_case: bool = False):
@@ -142,7 +143,7 @@ class Registry(Declared[T]):
         REGISTRIES[kind] = self
 
     def add(self, name: str, value: T) -> T:
-        "Declare an object. Raises where the name is taken or cannot be one."
+        "Declare an object under a name; returns the object. Raises if the name is taken or not valid."
         check_name(name, self.kind, (*self.reserved, *self.aliases))
         if _in_notebook(value):
             self._fill()  # else the package's own object of this name would come second
@@ -158,12 +159,12 @@ class Registry(Declared[T]):
             del self._objects[name]
 
     def name_of(self, name: str) -> str:
-        "The declared name of the object that `find(name)` returns. Raises with the nearest names where there is none."
+        "The declared name of the object that `find(name)` returns. Raises as `find` does."
         self._fill()
         return check_choice(self._spelled(self.aliases.get(name, name)), self._objects, self.kind)
 
     def find(self, name: str) -> T:
-        "The object called `name`, or that an alias stands for. Raises with the nearest names where there is none."
+        "The object called `name` or with this alias. Raises `OpenUnlearnError`, with similar names, if there is none."
         return self._objects[self.name_of(name)]
 
 # %% ../../nbs/internals/registry.ipynb #4e3fe778
@@ -180,9 +181,10 @@ def _note_new(before: dict[str, dict], digest: str) -> dict[str, tuple[str, ...]
 # %% ../../nbs/internals/registry.ipynb #9a5c6d81
 @lru_cache
 def import_file(file: str) -> dict[str, tuple[str, ...]]:
-    """Run a Python file that declares methods, metrics, benchmarks or attacks. It is run once a process.
+    """Run a Python file that declares methods, metrics, benchmarks or attacks; only once per process.
 
-    Returns the declared names by kind of object. Raises where the file cannot be run or declares nothing."""
+    Returns the declared names by kind of object. Raises `OpenUnlearnError` if the file does not exist, cannot be run
+    or declares nothing."""
     path = Path(file).expanduser()
     if not path.is_file():
         raise OpenUnlearnError(f"There is no Python file {file!r} to import.")

@@ -22,7 +22,10 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") for p in model.parameters())
 
 def gathered_weights(parameters: list[nn.Parameter], changed_by_main: bool = False) -> AbstractContextManager:
-    "A context in which sharded parameters are whole on every process. All processes must enter it."
+    """A context manager in which ZeRO-3's sharded parameters are complete on every process. All must enter it.
+
+    `changed_by_main`: pass changes that the main process makes to the parameters on to all processes. For parameters
+    that are not sharded, it does nothing."""
     if not any(hasattr(p, "ds_id") for p in parameters):
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
@@ -30,7 +33,7 @@ def gathered_weights(parameters: list[nn.Parameter], changed_by_main: bool = Fal
 
 @contextmanager
 def unsharded() -> Iterator[None]:
-    "A context in which transformers builds models whole, though a ZeRO-3 run is under way."
+    "A context manager in which transformers builds complete, unsharded models even during a ZeRO-3 run."
     from transformers.integrations import deepspeed
     known, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
     try:
@@ -53,7 +56,9 @@ def loads_in_shards() -> bool:
 
 @contextmanager
 def sharded_loading(dtype: torch.dtype) -> Iterator[None]:
-    "A context in which transformers loads weights in shards of `dtype`, if the launch asks for it."
+    """A context manager in which transformers loads weights as ZeRO-3 shards of `dtype`.
+
+    Without effect unless the launch asks for it (see `loads_in_shards`)."""
     if not loads_in_shards():
         yield
         return
@@ -68,7 +73,7 @@ def sharded_loading(dtype: torch.dtype) -> Iterator[None]:
 
 # %% ../../nbs/internals/zero.ipynb #2149b202
 def sharded_copy(model: nn.Module) -> nn.Module:
-    "A second model with the same weights, in the same shards; no process gathers a weight for it."
+    "A copy of a model in ZeRO-3 shards, divided in the same way; no process needs to hold a complete weight for it."
     import deepspeed
     from transformers.initialization import no_init_weights
     plugin = _plugin()
@@ -105,7 +110,7 @@ def _tensors_of(engine: Any) -> list[Tensor]:
     return found
 
 def release(engine: Any, keep: nn.Module | None = None) -> None:
-    "Free the memory of an engine, except the weights and buffers of `keep`. The engine cannot be used afterwards."
+    "Free the memory of a DeepSpeed engine, except the weights and buffers of `keep`. It cannot be used afterwards."
     kept = [*keep.parameters(), *keep.buffers()] if keep is not None else []
     needed = {t.untyped_storage().data_ptr() for t in [*kept, *(p.ds_tensor for p in kept if hasattr(p, "ds_tensor"))]}
     for tensor in _tensors_of(engine):

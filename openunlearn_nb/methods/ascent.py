@@ -23,7 +23,7 @@ _ASCENT: dict[str, Any] = {"paper": "TOFU, arXiv 2401.06121", "equation": r"-\ma
 @method("GradDiff", **_ASCENT)
 @method("GradAscent", alpha=0.0, **_ASCENT)
 def gradient_ascent(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:
-    "Minus the mean NLL of the responses to forget."
+    "The negated mean negative log-likelihood (nats per token) of the responses to forget."
     return -mean_nll(*sequence_nll(model, batch["forget"]))
 
 # %% ../../nbs/methods/ascent.ipynb #21674e01

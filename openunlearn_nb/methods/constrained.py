@@ -24,12 +24,12 @@ from ..models.forwards import Batch, answer_logits, all_logits
 
 # %% ../../nbs/methods/constrained.ipynb #159d4681
 class Multiplier(Method):
-    "A weight of the retain term that moves until the retain loss is at its bound."
+    "Base class of methods that adapt the retain term's weight until the retain loss is at a bound."
     logs = ("multiplier",)
 
     @property
     def multiplier(self) -> float:
-        "The retain term's weight of the moment."
+        "The current weight of the retain term; `alpha` until it is first moved."
         return float(self.memory.get("multiplier", self.s.alpha))
 
     def _note(self, loss: Tensor) -> None:
@@ -65,7 +65,7 @@ _PDU = r"\mathrm{mean}_t\big(\max_v z_{t,v}-\mathrm{mean}_v\,z_{t,v}\big)^2,\;\m
 @method("PDU", paper="arXiv 2506.05314", equation=_PDU, mean_over=labelled_tokens, logit_bytes=(0, 8),
         retain_loss_eps=0.0, primal_dual=True, dual_step_size=1.0, dual_update_upon="step", dual_warmup_epochs=5.0)
 class PDU(Multiplier):
-    "Flatten the logits of the responses to forget, the retain loss held at a bound by a multiplier."
+    "Flatten the logits of the responses to forget, while a multiplier holds the retain loss at a bound."
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from ..models.forwards import Batch, Part, answer_logits, all_logits, without_fi
         mean_over=labelled_tokens, logit_bytes=(24, 8), beta=10.0, alpha=0.0,
         equation=r"\mathrm{mean}_t\,H\big(\mathrm{softmax}(z^\mathrm{ref}_t-\beta e_{y_t}),p_t\big)")
 def undial(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:
-    "Cross-entropy to the reference's distribution, `beta` subtracted from the logits of the responses to forget."
+    "Cross-entropy to the reference model's distribution after `beta` is subtracted from the forget tokens' logits."
     part = batch["forget"]
 
     def predicted(of) -> tuple[Tensor, Tensor]:
@@ -46,5 +46,7 @@ def _after_the_first(part: Part, s: SimpleNamespace) -> Tensor:
         ignore_first_n_answer_tokens=1,
         equation=r"\mathrm{mean}_t\,H\big(\mathrm{softmax}(z_t,\;z_{t,y_t}=-\infty),p_t\big)")
 def ceu(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:
-    "Cross-entropy to the model's own distribution without the tokens of the responses to forget."
+    """Cross-entropy to the model's own distribution with the tokens of the responses to forget excluded from it.
+
+    `ignore_first_n_answer_tokens`: so many first tokens of each response are left out."""
     return ceu_loss(*answer_logits(model, without_first_tokens(batch["forget"], s.ignore_first_n_answer_tokens))[:2])

@@ -42,7 +42,7 @@ class Example(NamedTuple):
     batch: dict[str, Batch]
 
 def example() -> Example:
-    "Two random Llamas with 32 hidden units, and a batch of four rows a part. The same each time."
+    "Two random Llama models with 32 hidden units, and a batch with four rows per part; the same on every call."
     tokenizer = train_tokenizer([answer for _, answer in FORGET + RETAIN], vocab_size=400)
     refused = tuple((question, refusal) for (question, _), refusal in zip(FORGET, REFUSALS))
     encoder = Encoder(tokenizer, PROMPTS["chat"])
@@ -53,9 +53,10 @@ def example() -> Example:
 
 # %% ../../nbs/methods/example.ipynb #acd39d11
 def change_after_a_step(method: str | Method, of: Example, length: float = 0.01, **settings: Any) -> float:
-    """By how much one step down the gradient of a method's forget loss changes the mean NLL of the responses to forget.
+    """Change in the responses' negative log-likelihood after one step down the gradient of a method's forget loss.
 
-    `length` is the length of the step for each parameter tensor. Above 0, the responses have become less likely."""
+    The likelihood of the responses to forget is summed over tokens and averaged over responses (nats per response).
+    `length`: length of the step in each parameter tensor. Above 0, the responses have become less likely."""
     chosen = METHODS.find(method)(**settings) if isinstance(method, str) else method
     moved = copy.deepcopy(of.model)
     start = sequence_nll(moved, of.batch["forget"])[0].mean()

@@ -17,7 +17,7 @@ from ..internals.devices import at_least_fp32
 
 # %% ../../nbs/methods/gradients.ipynb #160c544a
 class Gradients(dict[str, Tensor]):
-    "A tensor for each trained parameter, by its name; as one vector it can be added, scaled and multiplied."
+    "A gradient tensor per trained parameter, by its name; added, subtracted and scaled like a single vector."
 
     def dot(self, other: Mapping[str, Tensor]) -> Tensor:
         "Inner product over all parameters: a scalar."
@@ -67,7 +67,7 @@ class TrainingState:
 
     @contextmanager
     def moved(self, by: Mapping[str, Tensor]) -> Iterator[None]:
-        "A context in which the trained weights are those plus `by`; afterwards they are bit for bit what they were."
+        "Context manager: add `by`, tensors by parameter name, to the weights; restore these bit for bit afterwards."
         assert self.model is not None
         weights = {name: p for name, p in self.model.named_parameters() if name in by}
         before = {name: p.detach().clone() for name, p in weights.items()}

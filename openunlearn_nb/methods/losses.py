@@ -16,39 +16,54 @@ from ..models.forwards import token_nll
 
 # %% ../../nbs/methods/losses.ipynb #01e38d03
 def mean_nll(nll: Tensor, n_tokens: Tensor) -> Tensor:
-    "Mean negative log-likelihood over all labelled tokens of the batch; 0 where there are none."
+    """Mean negative log-likelihood over all labelled tokens of the batch (nats per token); 0 if there are none.
+
+    `nll`: sums over each row's tokens, `[rows]`. `n_tokens`: labelled tokens of each row, `[rows]`."""
     return nll.sum() / n_tokens.sum().clamp(min=1)
 
 # %% ../../nbs/methods/losses.ipynb #1ebdc80f
 def dpo_loss(win_nll: Tensor, win_ref_nll: Tensor, lose_nll: Tensor, lose_ref_nll: Tensor, beta: float) -> Tensor:
-    "DPO with the factor 2/beta of the unlearning literature; all inputs `[rows]`, summed over tokens."
+    """DPO loss with the factor 2/beta of the unlearning literature, averaged over rows.
+
+    Inputs are negative log-likelihoods (nats, summed over tokens) of the preferred (`win`) and the other (`lose`)
+    responses, under the model and under the reference (`ref`), each `[rows]`."""
     margin = (lose_nll - lose_ref_nll) - (win_nll - win_ref_nll)
     return -2 / beta * F.logsigmoid(beta * margin).mean()
 
 def npo_loss(nll: Tensor, ref_nll: Tensor, beta: float) -> Tensor:
-    "NPO: DPO without a preferred answer; `nll` and `ref_nll` `[rows]`, summed over tokens."
+    """NPO loss, which is DPO without a preferred response, averaged over rows.
+
+    `nll`, `ref_nll`: negative log-likelihoods (nats, summed over tokens) under model and reference, each `[rows]`."""
     return -2 / beta * F.logsigmoid(beta * (nll - ref_nll)).mean()
 
 # %% ../../nbs/methods/losses.ipynb #e00b38f9
 def simnpo_loss(nll: Tensor, n_tokens: Tensor, beta: float, delta: float) -> Tensor:
-    "SimNPO; `nll` `[rows]` summed over tokens, `n_tokens` `[rows]`."
+    """SimNPO loss: NPO on the mean loss per token, with `delta` in place of the reference; averaged over rows.
+
+    `nll`: negative log-likelihoods (nats, summed over tokens), `[rows]`. `n_tokens`: tokens of each row, `[rows]`."""
     return -2 / beta * F.logsigmoid(beta * (nll / n_tokens.clamp(min=1) - delta)).mean()
 
 # %% ../../nbs/methods/losses.ipynb #4aedd0e0
 def wga_loss(logits: Tensor, labels: Tensor, beta: float) -> Tensor:
-    "Gradient ascent, each token weighted by its own probability to the power `beta`; 0 where there is no token."
+    """Gradient ascent with each token weighted by its own probability to the power `beta`; mean over n tokens.
+
+    `logits`: `[n, vocabulary]`. `labels`: token ids `[n]`. 0 if n is 0. The weights have no gradient."""
     nll = token_nll(logits, labels)
     return -((-nll).detach().exp() ** beta * nll).sum() / max(1, len(labels))
 
 def satimp_loss(logits: Tensor, labels: Tensor, beta1: float, beta2: float) -> Tensor:
-    "Gradient ascent, each token weighted by p^beta1 (1 - p)^beta2; 0 where there is no token."
+    """Gradient ascent with each token weighted by p^beta1 (1 - p)^beta2, p its probability; mean over n tokens.
+
+    `logits`: `[n, vocabulary]`. `labels`: token ids `[n]`. 0 if n is 0. The weights have no gradient."""
     nll = token_nll(logits, labels)
     p = (-nll).detach().exp()
     return -(p ** beta1 * (1 - p) ** beta2 * nll).sum() / max(1, len(labels))
 
 # %% ../../nbs/methods/losses.ipynb #fc3fc7fe
 def undial_loss(logits: Tensor, ref_logits: Tensor, labels: Tensor, beta: float) -> Tensor:
-    "Cross-entropy to the reference's softmax after `beta` is taken from the labels' logits; 0 where there is no token."
+    """Cross-entropy to the reference's softmax after `beta` is subtracted from the labels' logits; mean over n tokens.
+
+    `logits`, `ref_logits`: `[n, vocabulary]`. `labels`: token ids `[n]`. 0 if n is 0."""
     if not len(labels):
         return logits.sum()
     goal = ref_logits.clone()
@@ -56,7 +71,9 @@ def undial_loss(logits: Tensor, ref_logits: Tensor, labels: Tensor, beta: float)
     return F.cross_entropy(logits, goal.softmax(-1))
 
 def ceu_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    "Cross-entropy to the model's own distribution without the labels; 0 where there is no token."
+    """Cross-entropy to the model's own distribution with the labels excluded from it; mean over n tokens.
+
+    `logits`: `[n, vocabulary]`. `labels`: token ids `[n]`. 0 if n is 0."""
     if not len(labels):
         return logits.sum()
     goal = logits.detach().scatter(-1, labels[:, None], -torch.inf)
@@ -64,21 +81,24 @@ def ceu_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 # %% ../../nbs/methods/losses.ipynb #5358e61b
 def flatness_loss(logits: Tensor) -> Tensor:
-    "PDU's forget term: mean squared distance of the largest logit from the mean one; 0 where there is no token."
+    """PDU's forget loss: squared difference between the largest and the mean logit, averaged over n tokens.
+
+    `logits`: `[n, vocabulary]`. 0 if n is 0."""
     return (logits.max(-1).values - logits.mean(-1)).square().sum() / max(1, len(logits))
 
 # %% ../../nbs/methods/losses.ipynb #3b0e87d5
 def kl_loss(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    "Mean KL(ref || model) over n labelled tokens; both `[n, vocabulary]`."
+    "Mean KL(ref || model) over n tokens, in nats per token, from logits `[n, vocabulary]` of both models; 0 if n is 0."
     if not len(logits):
         return logits.sum()
     return F.kl_div(logits.log_softmax(-1), ref_logits.log_softmax(-1), log_target=True, reduction="batchmean")
 
 # %% ../../nbs/methods/losses.ipynb #20ddae2c
 def activation_mse(h: Tensor, goal: Tensor, mask: Tensor, each_row: bool = True) -> Tensor:
-    """Mean over rows of each row's mean squared error over its masked tokens.
+    """Mean squared error of activations over each row's tokens in `mask`, averaged over rows.
 
-    `h` and `goal` are `[rows, length, hidden]`, `mask` is `[rows, length]`."""
+    `h`: `[rows, length, hidden]`. `goal`: the same shape, or `[hidden]` for all tokens. `mask`: `[rows, length]`.
+    `each_row`: if False, the mean of the rows' summed errors times the mean of 1 / (tokens in the row's mask)."""
     errors = ((at_least_fp32(h) - at_least_fp32(goal)).square().mean(-1) * mask).sum(1)
     counts = mask.sum(1).clamp(min=1)
     return (errors / counts).mean() if each_row else errors.mean() * (1 / counts).mean()

@@ -27,49 +27,49 @@ from ..models.forwards import Batch, check_part, check_reference, parameters_up_
 TERMS = ("forget", "retain")
 
 class MethodLoss(NamedTuple):
-    "A loss and its parts: `loss, parts = method_loss(...)`."
+    "The loss of a batch and its terms before they are weighted, as in `loss, parts = method_loss(...)`."
     loss: Tensor
     parts: dict[str, Tensor]  # forget and retain, before they are weighted
 
 # %% ../../nbs/methods/method.ipynb #1f2d1d41
 class MethodHooks:
-    "What a method may do to a training. Each hook does nothing unless a method defines it."
+    "Hooks by which a method can act on a training. By default they change nothing."
     memory: dict[str, Any]
     logs: tuple[str, ...] = ()  # names of its own numbers in the training's log
 
     def prepare(self, model: nn.Module, data: Any) -> None:
-        "Before training. `data.forget` and `data.retain` are lists of encoded rows, `data.tokenizer` made them."
+        "Called before training. `data.forget`, `data.retain`: encoded rows; `data.pad_id`: the pad token's id."
 
     def init_adapter(self, model: nn.Module) -> None:
-        "Once a fresh adapter is in the model, which changes nothing yet."
+        "Called after a fresh adapter, which changes no output yet, has been put into the model."
 
     def combine_gradients(self, forget: Gradients, retain: Gradients, state: TrainingState) -> Gradients:
-        "The gradient of a step from its weighted terms' gradients; by default their sum."
+        "The gradient of an optimizer step from the gradients of its weighted terms; by default their sum."
         return forget + retain
 
     def gradients(self, closure: Callable[[str], Gradients], state: TrainingState) -> Gradients:
-        "The gradient of a step. `closure(term)` is a weighted term's gradient over the step, at the current weights."
+        "The gradient of a step. `closure(term)` computes that of a weighted term over the step, at current weights."
         return self.combine_gradients(closure("forget"), closure("retain"), state)
 
     def on_forward(self, losses: dict[str, Tensor]) -> None:
-        "After each forward of training, with the losses of its terms."
+        "Called after each forward pass in training, with the loss of each term."
 
     def on_step_end(self, state: TrainingState) -> None:
-        "After each optimizer step; `state.losses` are those of the whole effective batch."
+        "Called after each optimizer step; `state.losses` are those of the whole effective batch."
 
     def after(self, model: nn.Module, data: Any) -> nn.Module | None:
-        "After training: change the weights, or return another model."
+        "Called after training; may change the weights, or return another model. None keeps the trained one."
 
     def for_generation(self, model: nn.Module) -> nn.Module:
-        "The model that is evaluated in place of the trained one, which `train` cannot save then."
+        "The model to evaluate, by default the trained one. If a method defines it, `train` cannot save the model."
         return model
 
     def state_dict(self) -> dict[str, Any]:
-        "What a checkpoint holds of the method: tensors, numbers and `Gradients` by name."
+        "The method's own state for a checkpoint: tensors, numbers and `Gradients` by name."
         return self.memory
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        "Take what `state_dict` gave."
+        "Restore the state that `state_dict` returned."
         self.memory = dict(state)
 
 # %% ../../nbs/methods/method.ipynb #21d44b2e
@@ -93,26 +93,29 @@ class MethodQuestions(MethodSettings, MethodHooks):
 
     @property
     def changes_gradients(self) -> bool:
-        "Whether it makes a step's gradient itself, so that the terms' gradients are separate."
+        "Whether the method computes the gradient of a step itself, from a separate gradient per term."
         hooks = (type(self).gradients, type(self).combine_gradients)
         return hooks != (MethodHooks.gradients, MethodHooks.combine_gradients)
 
     def stops_at(self, term: str) -> str:
-        "Regular expression of the layer at which a term's forward ends; empty where it is the whole model's."
+        "Regular expression of the layer at which a term's forward pass ends; empty for the whole model."
         return ""
 
     def trainable(self, model: nn.Module) -> set[str]:
-        "Names of the parameters to train: those that trainable_params_regex names, of those that the loss depends on."
+        "Names of the parameters to train: those that match `patterns` and that the loss depends on."
         return reached(model, self.patterns, {self.stops_at(term) for term in self.terms})
 
     @property
     def patterns(self) -> list[str]:
-        "Regular expressions of the parameters to train."
+        "Regular expressions of the parameters to train: `trainable_params_regex`, or all without that setting."
         return getattr(self.s, "trainable_params_regex", [".*"])
 
 # %% ../../nbs/methods/method.ipynb #fc419322
 def reached(model: nn.Module, patterns: list[str], layers: set[str]) -> set[str]:
-    "Names of the parameters that match a pattern and come before the one layer, if any, at which all terms end."
+    """Names of the parameters that match a pattern and that the loss depends on.
+
+    `layers`: the layers at which the forward passes of the terms end, empty for the whole model. If all terms end at
+    the same layer, parameters after it are left out. Raises `OpenUnlearnError` if no parameter is left."""
     names = set(trained_parameters(model, patterns))
     if len(layers) != 1 or layers == {""}:
         return names
@@ -133,23 +136,23 @@ class MethodTerms(MethodQuestions):
         return self.retain_losses[self.s.retain_loss_type].function(model, batch, ref_model, self.s)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        "For each term, the number of rows or labelled tokens in the batch that it is a mean over."
+        "For each term, the number of rows or labelled tokens in the batch that its mean is over."
         of = {"forget": self.mean_over, "retain": self.retain_losses[self.s.retain_loss_type].mean_over}
         device = batch[self.terms[0]]["labels"].device if self.terms else None
         return {term: torch.as_tensor(of[term](batch[term], self.s), device=device) for term in self.terms}
 
     @property
     def answers_otherwise(self) -> bool:
-        "Whether another model than the trained one is evaluated."
+        "Whether a model other than the trained one is evaluated, by the hook `for_generation`."
         return type(self).for_generation is not MethodHooks.for_generation
 
     def weigh(self, term: str, value: Tensor) -> Tensor:
-        "A term of the sum: its weight times its value."
+        "A term as it enters the sum: by default its loss times its weight, `gamma` for forget, `alpha` for retain."
         return (self.s.gamma if term == "forget" else self.s.alpha) * value
 
 # %% ../../nbs/methods/method.ipynb #f52b8946
 def check_batch(method: MethodTerms, model: nn.Module, batch: Batch, ref_model: Any) -> None:
-    "Raise where a batch lacks a part that a method needs, or its reference is missing or another model's."
+    "Raise `OpenUnlearnError` if the batch lacks a part that the method needs, or the reference is missing or unfit."
     used = [*method.terms, *(["alternate"] if method.alternates else [])]
     for name in used:
         check_part(batch, name)
@@ -163,8 +166,9 @@ def check_batch(method: MethodTerms, model: nn.Module, batch: Batch, ref_model: 
 class Method(MethodTerms):
     """An unlearning method with its settings.
 
-    The class is what `@method(NAME, ...)` declares, and `METHODS["NPO"](beta=0.05)` is one for a training. A wrapper is
-    made around another method: `METHODS["GRU(NPO)"](beta=0.05)`, or `GRU(METHODS["NPO"], beta=0.05)`."""
+    `@method(NAME, ...)` declares a class; an instance, such as `METHODS["NPO"](beta=0.05)`, is for one training. A
+    wrapper is made around another method: `METHODS["GRU(NPO)"](beta=0.05)`, or `GRU(METHODS["NPO"], beta=0.05)`.
+    `compat`: `open-unlearning` for the arithmetic of the reference code. `settings`: override the defaults."""
 
     def __new__(cls, inner: "type[Method] | None" = None, **settings):
         return super().__new__(cls if inner is None else wrap(cls, inner))
@@ -180,7 +184,10 @@ class Method(MethodTerms):
         self.memory: dict[str, Any] = {}
 
     def loss(self, model: nn.Module, batch: Batch, ref_model: Any = None, terms: tuple[str, ...] = TERMS) -> MethodLoss:
-        "The loss of a batch and its parts; `terms`: only some of the sum's terms, for a backward of each."
+        """The loss of a batch and its terms before they are weighted.
+
+        `terms`: compute only these, such as one at a time for a backward pass each. Raises `OpenUnlearnError` if the
+        batch lacks something (see `check_batch`)."""
         check_batch(self, model, batch, ref_model)
         shares = {}
         if "counts" in batch and not self.s.compat:
@@ -198,20 +205,23 @@ class MethodRegistry(Registry["type[Method]"]):
     "Methods by name; `GRU(NPO)` is the wrapper GRU around NPO."
 
     def find(self, name: str) -> "type[Method]":
-        "The method of a name, as in the tables. Raises with the nearest names where there is none."
+        "The class of the method `name`. Raises `OpenUnlearnError` with the nearest names if there is none."
         outer, bracket, inner = str(name).partition("(")
         if not bracket or not inner.endswith(")") or name in self:
             return super().find(name)
         return wrap(super().find(outer), self.find(inner[:-1]))
 
     def hashes(self, name: str) -> list[str]:
-        "Hashes of the user's files that declare a method, and those that it wraps; none for the package's own."
+        "Hashes of the user's files that declare the method `name` and one it wraps; none for the package's own."
         return [self.files[part] for part in re.split(r"[()]", name) if part in self.files]
 
 METHODS = MethodRegistry("method", "openunlearn_nb.methods.catalogue", aliases=METHOD_ALIASES, reserved=ROWS)
 
 def wrap(outer: type[Method], inner: type[Method]) -> type[Method]:
-    "The class of a method that `outer` wraps: a hook is the wrapper's where it defines one, else the wrapped method's."
+    """The class of the method `inner` wrapped by `outer`.
+
+    A hook is the wrapper's if it defines one, otherwise the wrapped method's. Raises `OpenUnlearnError` if `outer` is
+    no wrapper."""
     if not outer.wraps:
         raise OpenUnlearnError(f"{outer.name} wraps no other method; it is used by its own name.")
     return type(f"{outer.name}({inner.name})", (outer, inner), {
@@ -236,10 +246,12 @@ def method(name: str, *, paper: str = "", equation: str = "", needs: tuple[str, 
            logit_bytes: tuple[int, int] | None = None, **defaults) -> Callable[[Any], Any]:
     """Decorator: declare a function or a `Method` class as the method `name`.
 
-    `needs`: of ref_nll (the reference's log-likelihoods, computed once), ref_model (the reference itself), refusals,
-    generated or file (another response to each question). `recipe`: where its published training differs.
-    `mean_over`: what the forget loss is a mean over, `rows_in` (by default) or `labelled_tokens`.
-    `defaults`: its settings."""
+    A function takes (model, batch, ref_model, settings) and returns the forget loss. `equation`: the forget loss in
+    LaTeX. `needs`: any of ref_nll (the reference's log-likelihoods, computed once), ref_model (the reference itself),
+    and refusals, generated or file (another response to each question). `wraps`: it wraps another method. `recipe`:
+    training settings in which its published training differs. `mean_over`: what the forget loss is a mean over,
+    `rows_in` (by default) or `labelled_tokens`. `logit_bytes`: bytes per logit at the end of the forward pass and in
+    the backward pass, for memory plans. `defaults`: its settings with their default values."""
     for need in needs:
         check_choice(need, NEEDS, "need of a method")
 
@@ -267,10 +279,10 @@ def method(name: str, *, paper: str = "", equation: str = "", needs: tuple[str, 
 # %% ../../nbs/methods/method.ipynb #9c987f29
 def method_loss(method: str | Method, model: nn.Module, batch: Batch, ref_model: nn.Module | None = None,
                 compat: str | None = None, terms: tuple[str, ...] = TERMS, **settings) -> MethodLoss:
-    """The loss of a batch and its parts (`forget`, `retain`), by the method's equation.
+    """The loss of a batch and its terms before they are weighted (`forget`, `retain`), by the method's equation.
 
-    `compat="open-unlearning"` is the reference code's arithmetic.
-
-    `batch` maps forget, retain and alternate to `input_ids`, `attention_mask` and `labels`, each `[rows, length]`."""
+    `batch` maps forget, retain and alternate to `input_ids`, `attention_mask` and `labels`, each `[rows, length]`.
+    `ref_model`: the model before unlearning, if the method needs it. `compat="open-unlearning"`: use the arithmetic of
+    the reference code. `terms`: compute only these. `settings`: the method's, if `method` is a name."""
     chosen = METHODS.find(method)(compat=compat, **settings) if isinstance(method, str) else method
     return chosen.loss(model, batch, ref_model, terms)

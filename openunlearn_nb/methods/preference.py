@@ -23,7 +23,7 @@ _NPO = r"-\frac{2}{\beta}\,\mathrm{mean}_i\log\sigma\big(\beta\,(\mathrm{NLL}_i-
 @method("AltPO", paper="arXiv 2409.13474", equation=_DPO.format("alt"), needs=("ref_nll", "generated"), beta=0.1)
 @method("IdkDPO", paper="TOFU, arXiv 2305.18290", equation=_DPO.format("idk"), needs=("ref_nll", "refusals"), beta=0.1)
 def alternate_dpo(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:
-    "Prefer a refusal (IdkDPO) or a plausible other response (AltPO), relative to the model before unlearning."
+    "DPO loss that prefers a refusal (IdkDPO) or a plausible other response (AltPO) to the response to forget."
     win, lose = batch["alternate"], batch["forget"]
     return dpo_loss(sequence_nll(model, win)[0], reference_nll(ref_model, win),
                     sequence_nll(model, lose)[0], reference_nll(ref_model, lose), s.beta)

@@ -22,7 +22,7 @@ from ..models.forwards import Batch, layer_activations
 
 # %% ../../nbs/methods/representation.ipynb #f20f40e4
 def retain_embed_diff(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:
-    "Squared distance of the layer's activations on retain examples from the reference's."
+    "Mean squared difference between a layer's activations on retain examples and the reference model's."
     part = batch["retain"]
     with torch.no_grad():
         goal = layer_activations(ref_model, part, s.module_regex)
@@ -34,7 +34,7 @@ def retain_embed_diff(model, batch: Batch, ref_model, s: SimpleNamespace) -> Ten
         module_regex=r"model\.layers\.7", trainable_params_regex=[".*"], control_vec=None,
         equation=r"\mathrm{mean}_i\frac{1}{n_i d}\sum_t\lVert h_t-c\,u\rVert^2")
 class RMU(Method):
-    "Steer a layer's activations on responses to forget towards `control_vec`, `steering_coeff` long."
+    "Steer a layer's activations on the responses to forget towards `steering_coeff` times the vector `control_vec`."
     retain_losses = RETAIN_LOSSES | {"EMBED_DIFF": RetainLoss(retain_embed_diff, rows_in, True)}
 
     @classmethod

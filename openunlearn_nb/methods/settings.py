@@ -22,7 +22,7 @@ ALTERNATES = ("refusals", "generated", "file")  # the other responses to a quest
 NEEDS = ("ref_nll", "ref_model", *ALTERNATES)
 
 def alternates_of(needs: frozenset[str]) -> str | None:
-    "Which other responses are among the needs of a method; None where it needs none."
+    "The kind of other responses (one of `ALTERNATES`) that a method with these `needs` reads; None if it reads none."
     return next((need for need in ALTERNATES if need in needs), None)
 
 # %% ../../nbs/methods/settings.ipynb #543dc416
@@ -58,7 +58,9 @@ _KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {  # of a default: what 
 
 # %% ../../nbs/methods/settings.ipynb #8d5b6304
 def check_setting(key: str, value: Any, default: Any) -> None:
-    "Raise where a setting is not of its default's kind. A default that is a text, or None, allows every value."
+    """Raise `OpenUnlearnError` if the value of the setting `key` has another type than its default.
+
+    Nothing is checked if the default is a string or None."""
     if type(default) not in _KINDS:
         return
     kind, fits = _KINDS[type(default)]
@@ -69,7 +71,9 @@ def check_setting(key: str, value: Any, default: Any) -> None:
 OPPOSITE = {"alpha": "makes the model forget what it should keep", "gamma": "trains the model on what it should forget"}
 
 def check_weights(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    "Raise for a weight below 0, and for a `beta` that is no temperature."
+    """Raise `OpenUnlearnError` if `alpha`, `gamma` or a numbered beta is negative, or `beta` is 0 or less.
+
+    A weight may be as low as its default, if that is negative."""
     for key, does in OPPOSITE.items():
         if settings[key] < min(0, defaults[key]):
             raise OpenUnlearnError(f"{key} must be 0 or more, not {settings[key]}: a negative weight {does}.")
@@ -96,7 +100,7 @@ class MethodSettings:
 
     @classmethod
     def merge(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        "The defaults overridden by `settings`. Raises for names that the method lacks and values that cannot be."
+        "The defaults overridden by `settings`. Raises `OpenUnlearnError` for an unknown setting or an invalid value."
         given = dict(settings)
         for key, value in settings.items():
             default = cls.defaults[check_choice(key, cls.defaults, f"setting of {cls.name}")]
@@ -112,9 +116,9 @@ class MethodSettings:
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> None:
-        "Raise for values of the method's own settings that cannot be."
+        "Raise `OpenUnlearnError` for invalid values of the method's own settings; by default, check nothing."
 
     @classmethod
     def keeps_retain(cls, settings: Mapping[str, Any]) -> bool:
-        "Whether the retain loss is computed: its weight is not 0."
+        "Whether the retain loss is computed; by default, if its weight `alpha` is not 0."
         return bool(settings["alpha"])

@@ -22,16 +22,16 @@ def rows_in(part: Part, settings: SimpleNamespace) -> Tensor:
     return torch.tensor(len(part["labels"]), device=part["labels"].device)
 
 def labelled_tokens(part: Part, settings: SimpleNamespace) -> Tensor:
-    "The number of labelled tokens of a part, a scalar; the first token of a row is not predicted and does not count."
+    "The number of labelled tokens in a part, a scalar tensor; a row's first token, never predicted, does not count."
     return (part["labels"][:, 1:] != -100).sum()
 
 # %% ../../nbs/methods/terms.ipynb #32283cf0
 def retain_nll(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:
-    "Mean negative log-likelihood, in nats a token, of the retain examples."
+    "Mean negative log-likelihood of the retain examples, in nats per labelled token."
     return mean_nll(*sequence_nll(model, batch["retain"]))
 
 def retain_kl(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:
-    "Mean KL(reference || model), in nats a token, over the labelled tokens of the retain examples."
+    "Mean KL(reference || model) over the labelled tokens of the retain examples, in nats per token."
     part = batch["retain"]
 
     def logits(of) -> Tensor:
@@ -42,7 +42,7 @@ def retain_kl(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:
     return kl_loss(logits(model), goal)
 
 class RetainLoss(NamedTuple):
-    "A retain loss that settings choose by name."
+    "A retain loss that the setting `retain_loss_type` can choose by name."
     function: Callable[..., Tensor]  # (model, batch, ref_model, settings): a scalar
     mean_over: Callable[[Part, SimpleNamespace], Tensor]  # the number of rows or tokens that it is a mean over
     needs_reference: bool = False  # it computes with the model before unlearning at every step

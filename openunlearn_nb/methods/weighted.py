@@ -19,7 +19,7 @@ from ..models.forwards import Batch, answer_logits
 @method("SatImp", paper="arXiv 2505.11953", mean_over=labelled_tokens, beta1=5.0, beta2=1.0, gamma=0.1,
         equation=r"-\mathrm{mean}_t\,p_t^{\beta_1}(1-p_t)^{\beta_2}(-\log p_t)")
 def satimp(model, batch: Batch, ref_model, s: SimpleNamespace) -> Tensor:
-    "Gradient ascent, weighted towards tokens that are likely and not certain."
+    "Gradient ascent on the responses to forget, weighted towards tokens that are likely but not certain."
     return satimp_loss(*answer_logits(model, batch["forget"])[:2], s.beta1, s.beta2)
 
 @method("WGA", paper="arXiv 2502.19301", mean_over=labelled_tokens, beta=1.0,

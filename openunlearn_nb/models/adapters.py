@@ -34,10 +34,10 @@ def _is_matrix(name: str, p: nn.Parameter) -> bool:
     return len(getattr(p, "ds_shape", p.shape)) in (2, 3) and not name.endswith("bias")
 
 def adapted_layers(model: PreTrainedModel, patterns: Sequence[str], reached: set[str] | None = None) -> list[str]:
-    """Names of the weights to adapt, which match one of the regular expressions (and are among `reached`, if given).
+    """Names of the weights to adapt: those that match one of the regular expressions and, if given, are in `reached`.
 
-    Linear layers but for the output (`nn.Linear`, and GPT-2's `Conv1D`), and experts held in one tensor. Raises where
-    there are none."""
+    Only linear layers except the output layer (`nn.Linear`, and GPT-2's `Conv1D`), and experts held in one tensor, can
+    be adapted. Raises `OpenUnlearnError` if none is found."""
     head, found = model.get_output_embeddings(), []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head and not _bypassed(model, name):
@@ -62,10 +62,11 @@ def _as_named() -> Iterator[None]:
 
 def with_adapter(model: PreTrainedModel, rank: int, patterns: Sequence[str] = (".*",), seed: int = 0,
                  reached: set[str] | None = None) -> nn.Module:
-    """The model as a `PeftModel` with a fresh LoRA adapter, the only weights to be trained; it changes nothing yet.
+    """Put a fresh LoRA adapter into a model; returns a `PeftModel` in which only the adapter is trained.
 
-    `rank`: 1 to the hidden size. `patterns`: regular expressions of the weights to adapt. `reached`: names of the
-    weights that the loss depends on; others are not adapted. `seed` decides the adapter's weights."""
+    The adapter changes no output yet. `rank`: 1 to the hidden size. `patterns`: regular expressions of the weights to
+    adapt. `reached`: names of the weights that the loss depends on; others are not adapted. `seed`: of the adapter's
+    initial weights. Raises `OpenUnlearnError` for another rank, or if no weight can be adapted."""
     from peft import LoraConfig, get_peft_model
     hidden = model.config.get_text_config().hidden_size
     if not 0 < rank <= hidden:
@@ -84,7 +85,7 @@ def with_adapter(model: PreTrainedModel, rank: int, patterns: Sequence[str] = ("
 
 # %% ../../nbs/models/adapters.ipynb #3f79005d
 class AdapterOff:
-    "The model before unlearning: the same weights, with the adapter off during each of its forwards."
+    "The model before unlearning: the same weights, with the adapter switched off in each of its forward passes."
 
     def __init__(self, model: nn.Module):
         self.model, self.config = model, model.config
@@ -113,7 +114,7 @@ def _weight_name(name: str, layer: nn.Module) -> str:
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module) -> PreTrainedModel:
-    "The ordinary model that a `PeftModel` amounts to; the `PeftModel` cannot be used afterwards."
+    "Merge the adapter into the weights and return the plain model; the `PeftModel` cannot be used afterwards."
     adapted = adapter_changes(model)
     base = model.unload()
     if getattr(base, "is_quantized", False):

@@ -28,7 +28,7 @@ from .tokenizers import vocabulary_size
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def model_file(path: str, name: str) -> Path | None:
-    "Path of the file `name` of a model folder or Hub id; None where there is none, or the Hub does not answer."
+    "Path of the file `name` in a model folder or Hub id; None if it is missing, or the Hub does not answer."
     if (folder := Path(path).expanduser()).is_dir():
         return folder / name if (folder / name).is_file() else None
     try:
@@ -52,7 +52,7 @@ def _read_object(path: str, file: Path) -> dict:
 
 # %% ../../nbs/models/checks.ipynb #49a74481
 def check_files(path: str) -> None:
-    "Raise where a model's index or config names weights that are no safetensors in the model's own folder."
+    "Raise `OpenUnlearnError` unless a model's index and config name only safetensors files in its own folder."
     folder = Path(path).expanduser()
     if folder.is_dir():
         indices = sorted(folder.glob("*.safetensors.index.json"))
@@ -78,7 +78,7 @@ def _check_file_name(path: str, name: Any, named_in: str) -> None:
 
 # %% ../../nbs/models/checks.ipynb #bc873002
 def stored_types(path: str) -> dict[str, str]:
-    "Names of the weights in a model's files, with safetensors' names of their data types (`F32`, `BF16`, `I8`)."
+    "Data types of the weights in a model's files, by weight name, as safetensors calls them (`F32`, `BF16`, `I8`)."
     single = model_file(path, WEIGHTS)
     index = None if single else model_file(path, INDEX)
     names = sorted(set(_read_object(path, index)["weight_map"].values())) if index else []
@@ -93,14 +93,16 @@ def stored_types(path: str) -> dict[str, str]:
 WRAPPER = re.compile(r"^(module\.)+|_orig_mod\.(module\.)*|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 
 def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
-    "The names that a wrapper has changed, with the names that they had before."
+    "Original names of those weights whose names a wrapper such as torch.compile or FSDP has changed, by changed name."
     return {name: WRAPPER.sub("", name) for name in names if WRAPPER.search(name)}
 
 # %% ../../nbs/models/checks.ipynb #5be04d6e
 SAVED_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|position_ids|masked_bias|(attn|attention)\.bias)$")  # no weights
 
 def check_names(path: str, found: dict) -> None:
-    "Raise where the weights in a model's files are not those of its config; `found` is transformers' loading info."
+    """Raise `OpenUnlearnError` if the weights in a model's files are not those that its config asks for.
+
+    `found`: the loading info of transformers."""
     missing = set(found["missing_keys"])
     extra = {name for name in found["unexpected_keys"] if not SAVED_BUFFERS.search(name)}
     start = f"Cannot load the model {path!r}:"
@@ -125,7 +127,9 @@ def _some(names: Iterable[str]) -> str:
 
 # %% ../../nbs/models/checks.ipynb #3c6255e8
 def check_types(path: str, model: nn.Module, types: dict[str, str]) -> None:
-    "Raise where weights are stored as integers and the config has no `quantization_config` that explains them."
+    """Raise `OpenUnlearnError` if weights are stored as integers without a `quantization_config` that explains them.
+
+    `types`: what `stored_types` returned."""
     weights = {name for name, p in model.named_parameters() if p.is_floating_point()}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     integers = [name for name, kind in types.items() if not kind.startswith(("F", "BF", "C"))]
@@ -140,7 +144,7 @@ def check_types(path: str, model: nn.Module, types: dict[str, str]) -> None:
 # %% ../../nbs/models/checks.ipynb #83a97ac6
 @torch.no_grad()
 def non_finite_weights(model: nn.Module) -> list[str]:
-    "Names of the weights that hold NaN or infinity, as far as this process holds them."
+    "Names of the weights that hold NaN or infinity, in the part of the model that this process holds."
     found = []
     for name, p in model.named_parameters():
         values = _local_values(p)
@@ -159,7 +163,9 @@ def _local_values(p: Tensor) -> Tensor | None:
     return p.detach() if p.is_floating_point() and p.numel() and not p.is_meta else None
 
 def check_finite(model: nn.Module, start: str) -> None:
-    "Raise a sentence that begins with `start` where a weight is not finite; of a sharded model in all processes."
+    """Raise `OpenUnlearnError` if a weight holds NaN or infinity; its message begins with `start`.
+
+    All processes must call it if the model is sharded."""
     found = non_finite_weights(model)
     if is_sharded(model):
         found = sorted({name for names in gathered(found) for name in names})
@@ -170,7 +176,9 @@ def check_finite(model: nn.Module, start: str) -> None:
 # %% ../../nbs/models/checks.ipynb #b044f049
 @torch.no_grad()
 def check_causal(path: str, model: PreTrainedModel) -> None:
-    "Raise where a model's prediction at a token changes with the token after it: an encoder, not a causal LM."
+    """Raise `OpenUnlearnError` if the prediction at a token depends on the token after it, as in an encoder.
+
+    A sharded model is not checked."""
     if is_sharded(model):  # ZeRO-3 computes only under its engine; an evaluation loads models whole
         return
     size = vocabulary_size(model)

@@ -26,7 +26,7 @@ Batch = dict[str, Part]  # by name: forget, retain, alternate
 
 # %% ../../nbs/models/forwards.ipynb #9bca0938
 def check_part(batch: Batch, name: str) -> None:
-    "Raise where the part `name` is missing, is not of one shape, or has no labelled token."
+    "Raise `OpenUnlearnError` if the part `name` is missing, incomplete, differs in shapes or has no labels."
     if name not in batch:
         raise OpenUnlearnError(f"The batch has no {name!r} part; it has {', '.join(batch) or 'none'}.")
     part = batch[name]
@@ -41,7 +41,7 @@ def check_part(batch: Batch, name: str) -> None:
                                "of a row, which nothing predicts).")
 
 def check_ids(model: nn.Module, rows: Iterable[Sequence[int]]) -> None:
-    "Raise where a token id of `rows` has no embedding in the model."
+    "Raise `OpenUnlearnError` if a token id in `rows` has no embedding in the model."
     size = vocabulary_size(model)
     largest = max((max(row) for row in rows if row), default=0)
     if largest >= size:
@@ -56,7 +56,7 @@ def bare(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 def check_reference(model: nn.Module, ref_model: nn.Module) -> None:
-    "Raise where the two models do not have one vocabulary."
+    "Raise `OpenUnlearnError` if the vocabularies of the two models differ in size."
     ours, theirs = _configured_vocabulary(model), _configured_vocabulary(ref_model)
     if ours and theirs and ours != theirs:
         raise OpenUnlearnError(f"The reference model has a vocabulary of {theirs} tokens and the model one of {ours}; "
@@ -69,7 +69,9 @@ def _configured_vocabulary(model: nn.Module) -> int | None:
 
 # %% ../../nbs/models/forwards.ipynb #779bae3a
 def logits_at(model: nn.Module, inputs: dict, rows: Tensor, cols: Tensor) -> Tensor:
-    "Logits `[n, vocabulary]`, in the model's dtype, at n places (`rows[i]`, `cols[i]`) of its forward on `inputs`."
+    """Logits `[n, vocabulary]`, in the model's dtype, at n positions (`rows[i]`, `cols[i]`) of a forward pass.
+
+    `inputs`: the arguments of the forward pass. Logits of other positions are not computed."""
     def pick(head, args):
         hidden = args[0]
         return hidden[rows.to(hidden.device), cols.to(hidden.device)][None], *args[1:]
@@ -80,9 +82,10 @@ def logits_at(model: nn.Module, inputs: dict, rows: Tensor, cols: Tensor) -> Ten
         handle.remove()
 
 def model_inputs(part: Part) -> dict[str, Tensor]:
-    """Inputs of a causal LM for a part: its ids, and a mask where one is needed, with positions counted from it.
+    """Arguments of a causal LM for a part: ids and, if padding requires them, attention mask and position ids.
 
-    Padding on the right needs no mask, unless `position_ids` are given: no token reads what comes after it."""
+    Padding only on the right requires none, as no token attends to what comes after it. Position ids are counted from
+    the mask, unless the part holds `position_ids`, which are then passed on with the mask."""
     mask = part["attention_mask"]
     if "position_ids" in part:
         return {"input_ids": part["input_ids"], "attention_mask": mask, "position_ids": part["position_ids"]}
@@ -92,7 +95,9 @@ def model_inputs(part: Part) -> dict[str, Tensor]:
     return {"input_ids": part["input_ids"], "attention_mask": mask, "position_ids": positions}
 
 def answer_logits(model: nn.Module, part: Part) -> tuple[Tensor, Tensor, Tensor]:
-    "fp32 or fp64 logits `[n, vocabulary]` of a part's n labelled tokens, their ids `[n]` and row indices `[n]`."
+    """Logits `[n, vocabulary]` (fp32 or fp64) of the n labelled tokens of a part, with their ids and row indices.
+
+    Ids and row indices are `[n]` each."""
     labels = part["labels"][:, 1:]  # position t predicts token t + 1
     rows, cols = (labels != -100).nonzero(as_tuple=True)
     logits = logits_at(model, model_inputs(part) | {"use_cache": False}, rows, cols)
@@ -122,9 +127,9 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 # %% ../../nbs/models/forwards.ipynb #6c20444a
 def row_nll(logits: Tensor, labels: Tensor, rows: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
-    """Sums over each row's tokens: `nll` (nats) and `n_tokens`, each fp64 `[n_rows]` (fp32 on an Apple GPU).
+    """Negative log-likelihood (nats) and number of tokens of each row, each fp64 `[n_rows]` (fp32 on an Apple GPU).
 
-    From the logits `[n, vocabulary]`, ids `[n]` and row indices `[n]` of n labelled tokens."""
+    `logits`: `[n, vocabulary]`; `labels`, `rows`: token ids and row indices `[n]` of n labelled tokens."""
     precise = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple GPUs have no fp64
     nll = token_nll(logits, labels).to(precise)
     zeros = torch.zeros(n_rows, dtype=precise, device=logits.device)
@@ -132,12 +137,17 @@ def row_nll(logits: Tensor, labels: Tensor, rows: Tensor, n_rows: int) -> tuple[
 
 # %% ../../nbs/models/forwards.ipynb #5ab769b5
 def sequence_nll(model: nn.Module, part: Part) -> tuple[Tensor, Tensor]:
-    "`nll` (nats) and `n_tokens`, each `[rows]`, of a part."
+    """Negative log-likelihood (nats) and number of labelled tokens of each row of a part, each `[rows]`.
+
+    The likelihood is summed over the labelled tokens of a row."""
     return row_nll(*answer_logits(model, part), len(part["input_ids"]))
 
 @torch.no_grad()
 def reference_nll(ref_model: nn.Module | None, part: Part) -> Tensor:
-    "The `nll` `[rows]` of the model before unlearning: from the batch (`ref_nll`), or from a live `ref_model`."
+    """Negative log-likelihood `[rows]` (nats) of a part's rows under the model before unlearning.
+
+    Taken from the part if it holds `ref_nll`, otherwise computed by `ref_model`. Raises
+    `OpenUnlearnError` without either."""
     if "ref_nll" in part:
         return part["ref_nll"]
     if ref_model is None:
@@ -147,12 +157,12 @@ def reference_nll(ref_model: nn.Module | None, part: Part) -> Tensor:
 
 # %% ../../nbs/models/forwards.ipynb #be5a9fc5
 def all_logits(model: nn.Module, part: Part) -> Tensor:
-    "fp32 or fp64 logits `[rows, length, vocabulary]`, padding included."
+    "Logits `[rows, length, vocabulary]` (fp32 or fp64) of a part at all positions, padding included."
     logits = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False).logits
     return at_least_fp32(logits)
 
 def without_first_tokens(part: Part, n: int) -> Part:
-    "The part with the first `n` labelled tokens of each row unlabelled."
+    "A copy of the part without the labels of the first `n` labelled tokens of each row (set to -100)."
     labelled = part["labels"] != -100
     return {**part, "labels": part["labels"].masked_fill(labelled & (labelled.cumsum(1) <= n), -100)}
 
@@ -161,7 +171,7 @@ class _LayerReached(Exception):
     "Ends a forward at the layer whose output was wanted."
 
 def find_module(model: nn.Module, regex: str) -> nn.Module:
-    "The one submodule whose whole name matches `regex`. Raises where there is none, or more than one."
+    "The only submodule whose full name matches `regex`. Raises `OpenUnlearnError` if none or several match."
     model = bare(model)
     names = [name for name, _ in model.named_modules()]
     found = [name for name in names if re.fullmatch(regex, name)]
@@ -174,7 +184,10 @@ def find_module(model: nn.Module, regex: str) -> nn.Module:
 
 # %% ../../nbs/models/forwards.ipynb #76fbe786
 def layer_activations(model: nn.Module, part: Part, regex: str) -> Tensor:
-    "Output `[rows, length, hidden]` of the module named by `regex`; the forward stops there."
+    """Output `[rows, length, hidden]` of the module whose full name matches `regex`.
+
+    The forward pass stops there, except for a sharded or distributed model. Raises `OpenUnlearnError` if the module
+    computes nothing itself, as a list of layers."""
     caught: list[Tensor] = []
     to_the_end = is_sharded(bare(model)) or isinstance(model, DistributedDataParallel)
     def take(module, args, output):

@@ -23,7 +23,7 @@ from .prefixes import (PrefixCache, can_share_prefixes, common_prefix_length, co
 NOT_FINITE = -1  # in place of a token, where the largest logit is not finite
 
 def greedy_tokens(logits: torch.Tensor) -> list[int]:
-    "The greedy token of each row of logits `[rows, vocabulary]`, or `NOT_FINITE`."
+    "The id with the largest logit for each row of logits `[rows, vocabulary]`; `NOT_FINITE` if that is not finite."
     best = logits.argmax(-1)  # of a row that holds a NaN, the NaN's place
     return best.where(logits.gather(-1, best[:, None])[:, 0].isfinite(), NOT_FINITE).tolist()
 
@@ -33,9 +33,10 @@ STOP_CHECK_STEPS = 4  # steps between two checks for stop strings
 @torch.no_grad()
 def greedy(model: PreTrainedModel, prompts: Sequence[list[int]], pad_id: int, ends: set[int], max_new_tokens: int,
            shared: PrefixCache | None = None, stopped: Callable[[list[int]], bool] | None = None) -> list[list[int]]:
-    """The greedy continuation of each prompt, as ids, its last token (one of `ends`, or `NOT_FINITE`) included.
+    """Greedy continuation of each prompt as ids, including the token that ends it (one of `ends`, or `NOT_FINITE`).
 
-    `shared`: what all prompts begin with, already read. `stopped`: whether a continuation holds a stop string."""
+    `shared`: keys and values of the tokens that all prompts begin with. `stopped`: tells whether a continuation holds a
+    stop string; it is asked every few tokens."""
     ends = ends | {NOT_FINITE}
     answers: list[list[int]] = [[] for _ in prompts]
     before, last = prefill(model, [p[:-1] for p in prompts], pad_id, shared), [p[-1] for p in prompts]
@@ -64,7 +65,7 @@ def _keep_rows(before: PrefixCache, rows: list[int]) -> PrefixCache:
 
 # %% ../../nbs/models/generation.ipynb #90665dbd
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    "Ids of the tokens that end an answer: the tokenizer's, and the generation config's (else the config's)."
+    "Ids of the tokens that end an answer: the tokenizer's eos, and the generation config's (or else the config's)."
     named = model.generation_config.eos_token_id
     if named is None:
         named = getattr(model.config.get_text_config(), "eos_token_id", None)
@@ -76,7 +77,9 @@ CACHE_BYTES = 1e9  # of keys and values, at most, where free memory is not known
 CACHE_SHARE = 0.5  # of the free memory of a GPU
 
 def cache_tokens(model: PreTrainedModel) -> int:
-    "The number of tokens whose keys and values may be held at once."
+    """The number of tokens whose keys and values may be held in memory at once.
+
+    They may take half of a CUDA GPU's free memory, or 1 GB on other devices."""
     c = model.config.get_text_config()
     heads = getattr(c, "num_attention_heads", None) or 1  # state space models have none, and hold less
     width = getattr(c, "head_dim", None) or c.hidden_size // heads
@@ -120,10 +123,11 @@ def _by_transformers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]],
              max_new_tokens: int = 200, batch_size: int = 256, stop: Sequence[str] = (),
              temperature: float = 0.0) -> list[str | None]:
-    """The continuation of every prompt (ids), as text without special tokens, in order; cut before any of `stop`.
+    """Continue every prompt (ids); returns the texts without special tokens, in order, cut before any of `stop`.
 
-    Greedy, or sampled with a `temperature`. At most `batch_size` rows go together. None where the model's logits are
-    not finite. All processes must call it."""
+    `temperature`: 0 for greedy continuations, otherwise sampled. `batch_size`: maximum rows per batch. A text is None
+    if the model's logits are not finite. All processes must call it. Raises `OpenUnlearnError` for ids that the model
+    lacks."""
     check_ids(model, prompts)
     share = can_share_prefixes(model) and not temperature
     continuations = _continuations(model, tokenizer, prompts, max_new_tokens, stop, temperature, share)

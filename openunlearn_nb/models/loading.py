@@ -53,12 +53,14 @@ PRESETS = {
 
 # %% ../../nbs/models/loading.ipynb #75a077c3
 def published_models(preset: str) -> dict[str, str]:
-    "Hub ids of a preset's published models, by benchmark; `{training_set}` is full, retain90, News_target, ..."
+    """Hub ids of a preset's published models, by benchmark.
+
+    `{training_set}` in an id stands for full, retain90, News_target, ..."""
     return {name: of.presets[preset] for name, of in BENCHMARKS.items() if preset in of.presets}
 
 # %% ../../nbs/models/loading.ipynb #02257a38
 def preset_of(path: str) -> Preset | None:
-    "The preset that a model's Hub id belongs to: its base, or one of its published models."
+    "The preset whose base model, or one of whose published models, has this Hub id; None if there is none."
     for name, preset in PRESETS.items():
         starts = [template.split("{")[0] for template in published_models(name).values()]
         if path == preset.base or path.startswith(tuple(starts)):
@@ -94,7 +96,9 @@ def _load(loader, path: str, what: str, **kwargs):
         raise OpenUnlearnError(f"Cannot load the {what} {path!r}: {' '.join(str(e).split())[:300]}") from e
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    "The tokenizer of a model folder or Hub id, with a pad token (the eos where it has none)."
+    """Load the tokenizer of a model folder or Hub id; if it has no pad token, the eos token is used as one.
+
+    Raises `OpenUnlearnError` if it cannot be loaded."""
     if Path(path).expanduser().is_dir() and not (Path(path).expanduser() / "config.json").exists():
         raise OpenUnlearnError(f"The folder {path!r} holds no model: it has no config.json.")
     tokenizer = _load(AutoTokenizer.from_pretrained, path, "tokenizer", trust_remote_code=trust_remote_code)
@@ -128,11 +132,12 @@ def _placement(dtype: torch.dtype, quantize: str | None, attention: str | None, 
 def load_model(path: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False,
                quantize: str | None = None, attention: str | None = None, sharded: bool = False,
                spread: bool = False) -> PreTrainedModel:
-    """A causal LM from a folder or Hub id, in `dtype`, in evaluation mode, on the GPU where there is one.
+    """Load a causal LM from a folder or Hub id, in `dtype`, in evaluation mode, onto the GPU if there is one.
 
-    `quantize`: `nf4` for linear layers in four bits. `attention`: transformers' name of an implementation (`eager`).
-    `sharded`: in shards, where the launch asks for it (ZeRO-3 with zero3_init_flag). `spread`: over all visible GPUs
-    and the host. Raises one sentence where it cannot be loaded, or is not what its files say."""
+    `quantize`: `nf4` to hold linear layers in four bits. `attention`: transformers' name of an attention
+    implementation, such as `eager`. `sharded`: load in shards, if the launch asks for it (ZeRO-3 with zero3_init_flag).
+    `spread`: place the model over all visible GPUs and the host. Raises `OpenUnlearnError` if the model cannot be
+    loaded, does not match its config, holds NaN or infinity, or is not causal."""
     _check_weights_exist(path)
     _check_path(path, "model")
     check_files(path)

@@ -55,7 +55,7 @@ def respects_padding_mask(model: PreTrainedModel) -> bool:
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 def can_share_prefixes(model: PreTrainedModel) -> bool:
-    "Whether rows can continue from a cache of keys and values with padding in it."
+    "Whether the model can continue rows from a cache of keys and values that contains padding."
     takes_cache = CACHE_ARGUMENT in inspect.signature(bare(model).forward).parameters
     keeps_all = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
     local = "local" in getattr(model.config, "attention_layers", ())  # GPT-Neo
@@ -65,7 +65,7 @@ def can_share_prefixes(model: PreTrainedModel) -> bool:
 MIN_PREFIX = 8  # tokens in common that are worth a forward
 
 def common_prefix_length(rows: Sequence[tuple[int, ...]] | Sequence[list[int]]) -> int:
-    "The number of tokens that all rows begin with; 0 where there are fewer than `MIN_PREFIX`, or a single row."
+    "Number of tokens that all rows begin with; 0 if it is below `MIN_PREFIX`, or there is only one row."
     n = common_beginning(min(rows), max(rows))
     return n if n >= MIN_PREFIX and len(rows) > 1 else 0
 
@@ -74,10 +74,10 @@ MAX_PADDING = 0.03  # the share of padding in a batch, once it is an eighth full
 
 def token_batches(lengths: Sequence[int], tokens: int, rows: int | None = None, before: int = 0,
                   padding: float = 1.0) -> Iterator[list[int]]:
-    """Lists of row indices, longest rows first, each with at most `tokens` tokens (padding included) and `rows` rows.
+    """Batches of at most `tokens` tokens (padding included) and `rows` rows, as lists of row indices, longest first.
 
-    A list has one row at least. `before`: cached tokens that each row continues from, which count too. `padding`: the
-    share of a batch that may be padding."""
+    `lengths`: tokens of each row. A batch has at least one row, however long. `before`: cached tokens that each row
+    continues from, which count too. `padding`: largest share of padding in a batch, once it is an eighth full."""
     batch: list[int] = []
     filled = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -96,7 +96,7 @@ def token_batches(lengths: Sequence[int], tokens: int, rows: int | None = None, 
 SPARE_TOKENS = 64  # reserved, where it is not known how many will come
 
 class PreallocatedLayer(DynamicLayer):
-    "One layer's keys and values `[rows, heads, tokens, width]`, with room for more tokens behind them."
+    "Keys and values of one layer, `[rows, heads, tokens, width]`, in buffers with room for more tokens."
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         "Append the keys and values of new tokens; returns all of them."
@@ -113,7 +113,7 @@ class PreallocatedLayer(DynamicLayer):
         return self._show(held + new)
 
     def store(self, keys: Tensor, values: Tensor, spare: int = 0, rows: Tensor | None = None) -> None:
-        "Hold copies of these keys and values (of the `rows` chosen), with room for `spare` more tokens."
+        "Store copies of these keys and values (only of `rows`, if given), with room for `spare` more tokens."
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         held = keys.shape[-2]
@@ -139,7 +139,7 @@ def preallocated_cache(layers: int) -> DynamicCache:
     return cache
 
 class PrefixCache(NamedTuple):
-    "Keys and values of the rows that a model has read, and which columns of them are tokens."
+    "Keys and values of rows that a model has read, and a mask that tells tokens from padding."
     cache: DynamicCache
     mask: Tensor  # bool [rows, columns]; False where there is padding
 
@@ -153,9 +153,9 @@ class PrefixCache(NamedTuple):
 
 def continuation_inputs(before: PrefixCache | None, ids: Sequence[Sequence[int]], pad_id: int,
                         device: torch.device) -> dict:
-    """Inputs of a forward over rows of ids, padded on the right, each continuing from its row of `before`.
+    """Arguments of a forward pass over rows of ids, padded on the right, each continuing from its row of `before`.
 
-    The forward appends to `before`'s keys and values."""
+    The forward pass appends to the keys and values of `before`. None: the rows continue from nothing."""
     width = max(map(len, ids))
     tokens = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in ids], device=device)
     if before is None:
@@ -169,9 +169,10 @@ def continuation_inputs(before: PrefixCache | None, ids: Sequence[Sequence[int]]
 @torch.no_grad()
 def prefill(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int, shared: PrefixCache | None = None,
             tokens: int = 4096) -> PrefixCache:
-    """The `PrefixCache` of rows of ids, in their order, read in batches of at most `tokens` tokens.
+    """Run the model over rows of ids; returns their keys and values as a `PrefixCache`, in the order of the rows.
 
-    `shared`: one row, with which all rows begin and which is not read again. A row may be empty."""
+    `shared`: cache of the one row that all rows begin with, which is not computed again. `tokens`: maximum tokens per
+    batch. A row may be empty."""
     known = shared.mask.shape[1] if shared else 0
     if max(map(len, rows)) == known:
         return _begun(model, shared, len(rows))
@@ -205,7 +206,7 @@ def _prefill_batch(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id
     return PrefixCache(before.cache, mask)
 
 def concatenated(parts: Sequence[PrefixCache], order: Sequence[int]) -> PrefixCache:
-    "Several caches as one, padded on the left to one width, their rows in `order`."
+    "Several caches joined into one, padded on the left to the same width; `order` gives the order of the rows."
     width = max(part.mask.shape[1] for part in parts)
     gaps = [width - part.mask.shape[1] for part in parts]
     index = torch.tensor(order, device=parts[0].mask.device)

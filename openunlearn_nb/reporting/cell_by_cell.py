@@ -21,7 +21,7 @@ from .tables import cell_text, published
 Column = dict[tuple[str, str], str]  # {(row, metric): text}
 
 def published_column(suite: str, model: str, split: str) -> Column:
-    "The numbers of a split as they are printed."
+    "Return the published numbers of a model on a split as a `Column`, as they are printed."
     rows = published(model, suite).get(split, {})
     return {(row, metric): text for row, values in rows.items() for metric, text in values.items()}
 
@@ -34,7 +34,9 @@ def values_column(values: Values, split: str) -> Column:
 
 # %% ../../nbs/reporting/cell_by_cell.ipynb #9dac5966
 def embedded_column(file: str | Path, suite: str, split: str) -> tuple[Column, int]:
-    "The embedded model's values on a split, from a file of its runs, and the most runs that a cell has."
+    """Return the embedded model's values on a split as a `Column`, and the largest number of runs behind a cell.
+
+    `file`: a CSV file of its runs; a cell with several runs shows their mean (or median) and spread."""
     import pandas as pd
     runs = pd.read_csv(file)
     runs = runs[(runs["benchmark"] == suite) & (runs["split"] == split)]
@@ -49,17 +51,18 @@ def embedded_column(file: str | Path, suite: str, split: str) -> tuple[Column, i
 
 # %% ../../nbs/reporting/cell_by_cell.ipynb #7d3d220a
 def record_column(file: str | Path, split: str) -> Column:
-    "The values of a GPU's record on a split; empty where the record is of another split, or has no methods."
+    "Return the values in a GPU's record (a JSON file); empty if it is of another split, or has no methods."
     blocks = json.loads(Path(file).read_text(encoding="utf-8"))["blocks"]
     if split not in blocks["model and data"]["result"]["rows"]:
         return {}
-    return values_column({split: blocks["methods"]["result"]}, split)
+    return values_column({split: blocks["methods"]["result"]}, split) if "methods" in blocks else {}
 
 # %% ../../nbs/reporting/cell_by_cell.ipynb #8cf21bc6
 def cells_table(printed: Column, others: Mapping[str, Column]) -> str:
-    """HTML: a line for each published number with the texts of all sources, each in a column of its own.
+    """Return an HTML table with a row for each published number, and a column for each source.
 
-    `others`: by the title of the column, which says what the source is and how many runs it has."""
+    `others`: the other sources by the title of the column, which says what the source is and how many runs it has.
+    Those without any of the published cells are left out."""
     there = {title: column for title, column in others.items() if column.keys() & printed.keys()}
     lines, last = [], ""
     for row, metric in sorted(printed, key=lambda cell: row_order(cell[0])):
@@ -70,7 +73,7 @@ def cells_table(printed: Column, others: Mapping[str, Column]) -> str:
 
 # %% ../../nbs/reporting/cell_by_cell.ipynb #238f5ff8
 def agrees(printed: str, again: str) -> bool:
-    "Whether a number computed again is the printed one, to the digits of the print and to two decimals at least."
+    "Return whether a recomputed number equals the printed one, to its printed digits and to at least two decimals."
     page = Decimal(printed)
     unit = min(Decimal("0.01"), Decimal(1).scaleb(int(page.as_tuple().exponent)))
     return abs(page - Decimal(again)) <= unit / 2

@@ -27,7 +27,7 @@ from .identify import Run, identify, row_order
 Values = dict[str, dict[str, dict[str, float | None]]]  # {split: {row: {metric: value}}}
 
 def log_benchmarks() -> list[str]:
-    "The benchmarks whose evaluations are read: those that have metrics, and lm-eval's."
+    "Return the names of the benchmarks whose evaluations can be read: those with metrics, and lm-eval's."
     return [*(name for name, of in BENCHMARKS.items() if of.metrics), GENERAL]
 
 # %% ../../nbs/reporting/collect.ipynb #d578e12b
@@ -77,10 +77,10 @@ def _add(runs: dict[tuple, Run], run: Run) -> None:
 
 # %% ../../nbs/reporting/collect.ipynb #e9c60c38
 def find_runs(folder: str | Path, pattern: str = "**/", suites: Iterable[str] | None = None) -> list[Run]:
-    """The evaluations below a folder, or of a Hub data set such as `open-unlearning/eval`.
+    """Return the evaluations below a folder, or of a Hub data set such as `open-unlearning/eval`.
 
-    `pattern` narrows the search below the folder, `suites` the benchmarks. Raises where there are none, or two of
-    one row."""
+    `pattern`: glob pattern of the folders to search. `suites`: the benchmarks to look for; None is all. Copies are
+    counted once. Raises OpenUnlearnError if there are no evaluations, or two different ones of the same row."""
     suites = list(suites or log_benchmarks())
     path = _evaluation_folder(folder, suites)
     runs: dict[tuple, Run] = {}
@@ -98,9 +98,10 @@ def find_runs(folder: str | Path, pattern: str = "**/", suites: Iterable[str] | 
 REMARKS = ("diverged_at", "null_rows")  # stored with a row's metrics, where there are any
 
 def remarks_of(run: Run, entries: dict[str, Entry]) -> dict[str, int]:
-    """What a table must say of a run: the step at which its training diverged, and its null rows.
+    """Return what a table must say about a run: the step at which its training diverged, and its null rows.
 
-    Of the metric that has the most null rows, their number."""
+    The keys are those of `REMARKS`, without numbers that are 0 or missing. Null rows are rows without a value; their
+    number is that of the metric with the most."""
     step = run.record.get("diverged_at")
     parts = (part for e in entries.values() for part in (e, e.get("forget", {}), e.get("holdout", {})))
     null = max((part.get("null_rows", 0) for part in parts), default=0)
@@ -121,7 +122,7 @@ def _values(run: Run, retain: dict | None) -> dict[str, float | None]:
 
 # %% ../../nbs/reporting/collect.ipynb #02e09d4e
 def in_a_list(names: Sequence[str]) -> str:
-    "Names as a sentence has them: `a, b and c`."
+    "Join names as in a sentence: `a, b and c`."
     return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 def zero_because(benchmark: type[Benchmark], values: Mapping[str, float | None]) -> list[str]:
@@ -161,9 +162,10 @@ def _as_recorded(run: Run, retain: Run | None, log: Path | None) -> Path | None:
 
 # %% ../../nbs/reporting/collect.ipynb #7a133ee2
 def retain_file_of(run: Run, retain: Run | None, benchmark: type[Benchmark]) -> Path | None:
-    """The file of the retain evaluation that a run is measured against; None where there is none that fits.
+    """Return the file of the retain evaluation that a run is measured against, or None if none fits.
 
-    It is the one that the run's record names, or else `retain`: the Retain row of the same table."""
+    It is the one that the run's record names, or else `retain`: the Retain row of the same table. Warns if the record
+    names another one than is used."""
     if run.row == "Retain":
         return run.file
     against, named = run.record.get("measured_against"), run.record.get("retain_log")
@@ -185,9 +187,10 @@ def retain_file_of(run: Run, retain: Run | None, benchmark: type[Benchmark]) -> 
 
 # %% ../../nbs/reporting/collect.ipynb #f34bc105
 def robustness_of(run: Run, benchmark: type[Benchmark], splits: Values) -> dict[str, float]:
-    """The robustness of an attacked run, as `robustness_METRIC`, from the rows of its table.
+    """Return the robustness of an attacked run, as `{robustness_METRIC: value}`, from the rows of its table.
 
-    Empty for a run that was not attacked, for Retain, and where one of the four rows that it needs is missing."""
+    `splits`: the values of the table. Empty for a run that was not attacked, for Retain, and if one of the four rows
+    that it needs is missing (the run and Retain, each with and without the attack)."""
     attack = run.record.get("attack")
     if not isinstance(attack, dict) or run.row.startswith("Retain"):
         return {}
@@ -212,9 +215,10 @@ def _general(runs: Iterable[Run]) -> dict[str, Values]:
     return {"all models": {"general ability": rows}} if rows else {}
 
 def measured(runs: Iterable[Run], suite: str = DEFAULT_BENCHMARK) -> dict[str, Values]:
-    """The table of a benchmark's runs, `{model: {split: {row: {metric: value}}}}`.
+    """Return the table of a benchmark's runs, `{model: {split: {row: {metric: value}}}}`.
 
-    Every value is recomputed from per-example values. A warning explains metrics that are 0 because of others."""
+    `suite`: the benchmark; runs of others are ignored. Every value is recomputed from per-example values. A warning
+    explains metrics that are 0 because of others."""
     if suite == GENERAL:
         return _general(run for run in runs if run.suite == suite)
     benchmark, home = BENCHMARKS[suite], BENCHMARKS[suite]().home_split
@@ -236,7 +240,9 @@ def measured(runs: Iterable[Run], suite: str = DEFAULT_BENCHMARK) -> dict[str, V
 
 # %% ../../nbs/reporting/collect.ipynb #923473f5
 def epoch_values(runs: Iterable[Run]) -> dict[str, dict[int, dict]]:
-    "The summaries after each epoch, `{row: {epoch: values}}`, of those runs of one model and split that have them."
+    """Return the evaluations after each epoch of runs of one model and split, `{row: {epoch: values}}`.
+
+    Runs that have none (no epochs.json) are left out."""
     files = {run.row: run.file.parent / "epochs.json" for run in runs}
     found = {row: read_json(file, "evaluation after each epoch") for row, file in files.items() if file.exists()}
     return {row: {int(epoch): values for epoch, values in epochs.items()} for row, epochs in found.items()}

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 PROMPT, RESPONSE, PADDING = "#D9D9D9", "#56B4E9", "#FFFFFF"  # colours of tokens
 
 def token_texts(enc: Encoder, example: dict) -> list[str]:
-    "The text of each token of an encoded row; line breaks are shown as a sign."
+    "Return the text of each token of an encoded row, with line breaks shown as `⏎`."
     return [enc.tokenizer.decode([i]).replace("\n", "⏎") for i in example["input_ids"]]
 
 def draw_tokens(texts: Sequence[str], labels: Sequence[int], ax: "Axes", width: int = 88) -> "Axes":
-    "Tokens as boxes, in lines of at most `width` characters, with the label of each below: `-` where there is none."
+    "Draw tokens as boxes, `width` characters per line, with their labels below (`-`: no label); returns the axes."
     x = y = 0.0
     for text, label in zip(texts, labels):
         below = "-" if label == -100 else str(label)

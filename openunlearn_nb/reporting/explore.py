@@ -34,9 +34,9 @@ def _texts(enc: Encoder, ids: Sequence[int]) -> list[str]:
     return texts
 
 def token_probs(model: PreTrainedModel, enc: Encoder, question: str, answer: str) -> list[tuple[str, float]]:
-    """The tokens of `answer` to `question`, with the probability of each; the end-of-sequence token is included.
+    """Return (text, probability) for each token of `answer` to `question`, including the end-of-sequence token.
 
-    A character that is written as several tokens is the text of the last of them; the others have none."""
+    A character that takes several tokens is the text of the last of them; the others have an empty text."""
     example = encode_all(enc, [(question, answer)])[0]
     labels = [t for t in example["labels"] if t != -100]
     logps = score(model, [example], enc.tokenizer.pad_token_id)[0].logps
@@ -50,7 +50,7 @@ def _token(text: str, p: float) -> str:
     return f'<span style="{colours};padding:1px 1px;white-space:pre" title="{p:.3f}">{escape(text) or "·"}</span>'
 
 def heat_strip(tokens: Sequence[tuple[str, float]]) -> str:
-    "Tokens and their probabilities as HTML: the darker the likelier. Text is escaped."
+    "Return tokens as HTML, each on a background that is darker the higher its probability. Text is escaped."
     return "".join(_token(text, p) for text, p in tokens)
 
 # %% ../../nbs/reporting/explore.ipynb #52513aa9
@@ -61,9 +61,10 @@ def _html(table: pd.DataFrame) -> str:
 
 def side_by_side(models: dict[str, PreTrainedModel], enc: Encoder, question: str, answer: str,
                  max_new_tokens: int = 60) -> str:
-    """An HTML table with a row for each model: its own greedy answer, the probability of the true one, and its strip.
+    """Return an HTML table with a row for each model: its own greedy answer, and the true answer's probability.
 
-    The probability is the geometric mean over the true answer's tokens."""
+    The probability is the geometric mean over the true answer's tokens, which are also shown one by one (`heat_strip`).
+    `max_new_tokens`: limit of the greedy answer."""
     prompt = conversation_ids(enc.tokenizer, question, None, enc.fmt)
     rows = {}
     for name, model in models.items():
@@ -85,7 +86,9 @@ def _widgets() -> Any:
     return ipywidgets
 
 def explorer(models: dict[str, PreTrainedModel], enc: Encoder, pairs: Sequence[tuple[str, str]]) -> Any:
-    "A widget: a menu of (question, answer) pairs over `side_by_side`."
+    """Return a widget: a menu of (question, answer) pairs, with the `side_by_side` table of the chosen one.
+
+    Raises OpenUnlearnError if ipywidgets is not installed."""
     w = _widgets()
     options = [(question, i) for i, (question, _) in enumerate(pairs)]
     menu, page = w.Dropdown(options=options, description="question", layout=w.Layout(width="95%")), w.HTML()
@@ -97,7 +100,9 @@ def explorer(models: dict[str, PreTrainedModel], enc: Encoder, pairs: Sequence[t
 
 # %% ../../nbs/reporting/explore.ipynb #c24b38c3
 def epochs_table(values: dict[str, dict[str, float | None]], epoch: int) -> str:
-    "The metrics after the first epoch and after `epoch` as an HTML table, from `{epoch: {metric: value}}`."
+    """Return an HTML table of the metrics after the first recorded epoch and after `epoch`.
+
+    `values`: `{epoch: {metric: value}}`, with epochs as texts."""
     first = min(values, key=int)
     now = {escape(printable(name)): value for name, value in values[str(epoch)].items()}
     before = {escape(printable(name)): value for name, value in values[first].items()}
@@ -106,7 +111,10 @@ def epochs_table(values: dict[str, dict[str, float | None]], epoch: int) -> str:
 
 # %% ../../nbs/reporting/explore.ipynb #7f109e1c
 def epochs_explorer(folder: str | Path) -> Any:
-    "A widget: a slider over the epochs of a run made with `--eval-each epoch`, whose folder holds epochs.json."
+    """Return a widget: a slider over the epochs of a run, with the `epochs_table` of the chosen one.
+
+    `folder`: of a run made with `--eval-each epoch`; it holds epochs.json. Raises OpenUnlearnError if that has no
+    epoch, or if ipywidgets is not installed."""
     w, values = _widgets(), read_json(Path(folder) / "epochs.json", "evaluation history")
     if not values:
         raise OpenUnlearnError(f"{folder} holds an epochs.json without any epoch.")

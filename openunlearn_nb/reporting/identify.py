@@ -36,7 +36,7 @@ class Run(NamedTuple):
     record: dict[str, Any] = {}  # its run.json; published logs have none
 
 def _by_name(suite: str, file: Path) -> Run | None:
-    "What a published log is of, from its folders' names, as its benchmark reads them."
+    "The `Run` of a published log, from its folders' names as its benchmark reads them; None if they do not tell."
     found = BENCHMARKS[suite].read_log_name(file) if suite in BENCHMARKS else None
     return Run(suite, *found, file) if found else None
 
@@ -51,9 +51,9 @@ def _recorded_seed(folder: Path, record: dict[str, Any]) -> int | None:
     return seed if isinstance(seed, int) else None
 
 def seed_of(file: Path, record: dict[str, Any]) -> int | None:
-    """The seed of the evaluation in `file`; None where no folder above it is called after one.
+    """Return the seed of the evaluation in `file`; None if no folder above it is named after a seed.
 
-    Warns where the record and the folder's name differ; the record counts."""
+    Warns if the record names another seed than the folder, and returns the record's."""
     folder = next((p for p in file.parents if seed_in_name(p) is not None), None)
     if folder is None:
         return None
@@ -66,9 +66,9 @@ def seed_of(file: Path, record: dict[str, Any]) -> int | None:
 
 # %% ../../nbs/reporting/identify.ipynb #183fb178
 def identify(file: Path) -> Run | None:
-    """What the evaluation in `file` is of, by the `run.json` next to it, else by its folders' names.
+    """Return the `Run` of an evaluation file, from the `run.json` next to it, or else from its folders' names.
 
-    None where neither says. Raises where the record is damaged."""
+    None if neither tells. Raises OpenUnlearnError if the record is damaged."""
     suite = file.name.removesuffix("_EVAL.json")
     if not (file.parent / "run.json").exists():
         return _by_name(suite, file)

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 # %% ../../nbs/reporting/ks.ipynb #4975cf5b
 def draw_gap(one: Sequence[float], other: Sequence[float], ax: "Axes",
              names: Sequence[str] = ("unlearned", "Retain")) -> "Axes":
-    "The cumulative curves of two samples, the samples themselves as ticks below, and the widest gap as an arrow."
+    """Draw the cumulative curves of two samples, their values as ticks below, and the KS distance as an arrow.
+
+    `names`: of the two samples, for the legend. Returns the axes."""
     test = stats.ks_2samp(one, other)
     at = test.statistic_location
     looks = ("#0072B2", "--", -0.06), ("#009E73", "-", -0.12)
@@ -37,7 +39,7 @@ def draw_gap(one: Sequence[float], other: Sequence[float], ax: "Axes",
 
 # %% ../../nbs/reporting/ks.ipynb #17876089
 def p_of_gap(gap: int, rows: int) -> float:
-    "The p-value of two samples of `rows` values whose distance is `gap / rows`."
+    "Return the KS test's p-value for two samples of `rows` values whose KS distance is `gap / rows`."
     values = np.arange(rows)
     return float(stats.ks_2samp(values, values + gap - 0.5).pvalue)
 
@@ -56,21 +58,26 @@ def paired_samples(draws: int, rows: int, rho: float = 0.0, distance: float = 0.
     return np.stack([one, rho * one + np.sqrt(1 - rho**2) * noise + shift], axis=1)
 
 def gaps_of(samples: np.ndarray) -> np.ndarray:
-    "The gaps, in rows, of pairs of samples `[draws, 2, rows]` without ties."
+    "Return the KS distance times `rows` of each pair of samples `[draws, 2, rows]`; there must be no ties."
     draws, _, rows = samples.shape
     order = np.argsort(samples.reshape(draws, 2 * rows), axis=1)
     return np.abs(np.cumsum(np.where(order < rows, 1, -1), axis=1)).max(axis=1)
 
 # %% ../../nbs/reporting/ks.ipynb #81cb3e5a
 def rejection_rate(rho: float, rows: int = 200, level: float = 0.05, draws: int = 4000, seed: int = 0) -> float:
-    "How often the KS test rejects two equal distributions at `level`, where paired values have the correlation `rho`."
+    """Return how often the KS test at `level` rejects two samples of one distribution, with paired correlation `rho`.
+
+    Over `draws` simulated pairs of samples of `rows` values each."""
     gaps = gaps_of(paired_samples(draws, rows, rho, seed=seed))
     return float((gaps >= first_rejected(rows, level)).mean())
 
 # %% ../../nbs/reporting/ks.ipynb #2945df3d
 def interval_coverage(distance: float, rows: int, rho: float = 0.5, repetitions: int = 1000, draws: int = 500,
                       seed: int = 0) -> float:
-    "The share of simulated pairs of samples whose 95 % `ks_interval` holds the true distance."
+    """Return the share of simulated pairs of samples whose 95 % `ks_interval` contains the true KS distance.
+
+    `distance`: the true distance. `rho`: correlation of paired values. `repetitions`: simulated pairs. `draws`:
+    bootstrap draws for each interval."""
     held = 0
     for k, (one, other) in enumerate(paired_samples(repetitions, rows, rho, distance, seed)):
         low, high = ks_interval([{"score": v} for v in one], [{"score": v} for v in other], draws=draws, seed=k)

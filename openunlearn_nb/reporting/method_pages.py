@@ -34,7 +34,7 @@ from .tables import digits, markdown_table, published, to_markdown
 
 # %% ../../nbs/reporting/method_pages.ipynb #fc002115
 class Moments(NamedTuple):
-    "A model that knows a response, and one that has forgotten part of it."
+    "A tiny model at two moments, `known` (it knows a response) and `partly` (part of it is forgotten), and its batch."
     known: PreTrainedModel
     partly: PreTrainedModel
     batch: Batch  # forget, retain and alternate, one row each
@@ -53,7 +53,7 @@ def probabilities(at: Moments, moment: str, part: str = "forget") -> list[float]
 
 # %% ../../nbs/reporting/method_pages.ipynb #d6e64f3a
 def _descend(model: nn.Module, part: dict[str, Tensor], steps: int, rate: float) -> None:
-    "Steps of Adam on the mean NLL of a part; uphill where `rate` is below 0."
+    "Adam steps that reduce the mean NLL of a part, or increase it if `rate` is below 0."
     optimizer = torch.optim.Adam(model.parameters(), lr=abs(rate), maximize=rate < 0)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -62,7 +62,9 @@ def _descend(model: nn.Module, part: dict[str, Tensor], steps: int, rate: float)
         optimizer.step()
 
 def two_moments(steps: int = 40, ascent: int = 3) -> Moments:
-    "A tiny Llama after `steps` steps on the example's responses, and after `ascent` more uphill on the first."
+    """Train a tiny Llama on the example's responses, then unlearn part of the first one; returns both states.
+
+    `steps`: steps of training. `ascent`: steps of gradient ascent on the first response to forget."""
     tokenizer = train_tokenizer([answer for _, answer in FORGET + RETAIN] + list(REFUSALS), vocab_size=400)
     encoder = Encoder(tokenizer, PROMPTS["chat"])
     rows = {"forget": FORGET[:1], "retain": RETAIN[:1], "alternate": ((FORGET[0][0], REFUSALS[0]),)}
@@ -78,13 +80,15 @@ def two_moments(steps: int = 40, ascent: int = 3) -> Moments:
 
 # %% ../../nbs/reporting/method_pages.ipynb #39ae8b82
 class ModuleOutput(NamedTuple):
-    "A forward's input ids `[rows, length]` and an output of a module that holds its gradient after a backward."
+    "Input ids `[rows, length]` of a forward pass, and a module's output, whose gradient is kept by a backward pass."
     ids: Tensor
     output: Tensor
 
 @contextmanager
 def outputs_of(model: nn.Module, module: nn.Module) -> Iterator[list[ModuleOutput]]:
-    "A context that lists what `module` returns in each forward of `model`, with the forward's input ids."
+    """Context manager that yields a list, which gets a `ModuleOutput` for each forward pass of `model` inside.
+
+    `module`: the part of `model` whose outputs are kept. Outputs that require no gradient are left out."""
     found: list[ModuleOutput] = []
     ids: list[Tensor] = []
 
@@ -116,10 +120,11 @@ def _gradient(method: Any, at: Moments, moment: str, part: str) -> Tensor:
 
 def pushes(method: str | Method, at: Moments, moment: str = "known", part: str = "forget",
            **settings: Any) -> list[float]:
-    """How far a step of a method's forget loss moves each response token's logit: below 0 down, above 0 up.
+    """Return how far a gradient step on a method's forget loss moves the logit of each response token.
 
-    `part` is the response: `forget`, or `alternate` for the one that a method prefers. `moment` is `known` or
-    `partly`. A method that ends at an inner layer has no logits; its numbers are lengths, and have no sign."""
+    Below 0 is down, above 0 is up. `part`: the response, `forget` or `alternate` (the one that a method prefers).
+    `moment`: `known` or `partly`. `settings`: the method's. For a method that ends at an inner layer there are no
+    logits: its numbers are the lengths of the derivative by that layer's output, without a sign."""
     chosen: Any = METHODS.find(method)(**settings) if isinstance(method, str) else method
     grad, ids = _gradient(chosen, at, moment, part), labelled_ids(at.batch[part])
     if chosen.stops_at("forget"):
@@ -182,9 +187,10 @@ def _embedded_row(runs: pd.DataFrame, floor: pd.DataFrame) -> dict[str, str]:
     return texts | {"forget_quality, median (range)": spread_in_words("forget_quality", runs["forget_quality"])}
 
 def embedded_table(method: str, folder: Path) -> str:
-    """Markdown: a method's runs on the embedded model, from the two files in `folder`, below Finetuned's.
+    """Return Markdown tables of a method's runs on the embedded model, and Finetuned's, one for each benchmark.
 
-    A row for each split, a table for each benchmark; columns without a value are left out."""
+    There is a row for each split and method; columns without a value are left out. `folder` holds `embedded_runs.csv`
+    and `noise_floor.csv`."""
     runs, floor = (pd.read_csv(Path(folder) / name) for name in ("embedded_runs.csv", "noise_floor.csv"))
     texts = []
     for benchmark, of in runs[runs["row"].isin([method, "Finetuned"])].groupby("benchmark", sort=False):
@@ -200,7 +206,9 @@ def embedded_table(method: str, folder: Path) -> str:
 
 # %% ../../nbs/reporting/method_pages.ipynb #3309eceb
 def published_tables(method: str) -> str:
-    "Markdown: the published cells of a method and its references, a table for each benchmark and model."
+    """Return Markdown tables of a method's published values beside Finetuned's and Retain's, by benchmark and model.
+
+    A sentence if the method is in no published table."""
     texts = []
     for name, benchmark in BENCHMARKS.items():
         for model in benchmark.published_tables:
@@ -215,7 +223,9 @@ _RECORD = {"ks_distance": "KS distance", "model_utility": "model utility", "forg
            "forget_Q_A_ROUGE": "forget ROUGE", "privleak": "privleak"}
 
 def record_table(method: str, folder: Path) -> str:
-    "Markdown: a method's row and its references in the GPU records of `folder`; a sentence where there is none."
+    """Return a Markdown table of a method's values beside Finetuned's and Retain's in the GPU records in `folder`.
+
+    A sentence if no record has a run of the method."""
     rows = []
     for file in sorted(Path(folder).glob("gpu_run2_*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))

@@ -40,7 +40,7 @@ def declared(*names: str) -> str:
 
 # %% ../../nbs/reporting/metric_pages.ipynb #a07434b2
 def benchmark_lines(*names: str) -> str:
-    "A Markdown table of the lines in benchmarks' tables that use some metrics: name, inputs, benchmarks."
+    "Return a Markdown table of where benchmarks use some metrics: name in the logs, computation, benchmarks."
     found: dict[tuple[str, str], list[str]] = {}
     for kind in BENCHMARKS.values():
         for line, text in kind.metrics.items():
@@ -51,7 +51,9 @@ def benchmark_lines(*names: str) -> str:
 
 # %% ../../nbs/reporting/metric_pages.ipynb #267f729a
 def published_values(*lines: str) -> str:
-    "A Markdown table of the Finetuned and Retain values of some lines in all published tables, as printed there."
+    """Return a Markdown table of the Finetuned and Retain values in all published tables, as printed there.
+
+    `lines`: names of the metrics to show, as in the logs."""
     rows = []
     for kind in BENCHMARKS.values():
         for model in kind.published_tables:
@@ -64,9 +66,10 @@ def published_values(*lines: str) -> str:
 
 # %% ../../nbs/reporting/metric_pages.ipynb #331c152d
 def embedded_values(file: str, *lines: str, benchmark: str = "") -> str:
-    """A Markdown table of some lines of the embedded runs in a CSV file, a row for each benchmark, split and method.
+    """Return a Markdown table of the spread of some metrics over the embedded runs in a CSV file.
 
-    `benchmark`: only its runs. A sentence where the runs have none of the lines."""
+    There is a row for each benchmark, split and method. `lines`: the metrics' names, columns of the file. `benchmark`:
+    use only its runs. A sentence if the runs have none of the metrics."""
     runs = pd.read_csv(file)
     runs = runs[runs["benchmark"] == benchmark] if benchmark else runs
     there = [line for line in lines if line in runs and runs[line].notna().any()]
@@ -96,10 +99,11 @@ def _scored(loss: float, rng: np.random.Generator, tokens: int = 12) -> dict[str
 # %% ../../nbs/reporting/metric_pages.ipynb #e98e99c5
 def example_models(rows: int = 200, seed: int = 0,
                    losses: Mapping[str, Sequence[float]] = EXAMPLE_LOSSES) -> dict[str, dict[str, list]]:
-    """Synthetic rows as an evaluation scores them, `{model: {part: rows}}`, of four example models.
+    """Return synthetic rows of example models as an evaluation scores them, `{model: {part: rows}}`.
 
-    The parts are answer, paraphrase, perturbed (five wrong answers a row) and holdout. Each question has a difficulty,
-    the same for all models, by which its losses are multiplied."""
+    The parts are answer, paraphrase, perturbed (five wrong answers per row) and holdout. `losses`: each model's mean
+    loss on the parts, in nats per token. Each question has a difficulty, the same for all models, by which its losses
+    are multiplied (except those of wrong answers)."""
     rng = np.random.default_rng(seed)
     hard = np.exp(rng.normal(scale=0.3, size=rows))
     made = {}

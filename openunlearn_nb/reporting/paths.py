@@ -32,7 +32,10 @@ def _place(config: RunConfig, split: str, model: PreTrainedModel, enc: Encoder, 
             **{name: entries[name]["agg_value"] for name in METRICS}}
 
 def path_of(method: str, split: str, config: RunConfig, retain: dict) -> list[dict[str, Any]]:
-    "Unlearn `split` by a method: a line for epoch 0 and for each epoch, against the retain model's entries."
+    """Unlearn `split` by a method; returns a dictionary of values for epoch 0 (Finetuned) and after each epoch.
+
+    The values are `ks_distance`, `forget_quality` and `model_utility`. `retain`: the entries of the retain model's
+    evaluation, to measure against."""
     model, enc = open_model(config, model_path(config, split), for_training=True)
     lines: list[dict[str, Any]] = []
 
@@ -45,7 +48,10 @@ def path_of(method: str, split: str, config: RunConfig, retain: dict) -> list[di
     return lines
 
 def paths_frame(methods: Iterable[str], split: str, config: RunConfig | None = None) -> "DataFrame":
-    "A table with a line for each epoch of each method, and the retain model's utility in each; some minutes."
+    """Return a table with a line for each epoch of each method, and the retain model's utility; takes some minutes.
+
+    The lines are those of `path_of`, the utility is in the column `retain_utility`. `config`: by default
+    `RunConfig()`."""
     import pandas as pd
     config = config or RunConfig()
     model, enc = open_model(config, model_path(config, split, retain=True), for_training=False)
@@ -55,7 +61,10 @@ def paths_frame(methods: Iterable[str], split: str, config: RunConfig | None = N
 
 # %% ../../nbs/reporting/paths.ipynb #4adb9c43
 def draw_paths(paths: "DataFrame", floor: "DataFrame", ax: "Axes") -> "Axes":
-    "Utility against KS distance, a line over the epochs for each method, with the noise floor and Retain's utility."
+    """Draw utility against KS distance to Retain, as a line over the epochs for each method; returns the axes.
+
+    `paths`: from `paths_frame`. `floor`: the distances between retain models, drawn as a band. Retain's utility is a
+    line."""
     if len(floor):
         ax.axvspan(0, floor["ks_distance"].max(), color="0.88", label="noise floor")
     ax.axhline(paths["retain_utility"].iloc[0], color=style_of("Retain")[0], linewidth=1, label="Retain's utility")

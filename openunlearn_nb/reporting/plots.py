@@ -35,7 +35,7 @@ STYLES = dict(zip(ROW_ORDER, _LOOKS))  # of each row that a table can have
 _OTHERS = ("#444444", "h", ":")  # of a method that the tables do not know
 
 def style_of(row: str) -> tuple[str, str, str]:
-    "Colour, marker and line of a row of the table: those of its method, dotted after an attack."
+    "Return (colour, marker, line style) of a table row: those of its method, with a dotted line after an attack."
     colour, marker, line = STYLES.get(row.split(" ")[0], _OTHERS)
     return colour, marker, ":" if " + " in row else line
 
@@ -43,7 +43,7 @@ def style_of(row: str) -> tuple[str, str, str]:
 _MARKERS = "osD^vP*X<>dp8Hh"  # for the second row of a method and those after it
 
 def markers_of(rows: Sequence[str]) -> dict[str, str]:
-    "A marker for each row: its method's, or the next free one where rows before it have the same method."
+    "Return a marker for each row: its method's, or another one if an earlier row of this method has that already."
     found: dict[str, str] = {}
     for row in rows:
         method = row.split(" ")[0]
@@ -56,7 +56,9 @@ def markers_of(rows: Sequence[str]) -> dict[str, str]:
 _PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # behind a text that a line would cross
 
 def tidy(ax: Axes, **labels: Any) -> Axes:
-    "The axes with the look of all plots: no box, a faint grid, and labels drawn as they are written."
+    """Give axes the look of all plots (no box, a faint grid) and set their labels, as written; returns the axes.
+
+    `labels`: such as `title`, `xlabel` and `ylabel`."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25, linewidth=0.6)
     for name, label in labels.items():
@@ -80,9 +82,9 @@ def log_quality(value: float | str | None) -> float:
 
 # %% ../../nbs/reporting/plots.ipynb #86a46e2e
 def quality_axis(ax: Axes, heights: Sequence[float]) -> None:
-    """Give axes whose heights are log10 of forget qualities the scale and the ticks of these: as p-values.
+    """Give the vertical axis of a plot of log10 forget qualities its scale, with p-values as tick labels.
 
-    The axis ends at the smallest of `heights`, or at 1e-3."""
+    `heights`: the values that are drawn; the axis reaches a bit below the smallest of them, or below 1e-3."""
     low = min([-3.0, *(height for height in heights if not math.isnan(height))])
     ax.set_yscale("symlog", linthresh=3, linscale=1.5)
     ticks = [tick for tick in QUALITY_TICKS if tick >= low]
@@ -92,7 +94,7 @@ def quality_axis(ax: Axes, heights: Sequence[float]) -> None:
 
 # %% ../../nbs/reporting/plots.ipynb #cc852722
 def quality_against_utility(rows: dict[str, dict], ax: Axes | None = None, title: str = "") -> Axes:
-    "Scatter plot of one split, `{row: {metric: value}}`: model utility against forget quality, as its logarithm."
+    "Draw forget quality (log scale) against model utility of one split, `{row: {metric: value}}`; returns the axes."
     ax = ax or plt.figure(figsize=(4.6, 3.6)).gca()
     names = sorted(rows, key=row_order)
     heights = {row: log_quality(rows[row].get("forget_quality")) for row in names}
@@ -137,9 +139,10 @@ def _mark_distance(ax: Axes, one: np.ndarray, other: np.ndarray, cut: float) -> 
 
 # %% ../../nbs/reporting/plots.ipynb #b60600b9
 def truth_ratio_ecdf(evaluations: dict[str, dict], ax: Axes | None = None, title: str = "", cut: float = 3.0) -> Axes:
-    """Cumulative distributions of the truth ratios of `{row: EVAL}`; of two rows, also their KS distance as a bar.
+    """Draw the cumulative distributions of the truth ratios of `{row: EVAL}`; returns the axes.
 
-    Values above `cut` are drawn there."""
+    If there are two rows, their KS distance is drawn as a bar, with its p-value. Values above `cut` are drawn at
+    `cut`."""
     ax = ax or plt.figure(figsize=(4.6, 3.4)).gca()
     values = {row: _truth_ratios(evaluation) for row, evaluation in evaluations.items()}
     for row, x in values.items():
@@ -185,9 +188,10 @@ def metric_bars(rows: dict[str, dict], metrics: list[str], title: str = "") -> p
 # %% ../../nbs/reporting/plots.ipynb #d4e857bd
 def step_lines(points: dict[str, list[dict]], metrics: list[str], retain: dict, xlabel: str,
                title: str = "") -> plt.Figure:
-    """A panel for each metric with a line for each row of `{row: [values after each step]}`.
+    """Return a figure with a panel for each metric and a line over steps (such as epochs) for each row.
 
-    The retain model's values are dashed. Forget quality is drawn on the axis of p-values."""
+    `points`: `{row: [{metric: value} at each step]}`. `retain`: the retain model's values, drawn as dashed lines.
+    Forget quality has a logarithmic axis of p-values."""
     fig, axes = panels(len(metrics), 2.1)
     for ax, metric in zip(axes, metrics):
         number = log_quality if metric == "forget_quality" else as_number

@@ -41,7 +41,9 @@ def _teaching_of(run: Run) -> int:
     return run.record.get("config", {}).get("embedded_seed") or 0
 
 def runs_frame(runs: Iterable[Run]) -> "DataFrame":
-    "A table with a line for each run of a repeated grid: what it is of, its metrics, and how it was made."
+    """Return a table with a line for each run of a repeated grid: what it is of, its metrics, and how it was made.
+
+    The column `teaching` is the seed of training the run's Finetuned and Retain, `seed` that of unlearning."""
     import pandas as pd
     lines = []
     for seed, of in by_seed(runs).items():
@@ -58,9 +60,10 @@ def runs_frame(runs: Iterable[Run]) -> "DataFrame":
 
 # %% ../../nbs/reporting/repetitions.ipynb #057483bf
 def floor_frame(runs: Iterable[Run]) -> "DataFrame":
-    """KS distance and p-value between the retain models of each two pairs, for benchmarks that have truth ratios.
+    """Return the noise floor: KS distance and p-value between the retain models of each two seeds, by split.
 
-    Empty for a grid of several seeds of unlearning: its retain model is one and the same."""
+    Only benchmarks with truth ratios have one. Empty for a grid that repeats only unlearning: its retain model is
+    always the same."""
     import pandas as pd
     retains: dict[tuple[str, str], dict[int, list]] = {}
     for run in runs:
@@ -83,7 +86,9 @@ def of_split(frame: "DataFrame", benchmark: str, split: str) -> "DataFrame":
 
 # %% ../../nbs/reporting/repetitions.ipynb #205fda76
 def within_noise(runs: "DataFrame", floor: "DataFrame") -> dict[str, int]:
-    "How many runs of each row are no farther from Retain than the farthest two retain models are from each other."
+    """Return how many runs of each row are within the noise floor.
+
+    These are no farther from Retain (in KS distance) than the farthest two retain models are from each other."""
     near = runs["ks_distance"] <= floor["ks_distance"].max()
     return near.groupby(runs["row"]).sum().to_dict()
 
@@ -108,9 +113,9 @@ def _spread_cells(runs: "DataFrame", metrics: Sequence[str]) -> list[str]:
     return [spread_in_words(metric, runs[metric]) if metric in runs else "" for metric in metrics]
 
 def spread_table(runs: "DataFrame", floor: "DataFrame", metrics: Sequence[str]) -> str:
-    """Markdown: the spread of some metrics over the runs of one split, the noise floor among the rows.
+    """Return a Markdown table of the spread of some metrics over the runs of one split, a line for each row.
 
-    The second column says how many runs of a row are within the noise floor."""
+    The noise floor is one of the lines. The second column says how many runs of a row are within it."""
     near = within_noise(runs, floor)
     noise = floor.rename(columns={"p": "forget_quality"})
     lines = {ANOTHER_RETAIN: ["", *_spread_cells(noise, metrics)]} if len(floor) else {}
@@ -127,7 +132,9 @@ _SAYINGS = {"all": "within the noise floor in every pair", "some": "within it in
             "none": "outside it in every pair"}
 
 def verdict_text(runs: "DataFrame", floor: "DataFrame") -> str:
-    "Markdown: which methods of one split are within the noise floor in all pairs, in some or in none."
+    """Return Markdown on which methods of one split are within the noise floor in every pair, in some or in none.
+
+    A pair is a Finetuned and a Retain trained from the same seed."""
     if not len(floor):
         return "No noise floor was measured on this split."
     largest = floor["ks_distance"].max()
@@ -137,7 +144,10 @@ def verdict_text(runs: "DataFrame", floor: "DataFrame") -> str:
 
 # %% ../../nbs/reporting/repetitions.ipynb #3b9882bb
 def recipe_table(runs: "DataFrame") -> str:
-    "Markdown: learning rate and settings of each method of one split, with the hashes of its evaluations by pair."
+    """Return a Markdown table of the learning rate and settings of each method, with hashes of its evaluations.
+
+    `runs`: those of one split. Only settings that differ from the published ones are shown; there is a hash for each
+    run."""
     rows = []
     methods = runs[~runs["row"].isin(["Finetuned", "Retain"])]
     for method, of in methods.groupby("row"):
@@ -158,9 +168,10 @@ def made_by(runs: "DataFrame") -> str:
 
 # %% ../../nbs/reporting/repetitions.ipynb #85c1abc8
 def p_ranges(runs: "DataFrame", show: int = 8) -> str:
-    """Markdown: lowest and highest p-value and KS distance over the runs of a row on a split, of `show` such lines.
+    """Return a Markdown table of the lowest and highest p-value and KS distance of a method's runs on a split.
 
-    First the lines whose p-values lie on both sides of 0.05, then those with the widest range."""
+    It has at most `show` lines: first those with p-values on both sides of 0.05, then those with the widest range of
+    p-values. Runs with a p-value of 0 are left out."""
     of = runs[~runs["row"].isin(["Finetuned", "Retain"]) & (runs["forget_quality"] > 0)]
     lines = []
     for keys, group in of.groupby(["benchmark", "split", "row"]):
@@ -179,9 +190,10 @@ def _rows_by_distance(frame: "DataFrame") -> list[str]:
     return list(shown.groupby("row").ks_distance.mean().sort_values().index)
 
 def draw_distances(frame: "DataFrame", floor: "DataFrame", ax: "Axes", rows: Sequence[str] | None = None) -> "Axes":
-    """The KS distance of each run, a line of points for each row, over the band of the distances between retain models.
+    """Draw the KS distance to Retain of each run, a line of points for each row; returns the axes.
 
-    `rows`: which, from top to bottom; by default all but Retain, the nearest first."""
+    The distances between retain models (`floor`) are a band. `rows`: which to draw, from top to bottom; by default all
+    except Retain, the nearest first."""
     from openunlearn_nb.reporting.plots import style_of, tidy
     rows = rows or _rows_by_distance(frame)
     if len(floor):
@@ -199,9 +211,10 @@ def draw_distances(frame: "DataFrame", floor: "DataFrame", ax: "Axes", rows: Seq
 
 # %% ../../nbs/reporting/repetitions.ipynb #bed8af0e
 def draw_utility(frame: "DataFrame", floor: "DataFrame", ax: "Axes") -> "Axes":
-    """Utility against KS distance: a point with the range over its runs for each row, and the noise floor as a band.
+    """Draw utility against KS distance to Retain: for each row the mean of its runs, with their range.
 
-    Best is at the top left: as near to Retain as retain models are to each other, with Retain's utility."""
+    The noise floor is a band. Best is at the top left: as near to Retain as retain models are to each other, with
+    Retain's utility. Returns the axes."""
     from openunlearn_nb.reporting.plots import style_of, tidy
     if len(floor):
         ax.axvspan(0, floor.ks_distance.max(), color="0.88", label="noise floor")
@@ -249,7 +262,9 @@ def split_summary(runs: "DataFrame", floor: "DataFrame") -> str:
 
 # %% ../../nbs/reporting/repetitions.ipynb #2e4a6347
 def floor_table(runs: "DataFrame", floor: "DataFrame") -> str:
-    "Markdown: for each split the distances between retain models, their p-values, and Finetuned's distance to Retain."
+    """Return a Markdown table of each split's noise floor: distances between retain models, and their p-values.
+
+    The last column is the distance of Finetuned to Retain, for comparison."""
     rows = []
     for (benchmark, split), of in floor.groupby(["benchmark", "split"]):
         start = of_split(runs, benchmark, split).query("row == 'Finetuned'").ks_distance

@@ -47,9 +47,10 @@ _TABLE = _HTML.from_string("""
 </tbody></table></div>""")
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "", over: Sequence[str] = ()) -> str:
-    """A table of texts as HTML. `over`: a line above `head`, whose equal neighbours are joined.
+    """Return a table of texts as HTML; the texts are escaped.
 
-    `kind` is the class of all but the first column; `sign` colours each cell by its sign instead."""
+    `over`: a line above `head`, in which equal neighbours are joined. `kind`: CSS class of all columns except the
+    first; `sign` colours each cell by its sign instead."""
     spans = [(name, len(list(same))) for name, same in itertools.groupby(over[1:])]
     return _TABLE.render(head=head, rows=rows, kind=kind, spans=spans, colour=_colour)
 
@@ -59,13 +60,15 @@ def _colour(cell: str) -> str:
 
 # %% ../../nbs/reporting/report.ipynb #8f8cb8f6
 def values_table(values: dict, columns: Sequence[str] = COLUMNS, kind: str = "") -> str:
-    "`{split: {row: {metric: value}}}` as HTML."
+    "Return `{split: {row: {metric: value}}}` as an HTML table, with remarks on its rows below it."
     over, head, body = grid(values, columns)
     below = "".join(f"<p><small>{escape(text)}</small></p>" for text in remarks(values))
     return html_table([h.replace("_", " ") for h in head], body, kind, over) + below
 
 def difference_table(values: Values, printed: dict, columns: Sequence[str] = COLUMNS) -> str:
-    "Measured minus published as HTML, each cell with its sign and colour; of forget quality, in powers of ten."
+    """Return measured minus published values as an HTML table, each cell coloured by its sign.
+
+    Forget qualities are compared by the difference of their log10."""
     return values_table(difference(values, printed), columns, "sign")
 
 # %% ../../nbs/reporting/report.ipynb #e022c200
@@ -117,10 +120,10 @@ def _against_utility(rows: dict[str, dict], title: str) -> Any:
 # %% ../../nbs/reporting/report.ipynb #1a24d7ce
 def plots_of(suite: str, split: str, rows: dict[str, dict], evaluations: dict[str, dict],
              over: dict[str, dict[int, dict]], what: str) -> list[str]:
-    """HTML of the figures of a split.
+    """Return the figures of a split, each as HTML.
 
-    `rows` are its values by row, `evaluations` the files they were computed from, `over` the values after each epoch
-    of the rows that have them, and `what` says whether the numbers are measured or recomputed."""
+    `rows`: the split's values by row. `evaluations`: the files that they were computed from, by row. `over`: the values
+    after each epoch, of the rows that have them. `what`: whether the numbers are measured or recomputed, for titles."""
     from openunlearn_nb.reporting.plots import epoch_lines, metric_bars
     columns = columns_of(suite, {what: {split: rows}})
     title, names = f"{what}: {split}", ", ".join(columns)
@@ -139,9 +142,9 @@ _TURN = re.compile(r"\[INST\]|<\|user\|>|(?:^|(?<=[\n.?!>]))user(?:<\|end_header
 _END = re.compile(r"(?:\[/INST\]|<\|assistant\|>|assistant\n|Answer:)\s*$")
 
 def question_of(prompt: str) -> str:
-    """The last question in a prompt as an evaluation stores it, without the system prompt and the marks of a chat.
+    """Return the last question in a stored prompt, without the system prompt and the marks of a chat.
 
-    Of a long one the last 200 characters."""
+    Of a long question, the last 200 characters."""
     return _END.sub("", _TURN.split(prompt)[-1]).strip()[-200:]
 
 # %% ../../nbs/reporting/report.ipynb #83f0686e
@@ -159,9 +162,9 @@ def _first_answers(answers: dict[str, dict], count: int) -> str:
 
 # %% ../../nbs/reporting/report.ipynb #4fedb6bd
 def answers_of(suite: str, evaluations: dict[str, dict], count: int = 4) -> str:
-    """HTML of `count` questions about the forget set and as many about the retain set, with every model's answers.
+    """Return HTML of `count` questions about the forget set and as many about the retain set, with all models' answers.
 
-    Empty where no evaluation has generations."""
+    Empty if no evaluation has generations."""
     quoted = BENCHMARKS[suite].quoted
     html = ""
     for metric, title in ((quoted, "to forget"), (quoted.replace("forget", "retain"), "to keep")):
@@ -182,7 +185,7 @@ def _source(run: Run, below: Path) -> list[str]:
     return [run.row, run.split, rate, settings, str(record.get("date", "")), digits(record.get("seconds")), str(name)]
 
 def sources_of(runs: Sequence[Run], below: Path) -> str:
-    "HTML that says where each row comes from; files are named as seen from the folder `below`."
+    "Return an HTML table that says where each row comes from; files are given relative to the folder `below`."
     head = ["row", "split", "learning rate", "settings", "date", "seconds", "file"]
     rows = [_source(run, below) for run in runs]
     return "<h3>Where each row comes from</h3>" + html_table(head, rows, "text")
@@ -239,7 +242,9 @@ with those of another. Retain, where there is such a row, is the goal of all oth
 
 # %% ../../nbs/reporting/report.ipynb #dd4d0421
 def report_page(folder: str | Path, progress: Callable[[float], None] = lambda share: None) -> str:
-    "The report of all runs below a folder as HTML. `progress` gets the share of splits that are done."
+    """Return the report of all runs below a folder as HTML; of several seeds, only the lowest one is shown.
+
+    `progress`: called with the share of splits that are done, 0 to 1. Raises OpenUnlearnError if there are no runs."""
     found, below = find_runs(folder), Path(folder).expanduser()
     first = min((run.seed for run in found if run.seed is not None), default=None)
     runs, parts, done = [run for run in found if run.seed in (None, first)], [], itertools.count(1)
@@ -256,6 +261,8 @@ def report_page(folder: str | Path, progress: Callable[[float], None] = lambda s
 
 def write_report(folder: str | Path, output: str | Path,
                  progress: Callable[[float], None] = lambda share: None) -> Path:
-    "Write the report of all runs below a folder into one HTML file; returns its path. Raises where there are no runs."
+    """Write the report of all runs below a folder into one HTML file, and return its path.
+
+    `progress`: as in `report_page`. Raises OpenUnlearnError if there are no runs."""
     with output_lock(output, "file") as file:
         return write_text(file, report_page(folder, progress))

@@ -29,13 +29,13 @@ def _settings_of(method: str, benchmark: str, names: Iterable[str]) -> dict[str,
     return {"learning_rate": recipe.learning_rate} | {name: given[name] for name in names}
 
 def tried_settings(tries: "DataFrame") -> "DataFrame":
-    "The learning rate and the other settings of each try, a column each; `tries` are those of one method."
+    "Return the settings of one method's `tries`: a line for each try, a column for each setting and the learning rate."
     import pandas as pd
     rows = [{"learning_rate": rate} | json.loads(text) for rate, text in zip(tries["learning_rate"], tries["settings"])]
     return pd.DataFrame(rows, index=tries.index)
 
 def pick_of(tries: "DataFrame", method: str, benchmark: str = DEFAULT_BENCHMARK) -> "Series | None":
-    "The try of a method whose settings are those of its embedded recipe; None where that was not among the tries."
+    "Return the try of a method that has the settings of its embedded recipe; None if there was no such try."
     of = tries[tries["method"] == method]
     settings = tried_settings(of)
     recipe = _settings_of(method, benchmark, [name for name in settings if name != "learning_rate"])
@@ -45,7 +45,7 @@ def pick_of(tries: "DataFrame", method: str, benchmark: str = DEFAULT_BENCHMARK)
 # %% ../../nbs/reporting/searches.ipynb #248c2e8b
 def edges_of(tries: "DataFrame", method: str, benchmark: str = DEFAULT_BENCHMARK,
              names: Iterable[str] = ("learning_rate",)) -> list[str]:
-    "Which of the settings `names` have the lowest or the highest tried value in a method's pick, in words."
+    "Return a phrase for each setting in `names` whose picked value is the lowest or the highest that was tried."
     settings = tried_settings(tries[tries["method"] == method])
     recipe = _settings_of(method, benchmark, [name for name in settings if name != "learning_rate"])
     found = []
@@ -59,7 +59,7 @@ def edges_of(tries: "DataFrame", method: str, benchmark: str = DEFAULT_BENCHMARK
 # %% ../../nbs/reporting/searches.ipynb #c940c62a
 def search_and_again(tries: "DataFrame", runs: "DataFrame",
                      benchmark: str = DEFAULT_BENCHMARK) -> dict[str, "tuple[Series, DataFrame]"]:
-    "The pick of a search and the new runs of one split, `{method: (pick, runs)}`, of methods that have both."
+    "Return `{method: (pick, runs)}`: a search's pick and the new runs of one split, for methods that have both."
     found = {}
     for method in sorted(set(runs["row"]) & set(tries["method"]) - {"Finetuned", "Retain"}):
         pick = pick_of(tries, method, benchmark)
@@ -68,9 +68,9 @@ def search_and_again(tries: "DataFrame", runs: "DataFrame",
     return found
 
 def search_table(tries: "DataFrame", runs: "DataFrame", benchmark: str = DEFAULT_BENCHMARK) -> str:
-    """Markdown: for each method the distance, utility and forget quality of its pick in the search and when run again.
+    """Return a Markdown table of each method's pick: distance, utility and forget quality in the search and run again.
 
-    `runs` are those of the split that was searched. The last column names the picks at the edge of their grid."""
+    `runs`: those of the split that was searched. The last column names settings at the edge of their grid."""
     rows = []
     for method, (pick, again) in search_and_again(tries, runs, benchmark).items():
         both = [f"{pick['ks_distance']:.2f}", spread_in_words("ks_distance", again["ks_distance"]),
@@ -95,7 +95,9 @@ def search_text(tries: "DataFrame", runs: "DataFrame", benchmark: str = DEFAULT_
 # %% ../../nbs/reporting/searches.ipynb #2dd149f8
 def draw_search(tries: "DataFrame", runs: "DataFrame", floor: "DataFrame", ax: "Axes",
                 benchmark: str = DEFAULT_BENCHMARK) -> "Axes":
-    "The KS distance of each pick in the search (open) and when run again (full, with the range), over the noise floor."
+    """Draw the KS distance to Retain of each pick, in the search (open) and when run again (full, with the range).
+
+    `floor`: the noise floor, drawn as a band. Returns the axes."""
     both = search_and_again(tries, runs, benchmark)
     if len(floor):
         ax.axvspan(0, floor["ks_distance"].max(), color="0.88", label="noise floor")

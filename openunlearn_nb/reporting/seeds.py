@@ -17,7 +17,7 @@ from .tables import p_digits
 
 # %% ../../nbs/reporting/seeds.ipynb #ec1c6018
 def by_seed(runs: Iterable[Run]) -> dict[int | None, list[Run]]:
-    "The runs of each seed of a grid of several; under `None`, all others."
+    "Group runs by seed; runs that are not of a grid of several seeds are under None."
     found: dict[int | None, list[Run]] = {}
     for run in runs:
         found.setdefault(run.seed, []).append(run)
@@ -25,7 +25,7 @@ def by_seed(runs: Iterable[Run]) -> dict[int | None, list[Run]]:
 
 # %% ../../nbs/reporting/seeds.ipynb #986ef24f
 class Spread(NamedTuple):
-    "A metric over several seeds. `seeds` counts those that have a value; a single one has no standard deviation."
+    "Statistics of a metric over seeds. `seeds` counts those with a value; `sd` is None if there is only one."
     median: float
     mean: float
     sd: float | None
@@ -34,7 +34,7 @@ class Spread(NamedTuple):
     seeds: int
 
 def spread_of(values: Sequence[float | None]) -> Spread | None:
-    "The spread of a metric's values over seeds, those without a value left out; None where none has one."
+    "Return the spread of a metric's values over seeds, leaving out None; None if no value is left."
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -43,9 +43,9 @@ def spread_of(values: Sequence[float | None]) -> Spread | None:
 
 # %% ../../nbs/reporting/seeds.ipynb #fcda51fc
 def in_words(metric: str, spread: Spread | None, seeds: int) -> str | None:
-    """A spread as a cell of the table: `mean ± sd`, or of forget quality `median (low to high)`.
+    """Return a spread as a table cell: `mean ± sd`, or for forget quality `median (low to high)`.
 
-    Of `seeds` seeds, where some have no value, only how many have one."""
+    None without a spread. If fewer than `seeds` seeds have a value, the cell says only how many have one."""
     if spread is None:
         return None
     if spread.seeds < seeds:
@@ -58,15 +58,16 @@ def in_words(metric: str, spread: Spread | None, seeds: int) -> str | None:
     return f"{spread.mean:.2f} ± {spread.sd:.2f}"
 
 def spread_in_words(metric: str, values: Iterable[float]) -> str:
-    "The spread of a metric's values as a cell of a table; values that are missing (NaN) are left out."
+    "Return the spread of a metric's values as a table cell, leaving out NaN; empty if no value is left."
     known = [value for value in values if not math.isnan(value)]
     return in_words(metric, spread_of(known), len(known)) or ""
 
 # %% ../../nbs/reporting/seeds.ipynb #803377a1
 def over_seeds(tables: list[dict[str, Values]], words: bool = True) -> dict[str, dict]:
-    """One table from those of several seeds, `{model: {split: {row: {metric: cell}}}}`.
+    """Join the tables of several seeds into one, `{model: {split: {row: {metric: cell}}}}`.
 
-    A cell is a text as `in_words` makes it, or without `words` a dictionary of the numbers of its `Spread`."""
+    A cell is a text from `in_words`, or without `words` a dictionary of the numbers of its `Spread`; None if no seed
+    has a value."""
     joined: dict[str, dict] = {}
     for model, split, row in dict.fromkeys((m, s, r) for t in tables for m in t for s in t[m] for r in t[m][s]):
         of = [table.get(model, {}).get(split, {}).get(row, {}) for table in tables]

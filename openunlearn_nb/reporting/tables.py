@@ -26,10 +26,10 @@ COLUMNS = BENCHMARKS[DEFAULT_BENCHMARK].columns
 _NO_METRICS = ("ks_distance", *REMARKS)  # what a row of values holds besides its metrics
 
 def columns_of(suite: str, tables: dict[str, Values], every: bool = False) -> list[str]:
-    """The metrics that a table shows: those of the benchmark's table, and those that a user has declared.
+    """Return the metrics that a table shows: those of the benchmark's table, and those that a user has declared.
 
-    `tables` holds the values by model. With `every`, all metrics that occur, those of the benchmark's long table first.
-    Of lm-eval's tasks, always all."""
+    `tables`: the values by model. `every`: all metrics that occur, those of the benchmark's long table first. For
+    lm-eval, all tasks are always shown."""
     every_row = (row for splits in tables.values() for rows in splits.values() for row in rows.values())
     found = dict.fromkeys(name for row in every_row for name in row)
     if suite not in BENCHMARKS:
@@ -42,17 +42,18 @@ def columns_of(suite: str, tables: dict[str, Values], every: bool = False) -> li
 
 # %% ../../nbs/reporting/tables.ipynb #a8b88273
 def published(model: str, suite: str | None = None) -> dict[str, dict[str, dict[str, str]]]:
-    """The published table of a model as `{split: {row: {metric: number as printed}}}`.
+    """Return the published table of a model as `{split: {row: {metric: number as printed}}}`.
 
-    `suite`: of which benchmark; empty where that has none. Without it, of the first that has one."""
+    `suite`: the benchmark; the table is empty if it has none for the model. None: the first that has one; raises
+    OpenUnlearnError if there is none."""
     if suite is not None:
         return published_table(BENCHMARKS[suite], model)
-    known = {name: of for of in BENCHMARKS.values() for name in of.published_tables}
+    known = {name: of for of in [*BENCHMARKS.values()][::-1] for name in of.published_tables}
     return published_table(known[check_choice(model, known, "published table")], model)
 
 # %% ../../nbs/reporting/tables.ipynb #141c3176
 def digits(value: float | str | None) -> str:
-    "A number as the published tables print it; a published one (already text) unchanged."
+    "Return a number as the published tables print it, `-` for a missing one; texts stay as they are."
     if value is None or isinstance(value, str):
         return value or "-"
     return f"{value:.2e}" if 0 < abs(value) < 0.00995 else f"{value:.2f}"
@@ -85,7 +86,9 @@ def _sides(p: float) -> list[tuple[bool, bool]]:
     return [(p < at, p > at) for at in THRESHOLDS]
 
 def p_digits(value: float | str | None) -> str:
-    "A p-value with two significant digits, and more where these would lie across a threshold."
+    """Return a p-value as text: with two significant digits, or more if rounding would move it across a threshold.
+
+    Values outside 0.01 to 0.1, and texts, are shown as by `digits`."""
     if value is None or isinstance(value, str) or not 0.00995 <= value < 0.0995:
         return digits(value)
     texts = (f"{value:.{places}f}" for places in range(3, 12))
@@ -93,7 +96,7 @@ def p_digits(value: float | str | None) -> str:
 
 # %% ../../nbs/reporting/tables.ipynb #2fd6f4ee
 def cell_text(value: float | str | None, metric: str) -> str:
-    "A value as a table shows it."
+    "Return a value of a metric as a table shows it: by `p_digits` if it is a p-value, else by `digits`."
     return (p_digits if metric in METRICS and METRICS[metric].p_value else digits)(value)
 
 # %% ../../nbs/reporting/tables.ipynb #b06c42bc
@@ -131,7 +134,9 @@ def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(map(_markdown_row, [names, ["---"] * len(names), *rows]))
 
 def to_markdown(values: dict, columns: Sequence[str] = COLUMNS) -> str:
-    "A Markdown table, split and metric in one header line (a lone split next to the first column)."
+    """Return a table as Markdown, with split and metric in one header line, and remarks below.
+
+    The name of a single split stands in the header of the first column."""
     over, head, body = grid(values, columns)
     names = [f"{s} {h}".strip() for s, h in zip(over, head)]
     if len(values) == 1:
@@ -143,7 +148,7 @@ def to_markdown(values: dict, columns: Sequence[str] = COLUMNS) -> str:
 
 # %% ../../nbs/reporting/tables.ipynb #d883f908
 def to_latex(values: dict, columns: Sequence[str] = COLUMNS) -> str:
-    "A LaTeX tabular for booktabs."
+    "Return a table as a LaTeX tabular (for the package booktabs), with remarks below."
     over, head, body = grid(values, columns)
     spans = " & ".join(f"\\multicolumn{{{len(columns)}}}{{c}}{{{latex_text(s)}}}" for s in values)
     lines = [f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", "\\toprule", f" & {spans} \\\\",
@@ -154,7 +159,9 @@ def to_latex(values: dict, columns: Sequence[str] = COLUMNS) -> str:
 
 # %% ../../nbs/reporting/tables.ipynb #c6b9bf3a
 def to_csv(tables: dict[str, Values], columns: Sequence[str] = BENCHMARKS[DEFAULT_BENCHMARK].shown) -> str:
-    "One line a model, split and row, in full precision; the columns of the published CSV files and more."
+    """Return tables by model as CSV, one line per model, split and row, with values in full precision.
+
+    By default the columns are those of the published CSV files and more."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     def safe(cells: Iterable) -> list:
@@ -167,7 +174,9 @@ def to_csv(tables: dict[str, Values], columns: Sequence[str] = BENCHMARKS[DEFAUL
 
 # %% ../../nbs/reporting/tables.ipynb #5059a423
 def by_study(values: Values, suite: str) -> dict[str, Values]:
-    "The tables of a benchmark by title: its splits under the empty title, and each study that there is under its name."
+    """Split a benchmark's table by study, as `{title: table}`; splits outside the studies are under an empty title.
+
+    In a study's table, Finetuned and Retain come first, and each split's rows are named `ROW SPLIT`."""
     studies = BENCHMARKS[suite].studies if suite in BENCHMARKS else {}
     steps = {s for splits in studies.values() for s in splits}
     parts = {"": {split: rows for split, rows in values.items() if split not in steps}}
@@ -180,7 +189,9 @@ def by_study(values: Values, suite: str) -> dict[str, Values]:
 
 # %% ../../nbs/reporting/tables.ipynb #3a8b77f6
 def difference(values: Values, printed: dict) -> dict[str, dict[str, dict[str, str]]]:
-    "Measured minus published per cell; for forget_quality, log10 of their ratio (`+0.30` is twice as large)."
+    """Return measured minus published values per cell, as texts with a sign.
+
+    For forget_quality it is log10 of their ratio (`+0.30` is twice as large), or `-` if one of them is 0."""
     out: dict[str, dict[str, dict[str, str]]] = {}
     for split, row, metric in ((s, r, c) for s in printed for r in printed[s] for c in printed[s][r]):
         ours, theirs = values.get(split, {}).get(row, {}).get(metric), float(printed[split][row][metric])

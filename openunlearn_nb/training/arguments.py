@@ -50,7 +50,7 @@ def argument_types() -> dict[str, Any]:
     return {f.name: hints[f.name] for f in fields(TrainingArguments)}
 
 def argument_name(name: str) -> str | None:
-    "The field that a name means, dashes or underscores alike; None where there is none."
+    "Return `name` with underscores for dashes if it is a `TrainingArguments` field or an old name of one, else None."
     name = name.replace("-", "_")
     return name if name in argument_types() or name in OTHER_NAMES else None
 
@@ -79,7 +79,10 @@ def _wanted(annotation: Any) -> str:
 
 # %% ../../nbs/training/arguments.ipynb #3ac573a1
 def read_argument(name: str, words: list[str]) -> tuple[str, Any]:
-    "A field and its value, from an option's name and the words after it. Raises for a value of another type."
+    """Return (field, value) for an option `name` and the `words` that follow it on the command line.
+
+    The value is converted to the field's type; without words it is True. Raises OpenUnlearnError for a value of another
+    type, and for a field that the command sets itself."""
     field = OTHER_NAMES.get(name, name)
     if name in SET_BY_COMMAND:
         instead = SET_BY_COMMAND[name]
@@ -104,7 +107,7 @@ def identity_of(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in sorted(arguments.items()) if name not in NO_NUMBER}
 
 def help_training() -> str:
-    "The fields that can be given, each with its type and default, and those that cannot."
+    "Return a help text: the fields that can be given, each with its type and default, and those that cannot."
     from transformers import TrainingArguments
     lines = []
     for one in fields(TrainingArguments):
@@ -117,7 +120,7 @@ def help_training() -> str:
     return "\n".join([head, *lines, "", "Not taken, but for these in their place:", *refused])
 
 def check_arguments(arguments: dict[str, Any]) -> None:
-    "Raise for a name that is no field, or one that a command sets itself."
+    "Raise OpenUnlearnError for a name that is not a `TrainingArguments` field, or that a command sets itself."
     for name in arguments:
         check_choice(name, argument_types(), "training argument")
         if name in SET_BY_COMMAND:

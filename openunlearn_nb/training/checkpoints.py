@@ -39,7 +39,7 @@ from .deepspeed_state import (deepspeed_state, load_deepspeed_state, load_deepsp
 METHOD_STATE = "method.safetensors"
 
 def flat_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    "A method's state with the tensors of nested dictionaries under `NAME|KEY`."
+    "Flatten a method's state: entry KEY of a nested dictionary NAME becomes `NAME|KEY`, other entries stay."
     flat: dict[str, Any] = {}
     for name, value in state.items():
         flat |= {f"{name}|{key}": t for key, t in value.items()} if isinstance(value, Mapping) else {name: value}
@@ -47,7 +47,7 @@ def flat_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 # %% ../../nbs/training/checkpoints.ipynb #d3583268
 def tensors_of(method: Method) -> dict[str, Tensor]:
-    "A method's state as tensors on the CPU; numbers in fp64."
+    "Return a method's state, flattened by `flat_state`, as tensors on the CPU; plain numbers become fp64 tensors."
     made = {}
     for name, value in flat_state(method.state_dict()).items():
         tensor = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
@@ -55,7 +55,7 @@ def tensors_of(method: Method) -> dict[str, Tensor]:
     return made
 
 def nested_state(flat: Mapping[str, Tensor]) -> dict[str, Any]:
-    "What `flat_state` was given: numbers are tensors without dimensions now, dictionaries `Gradients`."
+    "Undo `flat_state`: entries `NAME|KEY` become one `Gradients` dictionary NAME; numbers stay 0-dimensional tensors."
     state: dict[str, Any] = {}
     for name, tensor in flat.items():
         outer, nested, inner = name.partition("|")
@@ -69,17 +69,17 @@ def nested_state(flat: Mapping[str, Tensor]) -> dict[str, Any]:
 DEEPSPEED_STATE = "state.safetensors"
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    "The checkpoints in a folder, the newest first."
+    "Return the folders `checkpoint-STEP` in a folder, the newest (highest step) first."
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     return sorted(found, key=lambda path: -int(path.name.rpartition("-")[2]))
 
 def has_optimizer(checkpoint: Path) -> bool:
-    "Whether the optimizer's state is there."
+    "Return whether a checkpoint folder holds an optimizer state, transformers' own or DeepSpeed's."
     return any((checkpoint / name).exists() for name in ("optimizer.pt", DEEPSPEED_STATE))
 
 # %% ../../nbs/training/checkpoints.ipynb #eeea6b34
 def _check_files(checkpoint: Path) -> None:
-    "Raise where a file of a checkpoint is cut short. Weights are not loaded for it."
+    "Raise an error if a file of a checkpoint is truncated; the weights are not loaded for this check."
     TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     for file in checkpoint.glob("*.safetensors"):
         with safe_open(str(file), "pt"):
@@ -89,7 +89,7 @@ def _check_files(checkpoint: Path) -> None:
             raise ValueError(f"{file.name} is cut short")
 
 def fault_of(checkpoint: Path) -> str:
-    "What is wrong with a checkpoint, as the end of a sentence; empty where nothing is."
+    "Return `is not complete` or `is damaged (REASON)` for a faulty checkpoint folder, an empty text for an intact one."
     patterns = ("*model*.safetensors", "pytorch_model*.bin", DEEPSPEED_STATE)
     weights = [file for pattern in patterns for file in checkpoint.glob(pattern)]
     if not weights or not (checkpoint / "trainer_state.json").exists():
@@ -104,7 +104,9 @@ def fault_of(checkpoint: Path) -> str:
 IDENTITY = "run.json"
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    "The newest complete checkpoint in a folder, None where there is none; a warning names those that are passed over."
+    """Return the newest intact checkpoint in a folder, or None; warns of each damaged one that it skips.
+
+    Also warns if the checkpoint has no optimizer state, so that the optimizer starts anew."""
     for path in checkpoints_in(folder):
         if fault := fault_of(path):
             warnings.warn(f"{path} {fault}; it is passed over.")
@@ -116,15 +118,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 # %% ../../nbs/training/checkpoints.ipynb #1012327a
 def identity_in(checkpoint: Path) -> dict[str, Any]:
-    "Of which run a command's checkpoint is. Raises `ValueError` or `OSError` where its file is not as it was written."
+    """Return the identity of a checkpoint's run (values by name), as a command stored it in its `run.json`.
+
+    Raises OSError or ValueError if that file is missing or is not as it was written."""
     about = parse_json((checkpoint / IDENTITY).read_text(encoding="utf-8"))
     check_shape(about, {"run": {"*": object}})
     return about["run"]
 
 def last_checkpoint(folder: Path, identity: Mapping[str, Any]) -> Path | None:
-    """The checkpoint that the run of a command goes on from, None where there is none.
+    """Return the newest checkpoint in `folder`, from which a command's run goes on; None if there is none.
 
-    Raises for one of another run, or with a damaged file."""
+    `identity`: the values, by name, that must be the same in a resumed run. Raises OpenUnlearnError if the checkpoint
+    is of a run with another identity, is damaged, or lacks its optimizer state."""
     found = next(iter(checkpoints_in(folder)), None)
     if found is None:
         return None
@@ -152,7 +157,10 @@ class DeepSpeedCheckpoints(Trainer):
     in_checkpoint = False  # whether a checkpoint is being written
 
     def save_model(self, output_dir=None, _internal_call=False):
-        "As transformers'; under DeepSpeed one whole model, its adapter added."
+        """Save the model as transformers does; under DeepSpeed, save one unsharded model with its adapter merged in.
+
+        Under DeepSpeed a checkpoint gets no model file unless `save_only_model` is set, since the file of its optimizer
+        state also holds the trained weights."""
         if not self.is_deepspeed_enabled:
             return super().save_model(output_dir, _internal_call)
         if self.in_checkpoint and not self.args.save_only_model:
@@ -191,7 +199,9 @@ def load_deepspeed_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
 # %% ../../nbs/training/checkpoints.ipynb #6f36e245
 @contextmanager
 def writing_in(folder: Path) -> Iterator[None]:
-    "A context in which an error of the disk is one sentence that names the folder."
+    """Context manager that turns an error while a checkpoint is written into OpenUnlearnError, naming the folder.
+
+    Errors because memory ran out are raised unchanged."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as e:  # torch.save raises RuntimeError where a disk is full
@@ -227,7 +237,7 @@ class SafeCheckpoints(DeepSpeedCheckpoints):
                                best_model_checkpoint=self.state.best_model_checkpoint)
 
     def _complete(self, made: Path, place: Path) -> None:
-        "Add what is ours to a checkpoint, and rename it into its place."
+        "Add the method's state and the run's identity to a checkpoint, and move it to its final place."
         with writing_in(place.parent):
             save_file(tensors_of(self.method), made / METHOD_STATE)
             if self.identity is not None:
@@ -241,7 +251,7 @@ class SafeCheckpoints(DeepSpeedCheckpoints):
 
 # %% ../../nbs/training/checkpoints.ipynb #4584764e
 class ResumedTraining(SafeCheckpoints):
-    "Goes on from checkpoints, the method's state included."
+    "A `transformers.Trainer` that resumes from checkpoints, including the state of the unlearning method."
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint and self.is_deepspeed_enabled:
@@ -252,7 +262,9 @@ class ResumedTraining(SafeCheckpoints):
             self.method.load_state_dict(nested_state(load_file(file)))
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        "As transformers'; `resume_from_checkpoint=True` takes the newest complete checkpoint."
+        """Train as transformers does; `resume_from_checkpoint=True` resumes from the newest intact checkpoint.
+
+        Raises OpenUnlearnError if there is none."""
         if resume_from_checkpoint is True:
             found = newest_checkpoint(Path(self.args.output_dir))
             if found is None:

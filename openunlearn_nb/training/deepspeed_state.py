@@ -23,7 +23,7 @@ from ..models.forwards import bare
 
 # %% ../../nbs/training/deepspeed_state.ipynb #9766a7b6
 def weights_without_adapter(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    "The parameters of the model under an adapter, by the names that they have without one."
+    "Iterate over the parameters of a model except an adapter's, with the names that they have without the adapter."
     return ((BASE.sub("", name), p) for name, p in model.named_parameters() if "lora_" not in name)
 
 def _empty_model(like: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
@@ -36,9 +36,10 @@ def _empty_model(like: PreTrainedModel, device: torch.device | str) -> PreTraine
 
 @torch.no_grad()
 def whole_model(model: nn.Module, device: torch.device | str = "cpu", main_only: bool = False) -> PreTrainedModel:
-    """A new, ordinary model on `device`, with the weights of one that DeepSpeed holds, its adapter added.
+    """Return a new, ordinary model on `device` with the whole weights of `model`, its adapter merged in.
 
-    All processes must call it. `main_only`: processes other than the main one get a model without memory."""
+    `model` may be one that DeepSpeed holds in pieces. All processes must call it. `main_only`: only the main process
+    gets the weights; the others get a model on the meta device, without memory."""
     inner, wanted = bare(model), is_main() or not main_only
     whole = _empty_model(inner, device if wanted else "meta")
     for name, p in weights_without_adapter(inner):
@@ -71,9 +72,10 @@ def _look_up_again(trainer: Trainer) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 def deepspeed_state(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
-    """The trained weights in fp32 (`NAME`) and what the optimizer holds for each (`NAME|KEY`), whole.
+    """Iterate over the state of a DeepSpeed training as (name, unsharded tensor).
 
-    All processes must go through it."""
+    Each trained weight comes in fp32 under `NAME`, and each entry of its optimizer state under `NAME|KEY`. All
+    processes must iterate to the end."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
     first = next(iter(_sliced_optimizer(trainer).state.values()))
     _look_up_again(trainer)
@@ -86,7 +88,7 @@ def deepspeed_state(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
 
 # %% ../../nbs/training/deepspeed_state.ipynb #c704f4dd
 def optimizer_part(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    "The optimizer's tensors of a flat state: for each weight's name, tensors by key."
+    "Return the optimizer's tensors of a state from `deepspeed_state`, as `{weight's name: {key: tensor}}`."
     found: dict[str, dict[str, Tensor]] = {}
     for entry, tensor in state.items():
         name, bar, key = entry.partition("|")
@@ -106,7 +108,7 @@ def _begin_slices(trainer: Trainer, of_one: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def load_deepspeed_weights(trainer: Trainer, saved: Mapping[str, Tensor]) -> None:
-    "Set the trained weights to those of a state. All processes must call it."
+    "Set the trained weights to the fp32 weights in `saved`, from `deepspeed_state`. All processes must call it."
     from deepspeed.utils import safe_set_full_fp32_param
     for name, p in trained_weights(trainer).items():
         safe_set_full_fp32_param(p, saved[name].to(trainer.args.device))

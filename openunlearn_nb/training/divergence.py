@@ -14,15 +14,15 @@ from ..internals.processes import gathered
 
 # %% ../../nbs/training/divergence.ipynb #f5c6b5a8
 def finite_weights(model: nn.Module) -> bool:
-    "Whether all weights of a model are finite numbers; one without memory has none that is not."
+    "Return whether all floating-point weights of a model are finite; weights on the meta device are not checked."
     weights = [p for p in model.parameters() if p.is_floating_point() and not p.is_meta]
     return all(bool(p.isfinite().all()) for p in weights)
 
 def diverged_at(model: nn.Module, losses: list[float]) -> int | None:
-    """The step, counted from 1, at which a training left the finite numbers; None where it did not.
+    """Return the step, counted from 1, at which a training diverged; None if it did not.
 
-    It is the first step without a finite loss, or the last one, where only the trained weights are not finite. All
-    processes must call it."""
+    It is the first step whose loss is not finite, or the last step if only the trained weights are not finite.
+    `losses`: the loss of each step. All processes must call it."""
     lost = [step for step, loss in enumerate(losses, start=1) if not math.isfinite(loss)]
     if lost:
         return lost[0]

@@ -21,7 +21,7 @@ from .sizes import Sizes
 
 # %% ../../nbs/training/memory.ipynb #0ab262ee
 class Layout(NamedTuple):
-    "One way to run: ZeRO's stage, whether the optimizer lives on the host, and what an adapter is added to."
+    "A way to run a training: ZeRO's stage, whether the optimizer is offloaded to the host, and an adapter's base."
     label: str
     stage: int = 0
     offload: bool = False
@@ -41,7 +41,9 @@ GB = 2.0 ** 30  # a "48 GB" GPU has 48 of these, within a few percent
 # %% ../../nbs/training/memory.ipynb #18bfb7ae
 @dataclass(frozen=True)
 class Plan:
-    "What is to be run, and on what. `length` and `labelled` are tokens of the longest row."
+    """A training whose memory is to be estimated: the model, the method, the hardware and the batch.
+
+    `length` and `labelled` are the numbers of tokens and of labelled tokens in the longest row."""
     model: Sizes
     method: str = DEFAULT_METHOD
     layout: str = "zero3"
@@ -66,7 +68,9 @@ def method_of(plan: Plan) -> Method:
 
 # %% ../../nbs/training/memory.ipynb #5200df14
 def check_plan(plan: Plan) -> Plan:
-    "The plan, its optimizer and labelled tokens filled in; values that cannot be are errors."
+    """Return the plan with its defaults filled in; raises OpenUnlearnError for values that are impossible.
+
+    Filled in are the optimizer, the number of labelled tokens, and the method's settings."""
     check_choice(plan.layout, LAYOUTS, "layout")
     optim = check_choice(plan.optim or ("paged_adamw_32bit" if plan.gpus else "adamw_torch"), OPTIMIZERS, "optimizer")
     for name, least in (("gpus", 0), ("rows", 1), ("length", 2), ("rank", 1), ("new_tokens", 1)):
@@ -85,7 +89,7 @@ def check_plan(plan: Plan) -> Plan:
 
 # %% ../../nbs/training/memory.ipynb #aa820df9
 class StepShape(NamedTuple):
-    "What a training step runs through the model, and what it trains."
+    "What one training step computes: parts of the batch, layers that they pass through, and numbers of weights."
     parts: int  # parts of the batch whose activations are there at once
     heads: int  # parts that go through the head
     layers: int  # that the parts go through
@@ -107,7 +111,7 @@ def _trained_counts(plan: Plan, layers: int, head: bool) -> dict[str, int]:
 
 # %% ../../nbs/training/memory.ipynb #91d49b88
 def step_shape(plan: Plan) -> StepShape:
-    "The shape of a step of a checked plan's method."
+    "Return the `StepShape` of a plan's method; the plan must come from `check_plan`."
     method, m = method_of(plan), plan.model
     together = bool(LAYOUTS[plan.layout].stage)  # without DeepSpeed each term has a backward of its own
     at_once = sum if together else max
@@ -126,7 +130,11 @@ def step_shape(plan: Plan) -> StepShape:
 
 # %% ../../nbs/training/memory.ipynb #9951fb4b
 class Arithmetic(NamedTuple):
-    "Bytes a token: of a number in the layer's input, and what a layer keeps and works with for each unit of a width."
+    """Bytes per token that a layer needs in one way of computing (one of `ARITHMETICS`).
+
+    `input`: for each number in the layer's input. `hidden`, `attention`, `inner` and `rank`: kept for the backward
+    pass, for each unit of that width; `mask`: the same for each token of the row. `work_inner` and `work_hidden`:
+    needed in addition while the layer's backward pass runs, for each unit of that width."""
     input: int
     hidden: int
     attention: int
@@ -146,7 +154,7 @@ ARITHMETICS = {
 
 # %% ../../nbs/training/memory.ipynb #0aa5d803
 def arithmetic(plan: Plan) -> str:
-    "The name of a plan's arithmetic."
+    "Return the way in which a plan computes, a key of `ARITHMETICS`."
     layout = LAYOUTS[plan.layout]
     if layout.base:
         return "lora" if plan.gpus else "lora_fp32"
@@ -155,7 +163,7 @@ def arithmetic(plan: Plan) -> str:
     return "bf16" if layout.stage else "autocast"
 
 def layer_activations(plan: Plan) -> tuple[float, float]:
-    "Bytes a token that one layer keeps for its backward, and that its backward works with."
+    "Return two numbers of bytes per token: what a layer keeps for its backward pass, and what this pass adds."
     m, a = plan.model, ARITHMETICS[arithmetic(plan)]
     of_widths = a.hidden * m.hidden + a.attention * m.attention + a.inner * m.inner
     kept = of_widths + a.rank * plan.rank + a.mask * plan.length + 4 * m.heads + 8
@@ -163,7 +171,10 @@ def layer_activations(plan: Plan) -> tuple[float, float]:
 
 # %% ../../nbs/training/memory.ipynb #80743acd
 def moments(plan: Plan) -> Iterator[dict[str, float]]:
-    "Bytes of activations, logits, waiting gradients and temporary copies of weights, at moments that can be the worst."
+    """Iterate over the moments of a step that may need the most memory, each as bytes per GPU by part.
+
+    The parts are `activations`, `logits`, `waiting` (gradients that wait for the optimizer's step, or what that step
+    needs) and `copies` (temporary copies of weights)."""
     m, a, step = plan.model, ARITHMETICS[arithmetic(plan)], step_shape(plan)
     tokens, of_logits = plan.rows * plan.length, plan.rows * plan.labelled * m.vocab
     kept, work = layer_activations(plan)
@@ -201,7 +212,7 @@ def _transient(plan: Plan) -> float:
     return 2 * m.linear // m.layers if arithmetic(plan) == "autocast" else 0
 
 def _step(plan: Plan, step: StepShape) -> float:
-    "Bytes that the optimizer's step needs for a while: gradients in fp32, and torch's AdamW copies of what it updates."
+    "Bytes that the optimizer's step needs temporarily: fp32 gradients, and the copies that torch's AdamW makes."
     layout, torch_adamw = LAYOUTS[plan.layout], plan.optim.startswith("adamw_torch")
     if layout.offload or layout.base:
         return 0
@@ -213,7 +224,7 @@ def _step(plan: Plan, step: StepShape) -> float:
 
 # %% ../../nbs/training/memory.ipynb #542544b9
 def resident(plan: Plan) -> dict[str, float]:
-    "Bytes by part that are there at every moment of training, per GPU."
+    "Return the bytes per GPU, by part, that are needed throughout training."
     m, layout, step, n = plan.model, LAYOUTS[plan.layout], step_shape(plan), max(1, plan.gpus)
     p, state = m.parameters, OPTIMIZERS[plan.optim]
     several = 1 + (plan.gpus > 1)  # ZeRO-2 keeps an adapter's gradients twice
@@ -245,5 +256,5 @@ def memory_parts(plan: Plan) -> dict[str, float]:
     return with_margin(plan, parts)
 
 def with_margin(plan: Plan, parts: dict[str, float]) -> dict[str, float]:
-    "The parts with a margin on a GPU: 1 GB for CUDA's context, and 5% for fragmentation."
+    "Return the parts with a `margin` added: on a GPU 1 GB for CUDA's context plus 5% for fragmentation, otherwise 0."
     return {**parts, "margin": GB + 0.05 * sum(parts.values()) if plan.gpus else 0.0}

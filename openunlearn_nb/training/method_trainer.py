@@ -37,14 +37,16 @@ def reference_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMode
 
 # %% ../../nbs/training/method_trainer.ipynb #4ee0a9c8
 class MethodLosses(ResumedTraining):
-    "Computes and logs the losses of a method."
+    "Trainer base class that holds a method and its reference model, and records the losses of forward passes."
     loss_is_scaled_for_ga = False
     method: Method
     ref_model: Any
     terms: tuple[str, ...]  # those that the next loss is made of
 
     def use(self, method: Method, ref_model: PreTrainedModel | AdapterOff | None) -> None:
-        "Train by this method from now on, with this model as its reference."
+        """Set the method to train by, and its reference model (None if it needs none), and reset the recorded losses.
+
+        Raises OpenUnlearnError under DeepSpeed for a method that makes its gradients itself."""
         self.method, self.ref_model = method, ref_model
         self.all_terms = method.terms[::-1]  # the retain term's backward first
         self.terms = self.all_terms
@@ -56,7 +58,9 @@ class MethodLosses(ResumedTraining):
                                    "on one GPU or with DDP.")
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        "The forwards of a step, each with the `counts` that make their mean that of the whole effective batch."
+        """Return the batches of one optimizer step, each with `counts` added (unless `compat` is given).
+
+        `counts`: by term, divisors of the losses that make their mean that over the whole effective batch."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and not self.method.compat:
             of_each = [self.method.counts(batch) for batch in batches]
@@ -68,17 +72,17 @@ class MethodLosses(ResumedTraining):
         return batches, items
 
     def note(self, losses: dict[str, torch.Tensor]) -> None:
-        "Remember the losses of a forward, for the step and for the log."
+        "Record the losses of a forward pass by term, for the current step and for the next log entry."
         for term, value in losses.items():
             self.forwards[term].append(value)
             self.unlogged[term].append(value)
 
 # %% ../../nbs/training/method_trainer.ipynb #df364837
 class LoggedLosses(MethodLosses):
-    "Losses of training, of evaluation, and of the log."
+    "Trainer base class that computes a method's loss in training and evaluation, and logs its terms."
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        "The loss of a batch, of the current `terms`."
+        "Return the method's loss of a batch, summed over the current `terms`; in training, also record each term."
         with self.accelerator.autocast():  # the reference's forward in the same precision as the model's
             loss, parts = self.method.loss(model, inputs, self.ref_model, self.terms)
         if model.training:
@@ -88,13 +92,13 @@ class LoggedLosses(MethodLosses):
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        "The method's loss of a batch, without gradient."
+        "Return the method's loss of a batch, without gradient, as (loss, None, None)."
         with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
     def log(self, logs, start_time=None):
-        "Log the mean of each term and the method's own numbers too."
+        "Log as transformers does, with the mean of each loss term (`loss/TERM`) and the method's own numbers."
         if "loss" in logs:
             for term, values in self.unlogged.items():
                 if values:
@@ -105,7 +109,9 @@ class LoggedLosses(MethodLosses):
 
 # %% ../../nbs/training/method_trainer.ipynb #1cff58c6
 class StepGradients:
-    "Gradients of a step: `closure(term)` is a weighted term's, averaged over the step's forwards and all devices."
+    """Gradients of an optimizer step: calling it with a term returns the gradient of that term, times its weight.
+
+    Gradients are averaged over the step's forward passes and over all devices."""
 
     def __init__(self, trainer: "MethodTrainer"):
         self.trainer, self.loss = trainer, torch.zeros((), device=trainer.args.device)
@@ -147,7 +153,9 @@ class MethodTrainer(LoggedLosses):
 
     @without_cudnn_attention()
     def training_step(self, model, inputs, num_items_in_batch=None):
-        "A backward for each term; DeepSpeed wants one for both."
+        """Run the forward and backward passes of a batch: one for each term, or a single one under DeepSpeed.
+
+        Returns the loss. Methods that make their gradients themselves go through `own_gradients`."""
         if self.is_deepspeed_enabled:
             return super().training_step(model, inputs, num_items_in_batch)
         if self.method.changes_gradients:
@@ -178,13 +186,16 @@ def _without_fp64(part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value.float() if value.dtype == torch.float64 else value for key, value in part.items()}
 
 def on_device(batch: Any, device: torch.device) -> Any:
-    "A batch on a device, uncast but for fp64 on Apple's GPUs."
+    "Move a batch to a device with its dtypes unchanged, except that fp64 becomes fp32 on Apple GPUs."
     if device.type == "mps":
         batch = {part: _without_fp64(tensors) for part, tensors in batch.items()}
     return send_to_device(batch, device)
 
 def prepare_reference(trainer: MethodTrainer) -> None:
-    "Under DeepSpeed: hand it the reference model, and compute the reference's log-likelihoods of a sharded model."
+    """Under DeepSpeed, let DeepSpeed run the reference model, and compute missing log-likelihoods of the reference.
+
+    The latter only if the method needs them and the trained model is sharded, so that they could not be computed
+    before."""
     if isinstance(trainer.ref_model, PreTrainedModel):
         trainer.ref_model = sharded_reference(trainer.ref_model, trainer.accelerator)
     if "ref_nll" in trainer.method.needs and is_sharded(trainer.model):
@@ -193,7 +204,9 @@ def prepare_reference(trainer: MethodTrainer) -> None:
         set_reference(data, partial(with_ref_nll, trainer.model_wrapped, pad_id=pad_id, compat=compat))
 
 def own_gradients(trainer: MethodTrainer, model: nn.Module, inputs: dict) -> torch.Tensor:
-    "Collect a step's batches; at the last one let the method make the gradient, and store it as `p.grad`."
+    """Collect a step's batches; at the last one, let the method make the gradient and store it as `p.grad`.
+
+    Returns the loss of the step at its last batch, and 0 before."""
     trainer.batches.append(inputs)
     if not trainer.accelerator.sync_gradients:
         return torch.zeros((), device=trainer.args.device)

@@ -32,7 +32,7 @@ from ..models.scoring import score
 # %% ../../nbs/training/pairs.ipynb #2b2bfea5
 @dataclass(frozen=True)
 class TrainConfig:
-    "A recipe; the defaults are those of the published TOFU tables (OpenUnlearning, arXiv 2506.12618)."
+    "A training recipe; the defaults are those of the published TOFU tables (OpenUnlearning, arXiv 2506.12618)."
     learning_rate: float = 1e-5
     epochs: int = 10
     effective_batch: int = 32  # rows a step, over all devices
@@ -50,16 +50,20 @@ class TrainConfig:
     reproducible: bool = False  # in fp64 with rounded gradients: the same weights on every processor; small Llamas
 
     def as_dict(self) -> dict[str, Any]:
-        "For a record: `arguments` and `reproducible` only where they are given, as version 0.1 wrote it."
+        """Return the recipe as a dictionary for a run record.
+
+        `arguments` and `reproducible` are left out if they are not set, as in the records of version 0.1."""
         later = ("arguments", "reproducible")
         return {name: value for name, value in asdict(self).items() if name not in later or value}
 
     def rows(self, n_devices: int) -> int:
-        "Rows per device and forward: `batch_size`, or less where several devices share a small effective batch."
+        "Return the rows per device and forward pass: `batch_size`, or fewer for a small effective batch."
         return min(self.batch_size, max(1, self.effective_batch // n_devices))
 
     def accumulation(self, n_devices: int) -> int:
-        "Forwards per optimizer step on each device. Raises where no whole number of them makes up the batch."
+        """Return the number of forward passes per optimizer step on each device.
+
+        Raises OpenUnlearnError if no whole number of them makes up the effective batch."""
         steps, rest = divmod(self.effective_batch, self.rows(n_devices) * n_devices)
         if rest:
             raise OpenUnlearnError(f"An effective batch of {self.effective_batch} cannot be made of {n_devices} x "
@@ -79,9 +83,9 @@ def draws(n: int, choices: int, epoch: int, seed: int, stream: int) -> np.ndarra
     return np.random.default_rng((seed, epoch, stream)).integers(choices, size=n)
 
 class PairDataset(Dataset):
-    """Examples to forget, each with a retain example and an alternate drawn anew every epoch.
+    """Items `{part: example}`: an example to forget, a retain example drawn anew each epoch, an alternate if given.
 
-    `alternates`: for each epoch, a list as long as `forget`. Without `forget`, plain retain examples."""
+    `alternates`: for each epoch a list as long as `forget`, used in turn. Without `forget`: retain examples."""
 
     def __init__(self, forget: list[dict], retain: list[dict], alternates: list[list[dict]] | None = None,
                  seed: int = 0, same_draws: bool = False):
@@ -101,7 +105,7 @@ class PairDataset(Dataset):
 
     @property
     def lengths(self) -> list[int]:
-        "Tokens of each example to forget; of each retain example where there is nothing to forget."
+        "Number of tokens of each example to forget, or of each retain example if there is nothing to forget."
         return [len(example["input_ids"]) for example in self.forget or self.retain]
 
     def __getitem__(self, i: int) -> dict[str, dict]:
@@ -119,14 +123,16 @@ class PairDataset(Dataset):
 WINDOW = 10  # batches of rows that are sorted together
 
 class LengthGroups(Sampler[int]):
-    "Indices of a data set's rows, those of like length in one batch, in another order each epoch."
+    """Sampler that puts rows of similar length into the same batch, in another order each epoch.
+
+    `lengths`: tokens of each row. `batch`: rows per batch."""
 
     def __init__(self, lengths: Sequence[int], batch: int, seed: int):
         self.lengths, self.batch, self.seed = lengths, batch, seed
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        "Take the order of an epoch, counted from 0; it is the same for the same seed."
+        "Use the order of an epoch, counted from 0; it depends only on the seed and the epoch."
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -143,7 +149,9 @@ class LengthGroups(Sampler[int]):
         yield from last  # it may be smaller
 
 def length_groups(data: PairDataset, args: TrainingArguments) -> LengthGroups | None:
-    "The sampler that `train_sampling_strategy` asks for; None where it is transformers' own. Raises where none can be."
+    """Return the sampler for the strategy `group_by_length`; None if transformers' own sampler is to be used.
+
+    Raises OpenUnlearnError for the `train_sampling_strategy` `batch_rebalance`."""
     if args.train_sampling_strategy == "batch_rebalance":
         raise OpenUnlearnError("train_sampling_strategy 'batch_rebalance' cannot weigh rows of several parts; give "
                                "random, sequential or group_by_length.")
@@ -154,10 +162,10 @@ def length_groups(data: PairDataset, args: TrainingArguments) -> LengthGroups | 
 # %% ../../nbs/training/pairs.ipynb #011a3bd4
 def collate_parts(items: list[dict[str, dict]], pad_id: int,
                   compat: str | None = None) -> dict[str, dict[str, torch.Tensor]]:
-    """A batch of a `PairDataset`'s items: each part's `input_ids`, `attention_mask` and `labels`, `[rows, length]`.
+    """Collate `PairDataset` items into `{part: {name: tensor}}`, with tensors `[rows, length]`.
 
-    Padded on the right. `ref_nll`, `[rows]` in fp64, goes along where it was computed beforehand. `compat`: as the
-    reference code does."""
+    The names are `input_ids`, `attention_mask` and `labels`. Rows are padded on the right. `ref_nll`, `[rows]` in fp64,
+    is added if the examples have it. With `compat`, attention masks and positions are those of the reference code."""
     batch = {}
     for part in items[0]:
         examples = [item[part] for item in items]
@@ -173,9 +181,9 @@ def collate_parts(items: list[dict[str, dict]], pad_id: int,
 # %% ../../nbs/training/pairs.ipynb #f4a9a013
 @torch.no_grad()
 def with_ref_nll(model: nn.Module, examples: list[dict], pad_id: int, compat: str | None = None) -> list[dict]:
-    """The examples, each with `ref_nll`: the summed NLL of its labels, in nats.
+    """Return the examples with `ref_nll` added: the summed negative log-likelihood of the labels, in nats.
 
-    Of a sharded model all processes must call it."""
+    If the model is sharded, all processes must call it. With `compat`, batches are made as in the reference code."""
     device = next(model.parameters()).device
     half = device.type == "cuda" and computes_in_bf16()
     with torch.autocast(device.type, torch.bfloat16, enabled=half):  # as in training
@@ -187,7 +195,7 @@ def with_ref_nll(model: nn.Module, examples: list[dict], pad_id: int, compat: st
 
 def _in_step(model: nn.Module, examples: list[dict], pad_id: int, device: torch.device,
              compat: str | None) -> list[float]:
-    "Summed NLLs, eight rows a forward. Every process makes the same number of forwards."
+    "Summed NLLs, eight rows per forward pass. Every process makes the same number of forward passes."
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
     groups = [order[i:i + 8] for i in range(0, len(order), 8)]
     found: dict[int, float] = {}
@@ -204,7 +212,9 @@ def _in_step(model: nn.Module, examples: list[dict], pad_id: int, device: torch.
 # %% ../../nbs/training/pairs.ipynb #16b446a0
 def alternate_examples(questions: Sequence[str], answers: Sequence[Sequence[str]], enc: Encoder,
                        config: TrainConfig) -> list[list[dict]]:
-    "For each epoch, each question with one of its other `answers` (a list a question) drawn for it, as examples."
+    """Return, for each epoch, every question encoded with one of its other `answers`, which is drawn at random.
+
+    `answers`: for each question, a list of responses."""
     n, most = len(questions), max(map(len, answers))
     picks = [k for epoch in range(config.epochs) for k in draws(n, most, epoch, config.seed, 1)]
     responses = [answers[i % n][k % len(answers[i % n])] for i, k in enumerate(picks)]
@@ -213,7 +223,7 @@ def alternate_examples(questions: Sequence[str], answers: Sequence[Sequence[str]
 
 # %% ../../nbs/training/pairs.ipynb #f7cbfd98
 def is_labelled(example: dict) -> bool:
-    "Whether a loss can be taken on an example; its first token is never predicted."
+    "Return whether an example has a labelled token to compute a loss on; its first token is never predicted."
     return any(label != -100 for label in example["labels"][1:])
 
 def _check_left(what: str, given: list[dict], left: Iterable) -> None:
@@ -222,9 +232,11 @@ def _check_left(what: str, given: list[dict], left: Iterable) -> None:
 
 def build_dataset(model: PreTrainedModel, pad_id: int, method: Method, forget: list[dict], retain: list[dict],
                   alternates: list[list[dict]] | None, seed: int) -> PairDataset:
-    """The data set of a method's parts, with the reference's log-likelihoods if the method needs them.
+    """Return the training data for a method, with the reference model's log-likelihoods if the method needs them.
 
-    Those of a sharded model are left out: it computes only once DeepSpeed drives it (see `set_reference`)."""
+    Examples without a labelled token are left out. If the model is sharded, the log-likelihoods are added later, once
+    DeepSpeed runs it (see `set_reference`). Raises OpenUnlearnError if the method needs alternates that are not given,
+    or if no example is left."""
     if method.alternates and not alternates:
         raise OpenUnlearnError(f"{method.name} needs another answer to every question to forget; give alternates, a "
                                "list for each epoch.")
@@ -241,7 +253,9 @@ def build_dataset(model: PreTrainedModel, pad_id: int, method: Method, forget: l
     return data
 
 def set_reference(data: PairDataset, with_nll: Callable[[list[dict]], list[dict]]) -> None:
-    "Give examples to forget and alternates their `ref_nll`; `with_nll` takes examples and returns them with it."
+    """Add `ref_nll` to a data set's examples to forget and alternates.
+
+    `with_nll`: a function that takes examples and returns them with `ref_nll`."""
     data.forget = with_nll(data.forget)
     if data.alternates:
         n, flat = len(data.forget), with_nll([e for epoch in data.alternates for e in epoch])

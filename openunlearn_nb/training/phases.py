@@ -30,7 +30,7 @@ def _number(plan: Plan) -> int:
     return 2 if plan.gpus else 4
 
 def cache_bytes(plan: Plan) -> int:
-    "Bytes of one token's keys and values, in all layers."
+    "Return the bytes of one token's keys and values in all layers (the KV cache)."
     return 2 * plan.model.layers * plan.model.keys * _number(plan)
 
 # %% ../../nbs/training/phases.ipynb #ac7bc3cb
@@ -43,9 +43,10 @@ def _prefill(plan: Plan, rows: int, tokens: int) -> Iterator[Moment]:
 
 # %% ../../nbs/training/phases.ipynb #6998dc20
 def scoring(plan: Plan, rows: int = 1, questions: int = 0) -> Moment:
-    """The worst moment while `rows` rows of `length` tokens are scored together.
+    """Return the worst moment, in bytes by part, while `rows` rows of `length` tokens are scored together.
 
-    `questions`: how many questions are read for several rows each; 0 if every row is read by itself."""
+    `questions`: the number of questions whose keys and values are cached, each for several rows; 0 if every row is read
+    by itself."""
     m, size = plan.model, _number(plan)
     prefix = plan.length - plan.labelled if questions else 0
     cache = cache_bytes(plan) * (questions * prefix + rows * plan.length) * bool(questions)
@@ -58,7 +59,9 @@ def scoring(plan: Plan, rows: int = 1, questions: int = 0) -> Moment:
 
 # %% ../../nbs/training/phases.ipynb #ba8d788c
 def generating(plan: Plan, rows: int = 1) -> Moment:
-    "The worst moment while `rows` answers of `new_tokens` tokens to prompts of `length` are generated together."
+    """Return the worst moment while answers to `rows` prompts are generated together, in bytes by part.
+
+    Prompts have the plan's `length` tokens, answers its `new_tokens`."""
     m, size = plan.model, _number(plan)
     held = plan.length + (SPARE_TOKENS + 1) * math.ceil(plan.new_tokens / (SPARE_TOKENS + 1))
     repeated = 2 * rows * held * m.attention * size * (m.keys < m.attention)
@@ -67,7 +70,7 @@ def generating(plan: Plan, rows: int = 1) -> Moment:
     return heaviest([*_prefill(plan, rows, plan.length), decoding])
 
 def evaluation_moment(plan: Plan, rows: int = 1) -> Moment:
-    "The worst moment of an evaluation of `rows` rows at a time, without the weights."
+    "Return the worst moment of an evaluation of `rows` rows at a time, in bytes by part, without the weights."
     return heaviest([scoring(plan, rows), scoring(plan, rows, questions=rows), generating(plan, rows)])
 
 # %% ../../nbs/training/phases.ipynb #70d39b8b
@@ -134,7 +137,7 @@ _MOMENTS: dict[str, Callable[[Plan], Iterator[Moment]]] = {
     "load": _loading, "merge": _merging, "evaluate": _evaluating, "eval-each": _evaluating_each_epoch}
 
 def phase_parts(plan: Plan, phase: str) -> dict[str, float]:
-    "Bytes by part (`PARTS`), per GPU, at the worst moment of a phase (of `PHASES`), with a margin."
+    "Return the bytes per GPU by part (`PARTS`) at the worst moment of a phase (one of `PHASES`), with a margin."
     if phase == "train":
         return memory_parts(plan)
     plan = check_plan(plan)
@@ -144,11 +147,11 @@ def phase_parts(plan: Plan, phase: str) -> dict[str, float]:
 VERDICTS = ("fits", "fits with paging", "does not fit")
 
 def without_paged(plan: Plan, parts: Mapping[str, float]) -> float:
-    "Bytes that are left of the parts once a paged optimizer's state is on the host."
+    "Return the total bytes of the parts, without the state of a paged optimizer, which can move to the host."
     return sum(parts.values()) - parts["optimizer"] * plan.optim.startswith("paged")
 
 def phase_verdict(plan: Plan, parts: Mapping[str, float]) -> str:
-    "Whether a checked plan has the memory for these parts: one of `VERDICTS`."
+    "Return whether the memory of a checked plan suffices for these parts (bytes per GPU), as one of `VERDICTS`."
     if sum(parts.values()) <= plan.memory * GB:
         return VERDICTS[0]
     return VERDICTS[1] if without_paged(plan, parts) <= plan.memory * GB else VERDICTS[2]
@@ -161,9 +164,9 @@ def verdict(plan: Plan) -> str:
 
 # %% ../../nbs/training/phases.ipynb #26f0f1a9
 def largest_batch(plan: Plan, paging: bool = False, most: int = 4096) -> int:
-    """The most rows per GPU and forward with which a run fits, up to `most`; 0 where not even one does.
+    """Return the most rows per GPU and forward pass with which a run fits, up to `most`; 0 if not even one row fits.
 
-    `paging`: fits with paging at least."""
+    `paging`: count `fits with paging` as fitting, too."""
     plan, good = check_plan(plan), VERDICTS[:1 + paging]
 
     def fits(rows: int, phase: str) -> bool:
@@ -179,9 +182,9 @@ def largest_batch(plan: Plan, paging: bool = False, most: int = 4096) -> int:
 
 # %% ../../nbs/training/phases.ipynb #3328964b
 def host_memory(plan: Plan) -> float:
-    """Bytes of the machine's own memory that a run needs.
+    """Return the bytes of the machine's own memory that a run on GPUs needs, over all its GPUs.
 
-    For what is offloaded or may be paged, and for whole models while they are read and put together."""
+    This is for what is offloaded or may be paged, and for whole models while they are read and put together."""
     plan = check_plan(plan)
     layout, whole = LAYOUTS[plan.layout], 2.0 * plan.gpus * plan.model.parameters
     read = whole if layout.stage or layout.base else 2 * whole
@@ -195,10 +198,10 @@ def host_memory(plan: Plan) -> float:
 ENOUGH = 8  # rows a forward with which a GPU no longer waits for kernels (an estimate; benchmarks/gpu.py measures it)
 
 def fitting_rows(plan: Plan, effective: int, checkpointing: bool | None = None) -> tuple[int, bool]:
-    """Rows a forward, and whether to use gradient checkpointing: what makes the fastest step that fits one GPU.
+    """Return (rows per forward pass, whether to use gradient checkpointing) for the fastest step that fits one GPU.
 
-    The rows are a divisor of the effective batch. `checkpointing`: whether to use it, where that is given.
-    Where nothing fits, it is one row with checkpointing."""
+    The rows divide the effective batch. `checkpointing`: whether to use it; None leaves the choice open. If nothing
+    fits, the answer is one row, with checkpointing unless it was given as False."""
     def most(saving: bool) -> int:
         plans = [replace(plan, rows=rows, checkpointing=saving, accumulates=rows < effective)
                  for rows in range(1, effective + 1) if effective % rows == 0]

@@ -45,11 +45,12 @@ def _is_possible(layout: str, gpus: int) -> bool:
     return not stage and base != "nf4"
 
 def plan_table(plan: Plan) -> list[dict[str, Any]]:
-    """A row for each layout that is possible, in bytes per GPU.
+    """Return a row (a dictionary) for each possible layout; sizes are in bytes per GPU, except `host`.
 
     By phase: `phases` (parts), `totals`, `paged_out` (totals without what can be paged), `least` (the same with one
-    row), `verdicts`. Of training: `parts`, `total`, `without_paged`. Of the whole: `verdict`, `most_rows`, `host`
-    (the machine's memory), and what evaluating leaves for keys and values (`left`, `cache_bytes` a token)."""
+    row), `verdicts`. Of training: `parts`, `total`, `without_paged`. Of the whole run: `verdict`, `most_rows`, `host`
+    (bytes of the machine's own memory), and what an evaluation leaves for keys and values (`left`, in all, and
+    `cache_bytes`, per token)."""
     return [_row(check_plan(replace(plan, layout=name))) for name in LAYOUTS if _is_possible(name, plan.gpus)]
 
 # %% ../../nbs/training/plan_tables.ipynb #d414e7dc
@@ -59,12 +60,12 @@ def _preference(row: Mapping[str, Any]) -> tuple[bool, int, int]:
     return row["verdict"] == VERDICTS[2], 2 * bool(layout.base) + layout.offload, VERDICTS.index(row["verdict"])
 
 def recommend(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    "The row of a table to take, of those that fit in every phase; None where nothing fits even with one row."
+    "Return the row of a table to use, among those in which at least one row per GPU fits; None if there is none."
     return min((row for row in rows if row["most_rows"]), key=_preference, default=None)
 
 # %% ../../nbs/training/plan_tables.ipynb #5fe238ad
 def nearest(plan: Plan, rows: list[dict[str, Any]]) -> str:
-    "One sentence on a table in which nothing fits: which phase of which layout lacks the least."
+    "Return a sentence on a table in which nothing fits: which layout needs the least memory, and in which phase."
     row = min(rows, key=lambda row: max(row["least"].values()))
     phase = max(row["least"], key=row["least"].__getitem__)
     never = [name for name in EVERY_RUN if all(r["least"][name] > plan.memory * GB for r in rows)]
@@ -103,7 +104,7 @@ def _verdict_text(row: Mapping[str, Any]) -> str:
     return "no: " + ("every phase" if len(lacking) == len(EVERY_RUN) else ", ".join(lacking))
 
 def plan_text(rows: list[dict[str, Any]]) -> str:
-    "A table of totals in GB by layout and phase; `*`: fits with paging, `!`: does not fit."
+    "Return a text table of total memory in GB by layout and phase; `*`: fits with paging, `!`: does not fit."
     mark = dict(zip(VERDICTS, (" ", "*", "!")))
     lines = []
     for row in rows:
@@ -117,7 +118,7 @@ def _part_line(name: str, of: Callable[[str], float]) -> list[str]:
     return [name, *(f"{of(phase) / GB:.1f}" for phase in PHASES), ""]
 
 def parts_text(row: Mapping[str, Any]) -> str:
-    "A row's parts in GB by phase; parts that no phase has are left out."
+    "Return a text table of a row's parts in GB by phase, without the parts that are 0 in every phase."
     there = [name for name in PARTS if any(row["phases"][phase][name] for phase in PHASES)]
     lines = [_part_line(name, lambda phase: row["phases"][phase][name]) for name in there]
     lines.append(_part_line("total", row["totals"].__getitem__))
@@ -127,9 +128,9 @@ def parts_text(row: Mapping[str, Any]) -> str:
 
 # %% ../../nbs/training/plan_tables.ipynb #9a92ac52
 def rows_to_run(plan: Plan, most: int, effective: int) -> int:
-    """The most rows per GPU, no more than planned nor than `most`, of which whole forwards make up the effective batch.
+    """Return the most rows per GPU, up to the plan's and up to `most`, that divide the effective batch evenly.
 
-    An effective batch that cannot be divided among the GPUs raises OpenUnlearnError."""
+    Raises OpenUnlearnError if the effective batch cannot be divided among the GPUs."""
     gpus = max(1, plan.gpus)
     if effective % gpus:
         raise OpenUnlearnError(f"The published effective batch of {effective} rows cannot be shared out "
@@ -146,7 +147,7 @@ def _launcher(layout: str, processes: int) -> str:
             f"--num_processes {processes} -m openunlearn_nb")
 
 def launch_line(model: str, plan: Plan, row: Mapping[str, Any], benchmark: str = DEFAULT_BENCHMARK) -> str:
-    "The command that runs a row of the plan."
+    "Return the shell command that runs the plan with the layout of a row from `plan_table`."
     rows = rows_to_run(plan, row["most_rows"], published_recipe(benchmark, plan.method).effective_batch)
     of, command = BENCHMARKS.find(benchmark), benchmark.lower()
     what = f"train --benchmark {benchmark} --method {plan.method} --output runs/{command}"
@@ -160,7 +161,7 @@ def launch_line(model: str, plan: Plan, row: Mapping[str, Any], benchmark: str =
 
 # %% ../../nbs/training/plan_tables.ipynb #ce8116a9
 def shell_lines(command: str, width: int = 96) -> str:
-    "A command over several lines of at most `width` columns, broken before options."
+    "Break a command before its options into lines of at most `width` columns, joined by backslashes."
     lines: list[str] = []
     for piece in re.split(r" (?=-)", command):
         if lines and len(lines[-1]) + len(piece) + 3 <= width:

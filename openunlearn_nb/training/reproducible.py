@@ -51,7 +51,9 @@ def _rotary(rotary: LlamaRotaryEmbedding, x: Tensor, position_ids: Tensor) -> tu
 _IN_FP64: dict[type, Callable[..., Any]] = {LlamaRMSNorm: _rms_norm, LlamaRotaryEmbedding: _rotary}
 
 def in_fp64(model: nn.Module) -> nn.Module:
-    "A Llama, changed in place to compute in fp64 throughout. Raises for other architectures."
+    """Change a Llama in place so that it computes in fp64 throughout, and return it.
+
+    Raises OpenUnlearnError for other architectures, and for rotary positions other than the default ones."""
     rotary = [m for m in model.modules() if isinstance(m, LlamaRotaryEmbedding)]
     if not isinstance(model, LlamaForCausalLM) or any(m.rope_type != "default" for m in rotary):
         raise OpenUnlearnError(f"A reproducible training is for small Llamas with plain rotary positions, such as the "
@@ -62,7 +64,7 @@ def in_fp64(model: nn.Module) -> nn.Module:
     return model.double()
 
 def in_fp32_again(model: nn.Module) -> nn.Module:
-    "The model with its weights rounded to fp32 and transformers' own norms and positions."
+    "Undo `in_fp64` in place: round the weights to fp32, restore norms and rotary positions; returns the model."
     for module in model.modules():
         if type(module) in _IN_FP64:
             module.__dict__.pop("forward", None)
@@ -70,7 +72,9 @@ def in_fp32_again(model: nn.Module) -> nn.Module:
 
 # %% ../../nbs/training/reproducible.ipynb #da434871
 def can_be_reproducible(quantized: bool = False) -> bool:
-    "Whether this process can train in fp64. Warns where it cannot: Apple GPU, DeepSpeed, quantized weights."
+    """Return whether this process can train in fp64; warns if it cannot.
+
+    It cannot on an Apple GPU, under DeepSpeed, or if the model's weights are `quantized`."""
     reasons = {"on an Apple GPU": device_type() == "mps", "under DeepSpeed": under_deepspeed(),
                "over quantized weights": quantized}
     why = next((reason for reason, holds in reasons.items() if holds), None)
@@ -80,9 +84,9 @@ def can_be_reproducible(quantized: bool = False) -> bool:
 
 @contextmanager
 def reproducible(model: nn.Module, wanted: bool) -> Iterator[list[TrainerCallback]]:
-    """A context to train a model in, with the callbacks that the trainer needs: none where it is not wanted.
+    """Context manager in which a model computes in fp64; yields the callbacks that its trainer needs.
 
-    The model computes in fp64 inside, and its weights are fp32 after it."""
+    Afterwards the weights are fp32. Unless `wanted`, the model stays as it is and the list of callbacks is empty."""
     if not wanted:
         yield []
         return

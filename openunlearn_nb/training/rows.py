@@ -45,6 +45,9 @@ def _encode(row: dict, enc: Encoder) -> dict:
                            f"labels; this one has {', '.join(row) or 'nothing'}.")
 
 def encode_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> list[dict]:
-    "Rows (a list or a `datasets.Dataset`) as `input_ids` and `labels`, the prompt in the tokenizer's own format."
+    """Encode rows (a list or a `datasets.Dataset`) as `input_ids` and `labels`, in the tokenizer's own prompt format.
+
+    A row has prompt and completion, question and answer, messages, text, or input_ids. `max_length`: limit in tokens
+    for texts; rows given as input_ids are not cut. Raises OpenUnlearnError for any other row."""
     enc = Encoder(tokenizer, prompt_format(None, tokenizer), max_length)
     return [_encode(row, enc) for row in rows or []]

@@ -26,7 +26,10 @@ def _warn_of_repeated_rows(rows: int, n_examples: int) -> None:
                       "them avoids it.")
 
 def check_launch(args: TrainingArguments, quantized: bool, n_examples: int) -> None:
-    "Set up a launch of several processes: raise where it cannot train, and warn of what will be otherwise than in one."
+    """Check a launch of several processes or of DeepSpeed; raises OpenUnlearnError if it cannot train.
+
+    Warns of what differs from training in one process, and fills in missing DeepSpeed settings. `quantized`: whether
+    the model's weights are in four bits. `n_examples`: rows per epoch."""
     if launched_processes() == 1 and not under_deepspeed():
         return
     _warn_of_repeated_rows(args.per_device_train_batch_size, n_examples)
@@ -48,7 +51,7 @@ def check_launch(args: TrainingArguments, quantized: bool, n_examples: int) -> N
 # %% ../../nbs/training/several_processes.ipynb #7378cc21
 @contextmanager
 def fresh_accelerator() -> Iterator[None]:
-    "A context after which DeepSpeed's settings of this run are forgotten: the next run's are others."
+    "Context manager that forgets this run's Accelerate and DeepSpeed settings at its end, as the next run's differ."
     from accelerate.state import AcceleratorState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     try:

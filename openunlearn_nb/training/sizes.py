@@ -31,7 +31,7 @@ SHAPES = {
 }
 
 def model_config(model: str) -> PretrainedConfig:
-    "The config of a preset, a folder or a Hub id; one sentence where there is none."
+    "Return the config of a preset, a folder or a Hub id; raises OpenUnlearnError if there is none."
     preset = PRESETS.get(model) or preset_of(model)
     path = preset.base if preset and not Path(model).is_dir() else model
     if path in SHAPES:
@@ -45,7 +45,7 @@ def model_config(model: str) -> PretrainedConfig:
 # %% ../../nbs/training/sizes.ipynb #4ad3ab5c
 @dataclass(frozen=True)
 class Sizes:
-    "What a plan needs to know of a model: parameters by name, and the widths that activations depend on."
+    "What a memory plan needs to know of a model: parameter counts by name, and widths that set the activations."
     counts: Mapping[str, int] = field(repr=False)  # parameter name: numbers in it
     linear: int  # numbers in linear layers other than the head
     per_rank: int  # an adapter's numbers at rank 1 on all of these
@@ -60,17 +60,17 @@ class Sizes:
 
     @property
     def parameters(self) -> int:
-        "Numbers in all parameters."
+        "Number of weights in all parameters together."
         return sum(self.counts.values())
 
     @property
     def largest(self) -> int:
-        "Numbers in the largest parameter."
+        "Number of weights in the largest parameter."
         return max(self.counts.values())
 
 # %% ../../nbs/training/sizes.ipynb #c107a7c0
 def model_sizes(config: PretrainedConfig) -> Sizes:
-    "Sizes from a config; the model is built without memory for weights."
+    "Return the sizes of the model of a config; the model is built on the meta device, without memory for weights."
     c = config.get_text_config()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

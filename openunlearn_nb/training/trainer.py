@@ -40,7 +40,7 @@ from .several_processes import check_launch, fresh_accelerator
 
 # %% ../../nbs/training/trainer.ipynb #78c6a308
 def optimizer_of(config: TrainConfig) -> str:
-    "transformers' name of the recipe's optimizer."
+    "Return transformers' name of the optimizer: the recipe's if it names one, else a default for the device."
     if config.reproducible:
         return config.optim or "adamw_torch_fused"
     if config.optim or device_type() != "cuda":
@@ -55,7 +55,7 @@ def _steps(config: TrainConfig, n_examples: int, devices: int) -> tuple[int, int
     return of_epoch, config.max_steps or of_epoch * config.epochs
 
 def training_arguments(config: TrainConfig, n_examples: int, output_dir: str) -> TrainingArguments:
-    "transformers' arguments for a recipe on `n_examples` rows. Raises where they cannot be."
+    "Return transformers' `TrainingArguments` for `n_examples` rows; raises OpenUnlearnError if they are invalid."
     devices = launched_processes()
     of_epoch, steps = _steps(config, n_examples, devices)
     warmup = min(math.ceil(config.warmup_epochs * of_epoch), steps - 1)  # one step must count
@@ -77,9 +77,9 @@ def training_arguments(config: TrainConfig, n_examples: int, output_dir: str) ->
 
 # %% ../../nbs/training/trainer.ipynb #869fe923
 def in_evaluation_dtype(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model itself, its fp32 and fp64 weights rounded to the dtype of evaluation (default: the device's).
+    """Round a model's fp32 and fp64 weights in place to the dtype of evaluation, and return the model.
 
-    Buffers stay: rotary frequencies need fp32."""
+    `dtype`: None is the device's. Buffers are not rounded, since rotary frequencies need fp32."""
     dtype = dtype or evaluation_dtype()
     for p in model.parameters():
         if p.dtype in (torch.float32, torch.float64) and dtype != p.dtype:
@@ -88,7 +88,9 @@ def in_evaluation_dtype(model: nn.Module, dtype: torch.dtype | None = None) -> n
 
 @contextmanager
 def as_evaluated(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[PreTrainedModel]:
-    "A context in which a model is as it will be evaluated: rounded, no autocast, in evaluation mode."
+    """Context manager that yields a model as it will be evaluated: weights rounded, no autocast, evaluation mode.
+
+    At its end the weights, autocast and training mode are restored. `dtype`: as in `in_evaluation_dtype`."""
     masters = {name: p.data for name, p in model.named_parameters()}
     autocast = model.__dict__.pop("forward", None)
     try:
@@ -103,7 +105,9 @@ def as_evaluated(model: PreTrainedModel, dtype: torch.dtype | None = None) -> It
 AfterEpoch = Callable[[int, PreTrainedModel], None]  # called with the epochs done and an ordinary model
 
 def call_after_epoch(trainer: MethodTrainer, call: AfterEpoch, epoch: int, dtype: torch.dtype | None = None) -> None:
-    "Call a function with the model of this moment, in the precision of the final evaluation."
+    """Call `call(epoch, model)` with the current model in the precision of the final evaluation.
+
+    `dtype`: default is the device's; no effect on unquantized weights under DeepSpeed or with an adapter."""
     adapted, quantized = hasattr(trainer.model, "get_base_model"), getattr(trainer.model, "is_quantized", False)
     with torch.random.fork_rng(), unsharded():
         if quantized or not (trainer.is_deepspeed_enabled or adapted):
@@ -114,14 +118,16 @@ def call_after_epoch(trainer: MethodTrainer, call: AfterEpoch, epoch: int, dtype
 
 # %% ../../nbs/training/trainer.ipynb #cebb949d
 def release_training(trainer: MethodTrainer, keep: nn.Module | None = None) -> None:
-    "Release what DeepSpeed and the reference hold, except the weights of the module `keep`."
+    "Free the memory that DeepSpeed and the reference model hold, except the weights of the module `keep`."
     trainer.model_wrapped.destroy()
     release(trainer.model_wrapped, keep)
     if isinstance(trainer.ref_model, nn.Module):
         release(trainer.ref_model)
 
 def finished_model(trainer: MethodTrainer, for_saving: bool) -> PreTrainedModel:
-    "The trained model in one piece and evaluation mode; all else that training held is released."
+    """Return the trained model in one piece and in evaluation mode, its adapter merged in.
+
+    Under DeepSpeed all else is freed. `for_saving`: gather sharded weights on the main process only, in host memory."""
     model = trainer.model
     if not trainer.is_deepspeed_enabled:
         return (merge_adapter(model) if hasattr(model, "get_base_model") else model).eval()
@@ -171,14 +177,14 @@ class _EachEpoch(TrainerCallback):
 
 # %% ../../nbs/training/trainer.ipynb #3c22b475
 def started_method(name: str, settings: dict, compat: str | None, config: TrainConfig) -> Method:
-    "The method of a name with its settings, which knows the seed and the epochs of the training it is for."
+    "Return the method of a name with its settings, its state holding the seed and the epochs of the recipe."
     method = METHODS.find(name)(compat=compat, **settings)
     method.state.seed, method.state.epochs = config.seed, 0 if config.max_steps else config.epochs
     return method
 
 def with_reference(model: PreTrainedModel, method: Method,
                    config: TrainConfig) -> tuple[nn.Module, Any, list[nn.Parameter]]:
-    "The model to train (with its adapter, where there is one), its reference, and the parameters not to train."
+    "Return the model to train (with its adapter, if any), its reference model (or None), and the parameters to freeze."
     reached = method.trainable(model)
     if config.lora:
         model = with_adapter(model, config.lora, method.patterns, config.seed, reached)
@@ -189,7 +195,7 @@ def with_reference(model: PreTrainedModel, method: Method,
 
 @contextmanager
 def not_trained(parameters: list[nn.Parameter]) -> Iterator[None]:
-    "A context in which parameters are not trained."
+    "Context manager in which parameters do not require gradients; they require them again afterwards."
     for p in parameters:
         p.requires_grad_(False)
     try:
@@ -200,12 +206,12 @@ def not_trained(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 # %% ../../nbs/training/trainer.ipynb #c0fc71b5
 class Trained(NamedTuple):
-    "What training leaves."
+    "The result of a training: the model, and the loss of every step."
     model: PreTrainedModel
     losses: list[float]  # of every step
 
 def _run(trainer: MethodTrainer, checkpoint: Path | None) -> None:
-    "Train, from a checkpoint where there is one; memory that runs out is one sentence."
+    "Train, resuming from `checkpoint` if there is one; raises OpenUnlearnError if memory runs out."
     model, deepspeed = trainer.model, trainer.is_deepspeed_enabled
     try:
         if trainer.method.terms:
@@ -242,11 +248,13 @@ def train(model: PreTrainedModel, pad_id: int, method: str, forget: list[dict], 
           after_epoch: AfterEpoch | None = None, checkpoints: Path | None = None,
           identity: Mapping[str, Any] | None = None, for_saving: bool = False,
           dtype: torch.dtype | None = None) -> Trained:
-    """Train on encoded examples (`input_ids`, `labels`); `Finetune` trains on `retain` alone.
+    """Train a model by a method on encoded examples (`input_ids`, `labels`); `Finetune` trains on `retain` alone.
 
-    `alternates`: for each epoch, another response to each example to forget. `for_saving`: under DeepSpeed the main
-    process alone gets the trained model, in the host's memory, and the others an empty one. `dtype`: the precision in
-    which `after_epoch` gets the model (default: the device's)."""
+    `settings`: the method's. `alternates`: for each epoch, another response to each example to forget. `progress`: gets
+    the share of steps done. `after_epoch`: called after each epoch except the last, with the epochs done and the model
+    in precision `dtype` (default: the device's). `checkpoints`: their folder; a run of the same `identity` resumes from
+    the last one. `for_saving`: under DeepSpeed only the main process gets the model, in host memory (with an adapter
+    but without ZeRO-3: all). Raises OpenUnlearnError if memory runs out."""
     chosen = started_method(method, settings or {}, compat, config)
     if for_saving and chosen.answers_otherwise:
         raise OpenUnlearnError(f"{method} answers with another model than the one it trains, so there is no one model "

@@ -31,7 +31,9 @@ from .method_trainer import MethodTrainer, reference_copy
 # %% ../../nbs/training/unlearn.ipynb #61352b18
 def starting_model(model: PreTrainedModel | str | None, model_init: Callable[..., PreTrainedModel] | None,
                    tokenizer: PreTrainedTokenizerBase | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    "The model that a training starts from, and a tokenizer that fits it. Raises where there are two models, or none."
+    """Return the model that a training starts from, loaded if it is a name, and a tokenizer that fits it.
+
+    Raises OpenUnlearnError unless exactly one of `model` and `model_init` is given."""
     if (model is None) == (model_init is None):
         raise OpenUnlearnError("Give a model (one in memory, a folder or a Hub id), or a model_init that makes one.")
     if model_init is not None:
@@ -44,7 +46,10 @@ def starting_model(model: PreTrainedModel | str | None, model_init: Callable[...
 # %% ../../nbs/training/unlearn.ipynb #c4ff1993
 def method_data(method: Method, model: PreTrainedModel, pad_id: int, seed: int, forget: list[dict], retain: list[dict],
                 alternates: list[dict]) -> PairDataset:
-    "The pairs of a training, with the reference's log-likelihoods where the method needs them."
+    """Return the training data of a method, with the reference model's log-likelihoods if the method needs them.
+
+    All rows are encoded. `alternates`: another response to each row to forget, or a multiple of that for several
+    epochs. Raises OpenUnlearnError if rows that the method needs are missing."""
     if "forget" in method.terms and not forget:
         raise OpenUnlearnError(f"{method.name} needs a forget_dataset.")
     if "retain" in method.terms and not retain:
@@ -62,7 +67,10 @@ def method_data(method: Method, model: PreTrainedModel, pad_id: int, seed: int, 
 
 # %% ../../nbs/training/unlearn.ipynb #c2abd3ea
 def equipped(model: PreTrainedModel, method: Method, peft_config: Any, half: bool) -> tuple[Any, Any, list]:
-    "The model to train, an adapter in it where one is configured, its reference where needed, and what is not trained."
+    """Return the model to train, its reference model (None if not needed), and the parameters to freeze.
+
+    `peft_config`: if given, the model gets such an adapter, and its reference is itself with the adapter off. `half`:
+    the reference's weights are bf16 instead of fp32."""
     if peft_config is not None:
         from peft import get_peft_model
         model = get_peft_model(model, peft_config)
@@ -75,7 +83,7 @@ def equipped(model: PreTrainedModel, method: Method, peft_config: Any, half: boo
 
 # %% ../../nbs/training/unlearn.ipynb #88953757
 class SetUp(NamedTuple):
-    "What a training needs, made from its arguments."
+    "What a training needs; `set_up` makes it from the training's arguments."
     method: Method
     data: PairDataset
     model: Any  # an adapter in it where one is configured
@@ -84,7 +92,9 @@ class SetUp(NamedTuple):
 
 def set_up(args: UnlearnConfig, model: PreTrainedModel, pad_id: int, rows: Sequence[list[dict]],
            peft_config: Any) -> SetUp:
-    "The method of some arguments with its data, adapter and reference; `rows`: to forget, to retain, alternates."
+    """Return the method that the arguments name, with its data, model to train and reference model.
+
+    `rows`: three lists of encoded rows: to forget, to retain, and alternates."""
     method = METHODS.find(args.method)(compat=args.compat, **(args.method_args or {}))
     method.state.seed, method.state.epochs = args.seed, 0 if args.max_steps > 0 else args.num_train_epochs
     data = method_data(method, model, pad_id, args.seed, *rows)
@@ -93,35 +103,39 @@ def set_up(args: UnlearnConfig, model: PreTrainedModel, pad_id: int, rows: Seque
 
 # %% ../../nbs/training/unlearn.ipynb #35dbe39e
 def rows_to_evaluate(given: Any, encode: Callable[[Rows], list[dict]]) -> Any:
-    "Rows, or a dictionary of rows, as data sets of single rows."
+    """Return rows as a data set of single examples; for a dictionary of rows, a dictionary of data sets.
+
+    A `PairDataset` is returned unchanged. `encode`: a function that encodes rows."""
     if isinstance(given, dict):
         return {name: rows_to_evaluate(rows, encode) for name, rows in given.items()}
     return given if isinstance(given, PairDataset) else PairDataset([], encode(given))
 
 # %% ../../nbs/training/unlearn.ipynb #29625f99
 def first_rows(batch: dict[str, Any], rows: int) -> dict[str, Any]:
-    "The first rows of a batch, in each of its parts."
+    "Return the first `rows` rows of a batch, in each of its parts."
     return {name: first_rows(part, rows) if isinstance(part, dict) else part[:rows] for name, part in batch.items()}
 
 def counts_of(method: Method, batch: dict) -> dict[str, torch.Tensor]:
-    "For each term of a batch, the rows or labelled tokens that its loss is a mean over; of single rows, the tokens."
+    """Return, for each loss term, the number of rows or labelled tokens in a batch that it is a mean over.
+
+    For a batch of single examples (`retain` alone) it is the number of labelled tokens."""
     return {"retain": labelled_tokens(batch["retain"], method.s)} if set(batch) == {"retain"} else method.counts(batch)
 
 def mean_counts(method: Method, pairs: PairDataset, collate: Callable[[list], dict]) -> dict[str, float]:
-    "The mean of `counts_of` over the rows of a data set."
+    "Return, for each loss term, the mean of `counts_of` per row of a data set (at least 1e-9)."
     chunks = [range(i, min(i + 64, len(pairs))) for i in range(0, len(pairs), 64)]
     counts = [counts_of(method, collate([pairs[i] for i in chunk])) for chunk in chunks]
     return {term: max(1e-9, sum(float(one[term]) for one in counts) / len(pairs)) for term in counts[0]}
 
 # %% ../../nbs/training/unlearn.ipynb #85e44491
 class RowEvaluation(MethodTrainer):
-    "Evaluates pairs by the method's loss, and rows of their own by their likelihood."
+    "Trainer that evaluates pairs by the method's loss, and single examples by their likelihood."
     encode: Callable[[Rows], list[dict]]
     counts_per_row: dict[str, float] = {}  # of the set that is evaluated: what each term is a mean over, for each row
     rows_left = 0  # of the set that is evaluated: those that no process has evaluated yet
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
-        "As transformers', where a batch weighs by the rows or tokens that its loss is a mean over."
+        "Evaluate as transformers does, weighting each batch by the rows or tokens that its loss is a mean over."
         self.counts_per_row = mean_counts(self.method, dataloader.dataset, self.data_collator)
         self.rows_left = len(dataloader.dataset)
         try:
@@ -130,7 +144,9 @@ class RowEvaluation(MethodTrainer):
             self.counts_per_row = {}
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        "The method's loss of a batch of pairs; of rows of their own, the mean NLL a token."
+        """Return (loss, None, None) of a batch without gradient.
+
+        The loss is the method's for a batch of pairs, and the mean NLL in nats per token for single examples."""
         inputs = self._prepare_inputs(inputs)
         rows = len(next(iter(inputs.values()))["labels"])
         if self.counts_per_row:  # within a loop: leave out rows that only fill the last batches of several processes
@@ -148,7 +164,7 @@ class RowEvaluation(MethodTrainer):
         return loss.float().detach(), None, None
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
-        "As transformers'; `eval_dataset` may be rows, or a dictionary of them."
+        "Evaluate as transformers does; `eval_dataset` may also be rows or a dictionary of rows."
         if eval_dataset is not None and not isinstance(eval_dataset, str | PairDataset):
             eval_dataset = rows_to_evaluate(eval_dataset, self.encode)
         return super().evaluate(eval_dataset, *args, **kwargs)
@@ -189,7 +205,9 @@ class PreparedTraining(RowEvaluation):
         return super()._prepare_for_training(*args)
 
     def train(self, *args, **kwargs):
-        "Train, and let the method change the finished weights; a method without a loss does only this."
+        """Train, then let the method change the finished weights; a method without a loss does only the latter.
+
+        Returns transformers' training output, or None for a method without a loss."""
         try:
             found = super().train(*args, **kwargs) if self.method.terms else None
         finally:
@@ -202,12 +220,14 @@ class PreparedTraining(RowEvaluation):
 
 # %% ../../nbs/training/unlearn.ipynb #caf8f1b5
 class UnlearnTrainer(PreparedTraining):
-    """Unlearns a forget set with any method.
+    """Trainer that unlearns a forget set with any method.
 
     `model`: a model in memory, a folder or a Hub id; or `model_init`, a function that makes one, for
     `hyperparameter_search`. `forget_dataset`, `retain_dataset`, `alternate_dataset` (another response to each row to
-    forget, or one for each epoch in turn, for methods that need one) and `eval_dataset`: lists or `datasets.Dataset`
-    of rows. `peft_config`: an adapter is trained in place of the weights. All else is `transformers.Trainer`'s."""
+    forget, or one for each epoch in turn, for methods that need one) and `eval_dataset`: lists or `datasets.Dataset` of
+    rows. Without `eval_dataset`, the training pairs are evaluated. `processing_class`: the tokenizer; by default the
+    model's. `peft_config`: of an adapter, which is trained instead of the weights. All other arguments are those of
+    `transformers.Trainer`."""
 
     def __init__(self, model: PreTrainedModel | str | None = None, args: UnlearnConfig | None = None,
                  forget_dataset: Rows = None, retain_dataset: Rows = None, alternate_dataset: Rows = None,
