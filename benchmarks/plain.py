@@ -127,29 +127,32 @@ def plain_generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: i
     return [text[:min((k for s in stop if (k := text.find(s)) >= 0), default=None)] for text in texts]
 
 
-class PlainResults(ModelResults):
-    """Results of the plain way; wrong answers one column after the other."""
-
-    def _score(self, where: str, parts: set[str], moments: bool) -> None:
-        for part in parts:
-            examples = self._examples(where, part)
-            with self.usage.during("scoring"):
-                columns = [list(plain_scores(self.model, list(column), self.enc.tokenizer.pad_token_id, moments)) for column in zip(*examples)]
-            scored = [[ScoredRow(s, e, self.enc.tokenizer) for s, e in zip(scores, row)] for scores, row in zip(zip(*columns), examples)]
-            self.rows[where, part] = [{"answers": row} if part == "perturbed" else row[0] for row in scored]
-        if moments:
-            self.rows[where, "moments"] = self.rows[where, "answer"]
+def plain_score(results: ModelResults, where: str, parts: set[str], moments: bool) -> None:
+    """As the package's `_score`; wrong answers one column after the other."""
+    pad_id, tokenizer = results.enc.tokenizer.pad_token_id, results.enc.tokenizer
+    for part in parts:
+        with results.usage.during("tokenising"):
+            examples = results.benchmark.scored(where, part, results.enc)
+        with results.usage.during("scoring"):
+            columns = [list(plain_scores(results.model, list(column), pad_id, moments)) for column in zip(*examples)]
+        scored = [[ScoredRow(s, e, tokenizer) for s, e in zip(scores, row)] for scores, row in zip(zip(*columns), examples)]
+        results.rows[where, part] = [{"answers": row} if part == "perturbed" else row[0] for row in scored]
+    if moments:
+        results.rows[where, "moments"] = results.rows[where, "answer"]
 
 
 def plain_evaluate(model, enc, benchmark, split: str, retain_eval: dict | None, metrics: list[str], classifier: str, usage: Usage) -> dict[str, dict]:
     """As `compute_entries`, with results of its own for every metric."""
     table, out, context = metric_table(benchmark), {}, Context(retain_eval or {}, classifier)
     one_by_one = lambda enc, pairs: [{k: v for k, v in encode(enc.tokenizer, q, a, enc.fmt, enc.max_length).items() if k != "n"} for q, a in pairs]
-    with patch("openunlearn_nb.data.benchmark.encode_all", one_by_one), patch("openunlearn_nb.evaluation.model_results.generate", plain_generate):
+    results = "openunlearn_nb.evaluation.model_results"
+    with (patch("openunlearn_nb.data.benchmark.encode_all", one_by_one), patch(f"{results}.generate", side_effect=plain_generate) as generates,
+          patch(f"{results}._score", side_effect=plain_score) as scores):
         for name in needed(benchmark, wanted(benchmark, metrics)):
             line = table[name]
             if line.metric.takes == "entries":
                 out[name] = combined_entry(line, [out[i] for i in line.entries], context)
             else:
-                out[name] = compute_entries(PlainResults(model, enc, benchmark, usage=usage), split, [name], context)[name]
+                out[name] = compute_entries(ModelResults(model, enc, benchmark, usage=usage), split, [name], context)[name]
+    assert scores.called and generates.called, "a part of the plain way was not used; the package has changed"
     return dict(sorted(out.items()))
