@@ -128,7 +128,7 @@ def plain_generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: i
 
 
 def plain_score(results: ModelResults, where: str, parts: set[str], moments: bool) -> None:
-    """As the package's `_score`; wrong answers one column after the other."""
+    """Takes the place of the package's `_score`; wrong answers are scored one column at a time, each with its question."""
     pad_id, tokenizer = results.enc.tokenizer.pad_token_id, results.enc.tokenizer
     for part in parts:
         with results.usage.during("tokenising"):

@@ -15,9 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
-from speed import distance, model_folder
+from speed import distance, in_fresh_process, model_folder
 
 METRICS = ["forget_truth_ratio", "forget_Q_A_Prob", "forget_Q_A_ROUGE", "model_utility", "privleak", "extraction_strength"]  # its default
 
@@ -62,7 +63,7 @@ def reference_child(args, model: str) -> dict:
 
 
 def ours_child(args, model: str) -> dict:
-    """The same of this package's."""
+    """Seconds, peak memory and summary of this package's evaluation."""
     from openunlearn_nb.data.encoding import Encoder
     from openunlearn_nb.data.prompts import prompt_format
     from openunlearn_nb.data.tofu import Tofu
@@ -77,27 +78,21 @@ def ours_child(args, model: str) -> dict:
     return {"seconds": time.perf_counter() - begin, "memory": peak_memory()["host"], "numbers": {name: summary[name] for name in METRICS}}
 
 
-def child(args, way: str, model: str) -> dict:
-    """What a fresh process finds."""
-    command = [sys.executable, __file__, "--reference", args.reference, "--data", args.data, "--split", args.split, "--child", way, model]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(args.threads)})
-    if done.returncode:
-        sys.exit(done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--reference", required=True, help="a clone of OpenUnlearning")
     p.add_argument("--data", default="locuslab/TOFU")
-    p.add_argument("--muse", default="")
     p.add_argument("--split", default="forget10")
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--output", help="file of the record")
+    p.add_argument("--output", required=True, help="file of the record")
     p.add_argument("--child", nargs=2, metavar=("WAY", "MODEL"), help=argparse.SUPPRESS)
     args = p.parse_args()
     args.reference = str(Path(args.reference).resolve())
+    if not Path(args.reference, "src/evals").is_dir():
+        sys.exit(f"{args.reference} is no clone of OpenUnlearning: it has no folder src/evals.")
+    if find_spec("hydra") is None:
+        sys.exit("OpenUnlearning needs hydra: pip install hydra-core hydra_colorlog")
     if args.child:
         way, model = args.child
         found = {"reference": reference_child, "ours": ours_child}[way](args, model)
@@ -110,7 +105,9 @@ def main() -> None:
     started, turns, model = time.time(), [], model_folder("embedded", args)
     commit = subprocess.run(["git", "-C", args.reference, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     for turn in range(args.repeats):
-        both = {way: child(args, way, model) for way in ("reference", "ours")[::1 if turn % 2 else -1]}
+        words = ["--reference", args.reference, "--data", args.data, "--split", args.split, "--output", args.output]
+        both = {way: in_fresh_process(__file__, [*words, "--child", way, model], args.threads)
+                for way in ("reference", "ours")[::1 if turn % 2 else -1]}
         turns.append({"distance": distance(both["reference"]["numbers"], both["ours"]["numbers"]), **both})
         print(f"{both['reference']['seconds']:.1f} s and {both['ours']['seconds']:.1f} s, numbers within {turns[-1]['distance']:.0e}")
         write_json(args.output, run_record(started, benchmark="reference", threads=args.threads, split=args.split, reference=commit, turns=turns))

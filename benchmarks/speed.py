@@ -130,13 +130,19 @@ def evaluate_child(args, name: str, mode: str, split: str = "forget10", count: i
     return {"seconds": seconds, "tokens": dict(spent.tokens), "phases": dict(spent.seconds), "memory": peak_memory()["host"], "least": least, "numbers": finite(found)}
 
 
-def child(args, *what: str, **more) -> dict:
-    """What a fresh process finds."""
-    command = [sys.executable, __file__, "--data", args.data, "--muse", args.muse, "--output", args.output, "--child", json.dumps([*what, more])]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(args.threads)})
+def in_fresh_process(script: str, words: list[str], threads: int) -> dict:
+    """The last line that a script prints in a process of its own, as JSON; ends with the script's errors if it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(args, *what: str, **more) -> dict:
+    """The result of one measurement in a fresh process."""
+    words = ["--data", args.data, "--muse", args.muse, "--output", args.output, "--child", json.dumps([*what, more])]
+    return in_fresh_process(__file__, words, args.threads)
 
 
 def distance(a, b) -> float:

@@ -67,3 +67,14 @@ def test_the_published_table_follows_a_table_of_the_same_benchmark_and_model_onl
     assert ("as published by OpenUnlearning" in capsys.readouterr().out) == follows
     page = suite_part(benchmark, model, values, [])
     assert ("As published by OpenUnlearning" in page) == follows
+
+
+def test_of_a_model_that_two_benchmarks_published_the_first_table_is_taken(monkeypatch):
+    from types import SimpleNamespace
+
+    from openunlearn_nb.reporting import tables
+
+    first, second = (SimpleNamespace(published_tables={"Shared": f"{name}.csv"}) for name in ("first", "second"))
+    monkeypatch.setattr(tables, "BENCHMARKS", {"FIRST": first, "SECOND": second})
+    monkeypatch.setattr(tables, "published_table", lambda benchmark, model: benchmark)
+    assert tables.published("Shared") is first

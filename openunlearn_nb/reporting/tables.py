@@ -48,8 +48,8 @@ def published(model: str, suite: str | None = None) -> dict[str, dict[str, dict[
     OpenUnlearnError if there is none."""
     if suite is not None:
         return published_table(BENCHMARKS[suite], model)
-    known = {name: of for of in [*BENCHMARKS.values()][::-1] for name in of.published_tables}
-    return published_table(known[check_choice(model, known, "published table")], model)
+    check_choice(model, [name for one in BENCHMARKS.values() for name in one.published_tables], "published table")
+    return published_table(next(one for one in BENCHMARKS.values() if model in one.published_tables), model)
 
 # %% ../../nbs/reporting/tables.ipynb #141c3176
 def digits(value: float | str | None) -> str:
